@@ -1,0 +1,334 @@
+"""What was asked for: every setting of a run, with its default, unit and rule.
+
+A run is described by one JSON file with the sections below; any key can be given on the command line as
+--section.key=value. Settings come from there and nowhere else: no environment variables, no globals. All errors are
+collected and reported in one message before anything else happens. Leaves out: whether the settings can learn
+(health.py), and whether files and models exist (data.py, model.py).
+
+    python train.py --help              every key, its default and what it means
+"""
+import dataclasses
+import json
+import math
+import pathlib
+import typing
+from dataclasses import dataclass
+
+PROJECT = pathlib.Path(__file__).resolve().parent
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def key(default, help, choices=(), low=None, high=None, above=None):
+    """A dataclass field with its help text and its rule: one of `choices`, low <= value <= high, value > above."""
+    rule = dict(help=help, choices=choices, low=low, high=high, above=above)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=rule)
+    return dataclasses.field(default=default, metadata=rule)
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = key("models/SmolLM2-135M-Instruct", "model folder, or a name on the hub")
+    revision: str = key("", "revision of a hub model; empty: its main branch")
+    quant: str = key("nf4", "how frozen weights are kept; int8: weights only, llm_int8: activations too, none: 16 or 32 bits", choices=("nf4", "int8", "llm_int8", "none"))
+    double_quant: bool = key(True, "nf4: quantise the block scales too (0.37 bits a weight less)")
+    llm_int8_threshold: float = key(6.0, "llm_int8: columns with an activation beyond this stay in 16 bits", above=0)
+    compute_dtype: str = key("bf16", "dtype of activations and matrix products", choices=("bf16", "fp16", "fp32", "fp64"))
+    attention: str = key("auto", "packed attention: varlen (GPU, 16 bits) or documents (one product a document, anywhere)", choices=("auto", "varlen", "documents"))
+
+
+@dataclass(frozen=True)
+class Lora:
+    r: int = key(16, "rank of the adapters", low=1)
+    alpha: float = key(32.0, "the adapter's output is scaled by alpha/r (rslora: alpha/sqrt(r))", above=0)
+    dropout: float = key(0.0, "probability that an element of an adapter's input is dropped", low=0.0, high=0.99)
+    rslora: bool = key(False, "scale by alpha/sqrt(r), so that the scale of an update does not fall with the rank")
+    targets: list = key(list(PROJECTIONS), "projections that get an adapter, by the last part of their name; [\"all-linear\"]: all but the head")
+    init_from: str = key("", "start from this adapter folder (PEFT format) instead of B = 0")
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str = key("data/python-docs-train.jsonl", "training rows: JSONL, JSON, CSV, Parquet, or a hub data set as NAME or NAME:SPLIT")
+    eval: str = key("data/python-docs-eval.jsonl", "evaluation rows; empty: take eval_rows off the training rows")
+    eval_rows: int = key(200, "rows held out of the training rows where data.eval is empty", low=1)
+    max_length: int = key(2048, "longest row in tokens", low=8)
+    too_long: str = key("truncate", "what happens to a longer row", choices=("truncate", "drop", "refuse"))
+    bad_rows: str = key("refuse", "what happens when a row cannot be read", choices=("refuse", "skip"))
+    supervise: str = key("assistant", "which tokens the loss counts: assistant turns, or all", choices=("assistant", "all"))
+    chat_template: str = key("", "file with a Jinja chat template, for tokenizers without one")
+
+
+@dataclass(frozen=True)
+class Train:
+    seed: int = key(0, "seed of the data order, the adapters' start and dropout", low=0)
+    micro_batch_size: int = key(2, "samples a micro-batch; a step consumes micro_batch_size x accumulation samples, however they are packed", low=1)
+    accumulation: int = key(16, "micro-batches a step", low=1)
+    max_steps: int = key(2000, "optimizer steps; 0: as many as epochs asks for", low=0)
+    epochs: float = key(0.0, "passes over the training rows, where max_steps is 0", low=0.0)
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay, on both adapter matrices (there are no biases or norms among them)", low=0.0)
+    adam_beta1: float = key(0.9, "decay of AdamW's first moment", low=0.0, high=0.99999)
+    adam_beta2: float = key(0.999, "decay of AdamW's second moment", low=0.0, high=0.9999999)
+    adam_eps: float = key(1e-8, "AdamW's epsilon", above=0)
+    nonfinite_limit: int = key(3, "stop after this many non-finite steps in a row (none of them is applied)", low=1)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    learning_rate: float = key(1e-4, "peak learning rate", low=0.0)
+    lr_min: float = key(1e-5, "floor under the learning rate after its peak", low=0.0)
+    lr_kind: str = key("cosine", "shape after the warm-up; wsd: constant, then linear decay; points: lr_points", choices=("cosine", "linear", "constant", "wsd", "points"))
+    lr_warmup_steps: int = key(200, "steps of linear warm-up, from learning_rate / lr_warmup_steps", low=0)
+    lr_decay_steps: int = key(0, "wsd: length of the final decay in steps; 0: a fifth of the run", low=0)
+    lr_points: list = key([], "points: [[step, factor], ...], straight lines between them, factor x learning_rate")
+    batch_points: list = key([], "[[step, samples], ...]: samples a step from that step on, in place of micro_batch_size x accumulation")
+    clip_norm: float = key(1.0, "largest gradient norm; a larger one is scaled down to it; 0: no clipping", low=0.0)
+    clip_percentile: float = key(0.0, "adaptive clipping: clip at this percentile of recent norms, if below clip_norm; 0: off", low=0.0, high=100.0)
+    clip_window: int = key(100, "adaptive clipping: how many recent norms", low=10)
+
+
+@dataclass(frozen=True)
+class Eval:
+    every_steps: int = key(500, "evaluate every so many steps, and before the first and after the last; 0: only then", low=0)
+    max_rows: int = key(0, "evaluate on the first so many evaluation rows; 0: all", low=0)
+    samples: int = key(4, "generation samples from the first evaluation rows", low=0)
+    prompts: str = key("", "file of prompts to sample from instead: one a line, or JSONL with prompt or messages")
+    max_new_tokens: int = key(64, "longest generation sample in tokens", low=1)
+    patience: int = key(0, "early stopping: stop after this many evaluations without improvement; 0: off", low=0)
+    min_delta: float = key(0.0, "early stopping: a smaller fall of eval loss is no improvement, in nats", low=0.0)
+
+
+@dataclass(frozen=True)
+class Save:
+    every_steps: int = key(500, "save a checkpoint every so many steps, and after the last; 0: only then", low=0)
+    keep: int = key(3, "newest checkpoints kept; the best one is kept beside them", low=1)
+
+
+@dataclass(frozen=True)
+class Memory:
+    max_tokens: int = key(0, "tokens packed into one micro-batch at most; 0: chosen from the device", low=0)
+    checkpoint_layers: int = key(-1, "decoder layers whose activations are recomputed in the backward pass; -1: chosen from the device", low=-1)
+    loss_chunk: int = key(1024, "supervised tokens whose logits exist at one time", low=1)
+    keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; auto: where a quarter of the free memory holds them", choices=("auto", "yes", "no"))
+
+
+@dataclass(frozen=True)
+class Log:
+    every_steps: int = key(25, "a console line and adapter histograms every so many steps; metrics.jsonl holds every step", low=1)
+    tensorboard: bool = key(True, "write TensorBoard events beside metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Model = Model()
+    lora: Lora = Lora()
+    data: Data = Data()
+    train: Train = Train()
+    schedule: Schedule = Schedule()
+    eval: Eval = Eval()
+    save: Save = Save()
+    memory: Memory = Memory()
+    log: Log = Log()
+
+    def to_dict(self):
+        """The resolved settings as plain JSON-ready dictionaries; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @property
+    def samples_per_step(self):
+        """Samples an optimizer step consumes where no schedule.batch_points apply."""
+        return self.train.micro_batch_size * self.train.accumulation
+
+
+SECTIONS = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+
+
+def _typed(value, kind, text):
+    """`value` as type `kind`, or a ValueError. From the command line (`text`), numbers and lists arrive as JSON text."""
+    if text and kind is not str:
+        if kind is list and not value.lstrip().startswith("["):
+            return [part.strip() for part in value.split(",")]
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
+        raise ValueError(f"must be {names[kind]}, got {json.dumps(value)}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"must be a finite number, got {value}")
+    return value
+
+
+def _in_bounds(value, rule):
+    if rule["choices"] and value not in rule["choices"]:
+        raise ValueError(f"must be one of {', '.join(rule['choices'])}, got {json.dumps(value)}")
+    for name, bad, sign in (("low", lambda v, b: v < b, ">="), ("high", lambda v, b: v > b, "<="), ("above", lambda v, b: v <= b, ">")):
+        if rule[name] is not None and bad(value, rule[name]):
+            raise ValueError(f"must be {sign} {rule[name]}, got {value}")
+
+
+def _points(name, points, errors, what, low):
+    """A schedule given as points: [[step, value], ...], steps whole and rising, values finite and >= low."""
+    good = all(isinstance(p, list) and len(p) == 2 and type(p[0]) is int and type(p[1]) in (int, float) and math.isfinite(p[1]) for p in points)
+    if not good:
+        errors.append(f"{name}: must be a list of [step, {what}] pairs, got {json.dumps(points)}")
+    elif [p[0] for p in points] != sorted({p[0] for p in points}):
+        errors.append(f"{name}: steps must rise from point to point, got {[p[0] for p in points]}")
+    elif any(p[1] < low for p in points):
+        errors.append(f"{name}: {what} must be >= {low}, got {json.dumps(points)}")
+
+
+def _contradictions(c, errors):
+    """Settings that are each fine and together make no sense. Appends 'key: what is wrong; remedy' lines to `errors`."""
+    if (c.train.max_steps > 0) == (c.train.epochs > 0):
+        errors.append("train.max_steps, train.epochs: exactly one must be above 0; set the other to 0")
+    if c.schedule.lr_min > c.schedule.learning_rate:
+        errors.append(f"schedule.lr_min: the floor {c.schedule.lr_min:g} lies above the peak schedule.learning_rate {c.schedule.learning_rate:g}; lower it")
+    if c.schedule.lr_kind == "points" and not c.schedule.lr_points:
+        errors.append("schedule.lr_points: schedule.lr_kind is points, so give at least one [step, factor]")
+    if c.schedule.lr_points and c.schedule.lr_kind != "points":
+        errors.append(f"schedule.lr_points: only read where schedule.lr_kind is points (it is {c.schedule.lr_kind}); set that or remove the points")
+    _points("schedule.lr_points", c.schedule.lr_points, errors, "factor", 0)
+    _points("schedule.batch_points", c.schedule.batch_points, errors, "samples", 1)
+    if any(type(p[1]) is not int for p in c.schedule.batch_points if isinstance(p, list) and len(p) == 2):
+        errors.append("schedule.batch_points: samples must be whole numbers")
+    if c.schedule.clip_percentile and not c.schedule.clip_norm:
+        errors.append("schedule.clip_percentile: needs schedule.clip_norm above 0 as its upper bound")
+    if c.model.quant != "none" and c.model.compute_dtype == "fp64":
+        errors.append("model.compute_dtype: fp64 goes with model.quant none only")
+    if c.model.quant == "llm_int8" and c.model.compute_dtype == "fp32":
+        errors.append("model.compute_dtype: llm_int8 computes in 16 bits; choose bf16 or fp16")
+    if c.model.attention == "varlen" and c.model.compute_dtype not in ("bf16", "fp16"):
+        errors.append("model.attention: varlen works in bf16 and fp16 only; choose documents or auto")
+    if not c.lora.targets or not all(isinstance(t, str) and t for t in c.lora.targets):
+        errors.append(f"lora.targets: must be a list of projection names, got {json.dumps(c.lora.targets)}")
+    elif len(set(c.lora.targets)) < len(c.lora.targets):
+        errors.append(f"lora.targets: a name stands twice in {json.dumps(c.lora.targets)}")
+    elif "all-linear" in c.lora.targets and len(c.lora.targets) > 1:
+        errors.append("lora.targets: all-linear stands alone or not at all")
+    for name in ("embed_tokens", "lm_head"):
+        if name in c.lora.targets:
+            errors.append(f"lora.targets: {name} cannot be adapted: embeddings and head stay frozen, so that the vocabulary stays the base model's; remove it")
+    if not c.data.train:
+        errors.append("data.train: name a file or a hub data set")
+    if not c.model.path:
+        errors.append("model.path: name a folder or a hub model")
+
+
+def from_dict(tree, overrides=(), origin="configuration"):
+    """A Config from nested dictionaries and ("section.key", "text") overrides.
+
+    Raises ValueError with every error at once, one a line, each naming its key and what would be right.
+    """
+    errors, sections = [], {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{origin}: must be a JSON object with the sections {', '.join(SECTIONS)}, got {type(tree).__name__}")
+    given = {}  # (section, key) -> (value, came as text)
+    for section, values in tree.items():
+        if section not in SECTIONS:
+            errors.append(f"{section}: unknown section; there are {', '.join(SECTIONS)}")
+        elif not isinstance(values, dict):
+            errors.append(f"{section}: must be an object of keys, got {json.dumps(values)}")
+        else:
+            given.update({(section, name): (value, False) for name, value in values.items()})
+    for dotted, value in overrides:
+        given[tuple(dotted.split(".", 1))] = (value, True)
+    for section, kind in SECTIONS.items():
+        fields, values = {f.name: f for f in dataclasses.fields(kind)}, {}
+        types = typing.get_type_hints(kind)
+        for (where, name), (value, text) in given.items():
+            if where != section:
+                continue
+            if name not in fields:
+                near = [f"{s}.{n}" for s, k in SECTIONS.items() for n in (f.name for f in dataclasses.fields(k)) if n == name]
+                errors.append(f"{section}.{name}: unknown key; " + (f"did you mean {near[0]}?" if near else f"{section} has {', '.join(fields)}"))
+                continue
+            try:
+                values[name] = _typed(value, types[name], text)
+                _in_bounds(values[name], fields[name].metadata)
+            except ValueError as error:
+                errors.append(f"{section}.{name}: {error}")
+        sections[section] = values
+    for where, name in given:
+        if where not in SECTIONS and where not in tree:
+            errors.append(f"--{where}.{name}: unknown section; there are {', '.join(SECTIONS)}")
+    config = Config(**{section: kind(**sections[section]) for section, kind in SECTIONS.items()})
+    contradictions, wrong = [], {line.split(":")[0] for line in errors}  # a key that is wrong by itself is told once
+    _contradictions(config, contradictions)
+    errors += [line for line in contradictions if not wrong & set(line.split(":")[0].split(", "))]
+    if errors:
+        raise ValueError(f"{origin}: {len(errors)} error{'s' * (len(errors) > 1)}\n" + "\n".join("  " + e for e in errors))
+    return config
+
+
+def _no_duplicates(pairs):
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the key {name!r} stands twice")
+    return dict(pairs)
+
+
+def read(path, overrides=()):
+    """The Config of a JSON file. Raises ValueError naming the file, and the line where the JSON breaks."""
+    path = pathlib.Path(path)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the configuration ({error.strerror}); the ones that come with rawlora are in {PROJECT / 'configs'}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return from_dict(tree, overrides, origin=str(path))
+
+
+def find(name):
+    """A path from a configuration: as given, or, where that does not exist, beside the program. Hub names pass through."""
+    path = pathlib.Path(name).expanduser()
+    if not path.exists() and not path.is_absolute() and (PROJECT / path).exists():
+        return str(PROJECT / path)
+    return str(path) if path.exists() else name
+
+
+def command_line(argv, flags):
+    """Split a command line into positional words, `flags` and --section.key=value overrides.
+
+    flags: {"name": default}; a flag with default False takes no value, one with default None may take one (--name or
+    --name=value, then True or the text), any other takes text. Returns (words, {flag: value}, [(key, text)]).
+    Raises ValueError for an option that is neither.
+    """
+    words, found, overrides = [], dict(flags), []
+    for arg in argv:
+        name, equals, value = arg[2:].partition("=")
+        if not arg.startswith("--"):
+            words.append(arg)
+        elif name in flags:
+            if flags[name] is False and equals:
+                raise ValueError(f"--{name} takes no value, got {arg}")
+            if flags[name] not in (False, None) and not value or flags[name] is None and equals and not value:
+                raise ValueError(f"--{name} needs a value: --{name}=…")
+            found[name] = value if equals else True
+        elif "." in name and equals:
+            overrides.append((name, value))
+        else:
+            options = ", ".join("--" + flag for flag in flags)
+            raise ValueError(f"{arg}: unknown option; there are {options} and --section.key=value")
+    return words, found, overrides
+
+
+def describe():
+    """Every key with its default, choices and meaning, for --help: at most 100 columns wide."""
+    import textwrap
+    lines = []
+    for section, kind in SECTIONS.items():
+        lines.append(f"\n{section}")
+        for f in dataclasses.fields(kind):
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+            lines.append(f"  --{section}.{f.name}={json.dumps(default) if not isinstance(default, str) else default}{choices}")
+            lines += textwrap.wrap(f.metadata["help"], 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
