@@ -1,0 +1,179 @@
+"""What is written down as a run happens: metrics.jsonl is the truth, TensorBoard mirrors it.
+
+One line of runs/NAME/metrics.jsonl is one step: a JSON object with `step` and the values by their TensorBoard tags
+({"step": 25, "train/loss": 2.31, …}). A line is written whole, by one call, when its step is over; so a killed run leaves
+whole lines and at most one unfinished at the end, and a resumed run cuts off what it is about to do again. JSON knows no
+NaN or infinity: they stand as "nan", "inf" and "-inf". Leaves out: what the numbers mean (health.py, report.py), and
+sending them anywhere.
+
+    tensorboard --logdir runs
+"""
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+
+NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "datasets", "tokenizers", "tensorboard", "numpy")
+
+
+def _line(data, where):
+    """One line of metrics.jsonl as a dict, or a ValueError naming the line."""
+    def once(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    def strict(text):
+        raise ValueError(f"{text} is not JSON; non-finite numbers stand as text")
+
+    try:
+        values = json.loads(data, object_pairs_hook=once, parse_constant=strict)
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
+        raise ValueError(f"{where}: must be an object with a whole number as step, got {data[:100]!r}")
+    for key, value in values.items():
+        if type(value) not in (int, float, str):
+            raise ValueError(f"{where}: {key} must be a number or text, got {json.dumps(value)[:100]}")
+        values[key] = NONFINITE.get(value, value) if isinstance(value, str) else value
+    return values
+
+
+def _whole_lines(path):
+    """[(bytes, values)] of the finished lines of a metrics file. An unfinished last line is what a kill leaves, and is not read."""
+    lines = []
+    for number, data in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        values = _line(data, f"{path}, line {number}")
+        if lines and values["step"] <= lines[-1][1]["step"]:
+            raise ValueError(f"{path}, line {number}: step {values['step']} after step {lines[-1][1]['step']}; steps must rise, each once")
+        lines.append((data, values))
+    return lines
+
+
+def read_metrics(run_folder):
+    """The steps of a run, oldest first: [{"step": int, tag: float, …}], NaN and infinities as floats. ValueError names a broken line."""
+    path = pathlib.Path(run_folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; {run_folder} is not the folder of a run that has begun")
+    return [values for _, values in _whole_lines(path)]
+
+
+class Recorder:
+    """Writes a run's metrics.jsonl and, if `tensorboard`, event files in the same folder.
+
+    resume_step None: a new run, refused with ValueError where the folder already holds a recorded one. Otherwise the step
+    of the checkpoint that the run goes on from: later steps are cut off in one rename, and purged in TensorBoard
+    (-1 cuts off everything). Call flush() before saving a checkpoint, or a kill could lose the steps that it covers.
+    """
+
+    def __init__(self, run_folder, tensorboard, resume_step):
+        folder = pathlib.Path(run_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        lines = _whole_lines(path) if path.exists() else []
+        if lines and resume_step is None:
+            raise ValueError(f"{path}: holds {len(lines)} steps of an earlier run; go on with --resume, or choose another folder with --out")
+        last_step = -1 if resume_step is None else resume_step
+        kept = b"".join(data + b"\n" for data, values in lines if values["step"] <= last_step)
+        temporary = folder / ".metrics.jsonl.tmp"
+        with open(temporary, "wb") as file:
+            file.write(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self.step, self.values, self.last_step = None, {}, last_step
+        self.events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed without
+            self.events = SummaryWriter(str(folder), purge_step=last_step + 1)
+
+    def write(self, step, values):
+        """Add {tag: number or text} to the line of `step`. A later step ends the line; an earlier one is a mistake."""
+        if step != self.step:
+            self._end_line()
+            assert step > self.last_step, f"step {step} was already recorded (the last is {self.last_step})"
+            self.step = step
+        for tag, value in values.items():
+            assert tag != "step"
+            self.values[tag] = value.item() if hasattr(value, "item") else value
+
+    def _end_line(self):
+        """One write of one whole line, then the same numbers to TensorBoard."""
+        if self.step is None:
+            return
+        plain = {tag: str(value) if isinstance(value, float) and not math.isfinite(value) else value for tag, value in self.values.items()}
+        data = (json.dumps({"step": self.step, **plain}, allow_nan=False) + "\n").encode("utf-8")
+        written = os.write(self.descriptor, data)
+        if written < len(data):
+            raise OSError(f"metrics.jsonl: only {written} of {len(data)} bytes of step {self.step} could be written; make room and run again with --resume")
+        if self.events:
+            for tag, value in self.values.items():
+                if not isinstance(value, str):
+                    self.events.add_scalar(tag, value, self.step)
+        self.last_step, self.step, self.values = self.step, None, {}
+
+    def histogram(self, step, tag, tensor):
+        """The distribution of a tensor's finite values, in TensorBoard only."""
+        values = tensor.detach().float().flatten().cpu()
+        values = values[values.isfinite()]
+        if self.events and len(values):
+            self.events.add_histogram(tag, values, step)
+
+    def text(self, step, tag, text):
+        """A text (Markdown), in TensorBoard only."""
+        if self.events:
+            self.events.add_text(tag, text, step)
+
+    def hyperparameters(self, flat):
+        """{"lora.r": 16, …} for TensorBoard's HPARAMS page, in this run's own event file (add_hparams would make a second run of it)."""
+        if self.events:
+            from torch.utils.tensorboard.summary import hparams
+            plain = {key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value) for key, value in flat.items()}
+            for summary in hparams(plain, {"train/loss": 0.0, "eval/loss": 0.0}):
+                self.events.file_writer.add_summary(summary)
+
+    def flush(self):
+        """End the step's line and put everything on the disk."""
+        self._end_line()
+        os.fsync(self.descriptor)
+        if self.events:
+            self.events.flush()
+
+    def close(self):
+        """flush(), then release the files. The Recorder cannot be used afterwards."""
+        self.flush()
+        os.close(self.descriptor)
+        if self.events:
+            self.events.close()
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model():
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def environment():
+    """What a run ran on, for environment.json: versions, device, processor. No paths, no names of users or hosts, no environment variables."""
+    import torch
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "devices": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
