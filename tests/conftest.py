@@ -1,0 +1,47 @@
+"""Shared by all tests: the project on the path, no network, few threads, and tiny model folders made on the spot."""
+import os
+import pathlib
+import sys
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+
+COMMON = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=320, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SHAPES = {  # what differs from COMMON, by transformers' model_type
+    "llama": {},
+    "mistral": dict(sliding_window=8),
+    "qwen2": dict(use_sliding_window=False),
+    "qwen3": dict(head_dim=32),
+    "gemma2": dict(head_dim=32, sliding_window=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, query_pre_attn_scalar=20, tie_word_embeddings=True),
+    "gemma3_text": dict(head_dim=32, sliding_window=8, query_pre_attn_scalar=20, num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"], tie_word_embeddings=True),
+}
+
+
+def make_model(folder, kind="llama", dtype=torch.float32, seed=0, **changes):
+    """Save a tiny random model of transformers' `kind` into `folder` and return transformers' own instance (eval mode, eager attention)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.for_model(kind, **{**COMMON, **SHAPES[kind], **changes})
+    torch.manual_seed(seed)
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():  # a fresh model's biases and norms are 0 and 1, which would hide their loss
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "proj" in name:
+                parameter.mul_(3)
+    network = network.to(dtype).eval()
+    network.save_pretrained(folder)
+    return network
+
+
+@pytest.fixture(scope="session", params=list(SHAPES))
+def tiny(request, tmp_path_factory):
+    """(kind, folder, transformers' model in fp32) for each architecture."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, make_model(folder, request.param)
