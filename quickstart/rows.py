@@ -28,7 +28,6 @@ import pathlib
 import re
 import sys
 import sysconfig
-import tempfile
 import types
 import warnings
 
@@ -178,7 +177,7 @@ def from_c(module, public):
 
     def add(kind, name, thing):
         text = thing.__text_signature__ or ""  # as in ($self, key, default=None, /), where $ marks what the caller does not write
-        signature = text and name + re.sub(r"^\(\$\w+(?:, /)?(?:, )?", "(", text)
+        signature = text and name + re.sub(r"^\(\$\w+(?:, /)?(?:, )?", "(", " ".join(text.split()))
         entries.append(Entry(kind, public, name, signature, describe(thing.__doc__ if isinstance(thing.__doc__, str) else "", name)))
 
     for name, thing in sorted(vars(module).items()):
@@ -282,14 +281,18 @@ def make(packages=()):
     the same for the same set of rows and mixes modules and kinds.
     """
     entries, unread = collect(packages)
-    groups, seen = {}, set()
+    groups, seen, asked = {}, set(), set()
     for entry in sorted(entries, key=lambda e: (e.name, e.kind)):  # sorted is stable: of two of one name, sources come before C
         words = _plain(entry.words)
         if words in seen or entry.name in seen:
             continue
         if words:
             seen.update((words, entry.name))
-        groups.setdefault(entry.module.partition(".")[0], []).extend(rows_of(entry))
+        for row in rows_of(entry):
+            question = row["messages"][0]["content"]
+            if question not in asked:  # two methods of a module may begin alike: "which one?" then has two answers
+                asked.add(question)
+                groups.setdefault(entry.module.partition(".")[0], []).append(row)
 
     def by_content(text):
         return hashlib.sha256(text.encode()).hexdigest()
@@ -306,12 +309,12 @@ def make(packages=()):
 def write(path, rows):
     """Write `rows` as JSON lines to `path` by a temporary file beside it and a rename: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    unfinished = path.with_name(f".{path.name}.unfinished")  # one name, so that the next run takes it over from a killed one
+    with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)  # temporary files are closed to everyone else
-    os.replace(file.name, path)
+    os.replace(unfinished, path)
 
 
 def main():
