@@ -5,7 +5,7 @@
 #     make test                      set up, run the tests
 #     make setup                     only the set-up
 #     make PYTHON=python3.12 demo    with another Python than python3
-#     make clean                     remove what the set-up made (runs/ stays)
+#     make clean                     remove what the set-up made (runs, and other models and data, stay)
 
 PYTHON ?= python3
 VENV := .venv
@@ -65,8 +65,8 @@ demo: setup
 	@echo "    README.md                                 your own data and model"
 
 test: setup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(RUN) -m pytest -q tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(RUN) -m pytest -q -rs tests
 
 clean:
-	rm -rf $(VENV) models data .pytest_cache .hypothesis
+	rm -rf $(VENV) $(MODEL) $(TRAIN_ROWS) $(EVAL_ROWS) .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
