@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 import typing
 from dataclasses import dataclass
 
@@ -292,6 +293,20 @@ def find(name):
     if not path.exists() and not path.is_absolute() and (PROJECT / path).exists():
         return str(PROJECT / path)
     return str(path) if path.exists() else name
+
+
+def located(config):
+    """The configuration with its model and data paths found (see `find`)."""
+    tree = config.to_dict()
+    for section, name in (("model", "path"), ("lora", "init_from"), ("data", "train"), ("data", "eval"), ("data", "chat_template"), ("eval", "prompts")):
+        tree[section][name] = find(tree[section][name]) if tree[section][name] else ""
+    return from_dict(tree)
+
+
+def complain(error):
+    """Print an error to the user of a command and return the exit code: 2, bad configuration or input."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def command_line(argv, flags):

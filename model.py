@@ -378,9 +378,8 @@ def flatten(parameters):
 
 
 @torch.no_grad()
-def set_adapters(network, tensors, origin):
-    """Copy adapter matrices into the network. Raises ValueError naming `origin` for names or shapes that are not the network's."""
-    own = adapters(network)
+def set_adapters(own, tensors, origin):
+    """Copy matrices {name: tensor} into those of `adapters`. Raises ValueError naming `origin` for names or shapes that are not the network's."""
     different = sorted(set(own) ^ set(tensors))
     if different:
         raise ValueError(f"{origin}: {different[0]} is in {'the file but not in the model' if different[0] in tensors else 'the model but not in the file'} ({len(different)} such); the adapter belongs to other targets or another model")

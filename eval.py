@@ -1,0 +1,147 @@
+"""How good a model is: loss, perplexity and token accuracy on rows, and what it writes for fixed prompts.
+
+    python eval.py --ckpt runs/approach1                     the newest checkpoint, on the run's own evaluation rows
+    python eval.py --ckpt runs/approach1@best --data my.jsonl --prompts prompts.txt --json
+    python eval.py --model Qwen/Qwen3-8B --data my.jsonl --model.quant=int8       an untouched model
+
+The loss is the one of training (model.summed_loss): summed over supervised tokens and divided once, so it does not depend on how
+rows are packed. Leaves out: benchmarks of other kinds, which lm-eval has, and sampling with temperature.
+"""
+import json
+import math
+import pathlib
+import sys
+import time
+
+import torch
+
+import checkpoint
+import config as settings
+import data
+import model
+
+
+@torch.no_grad()
+def evaluate(network, rows, max_rows, max_tokens):
+    """Loss and accuracy over the supervised tokens of data.Rows (the first max_rows of them; 0: all).
+
+    Returns {"loss": nats a token, "perplexity", "token_accuracy": 0 ... 1, "supervised_tokens", "rows", "seconds"} and, per row, float64
+    arrays {"nll": summed nats, "tokens", "correct"}. Logits exist for memory.loss_chunk tokens at a time; the host waits once.
+    """
+    began = time.perf_counter()
+    count = min(len(rows), max_rows or len(rows))
+    was_training = network.training
+    network.eval()
+    totals = torch.zeros(3, count, dtype=torch.float64, device=network.device)  # nll, tokens, correct of each row
+    for batch in data.pack(rows, list(range(count)), max_tokens):
+        batch = batch.to(network.device)
+        _, nll, correct = model.summed_loss(network, batch)
+        row = torch.tensor(batch.samples, device=network.device)[batch.document]
+        totals.index_add_(1, row, torch.stack((nll.double(), torch.ones_like(nll).double(), correct.double())))
+    network.train(was_training)
+    nll, tokens, correct = totals.cpu().numpy()
+    loss = float(nll.sum() / max(1, tokens.sum()))
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": float(correct.sum() / max(1, tokens.sum())),
+               "supervised_tokens": int(tokens.sum()), "rows": count, "seconds": time.perf_counter() - began}
+    return figures, {"nll": nll, "tokens": tokens, "correct": correct}
+
+
+@torch.no_grad()
+def generate(network, tokenizer, prompts, max_new_tokens, end_ids):
+    """Greedy continuations of data.prompts: [{"prompt", "reference", "text", "tokens", "stopped": ended by itself}, ...].
+
+    All prompts in one left-padded batch, through transformers' own attention and cache. Draws no random numbers.
+    """
+    from transformers import GenerationConfig
+    if not prompts:
+        return []
+    was_training = network.training
+    network.eval()
+    model.use_attention(network, "sdpa")
+    pad = end_ids[0]
+    width = max(len(prompt["ids"]) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt["ids"])) + list(prompt["ids"]) for prompt in prompts], device=network.device)
+    mask = torch.tensor([[0] * (width - len(prompt["ids"])) + [1] * len(prompt["ids"]) for prompt in prompts], device=network.device)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_ids, pad_token_id=pad, use_cache=True)
+    written = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
+    model.use_attention(network, model.ATTENTION)
+    network.train(was_training)
+    samples = []
+    for prompt, new in zip(prompts, written):
+        stop = next((i for i, token in enumerate(new) if token in end_ids), None)
+        samples.append({"prompt": prompt["prompt"], "reference": prompt["reference"], "text": tokenizer.decode(new[:stop], skip_special_tokens=True),
+                        "tokens": len(new) if stop is None else stop + 1, "stopped": stop is not None})
+    return samples
+
+
+def stop_rate(samples):
+    """Share of generation samples that ended by themselves."""
+    return sum(sample["stopped"] for sample in samples) / max(1, len(samples))
+
+
+def show(samples):
+    """Generation samples as text for a console."""
+    lines = []
+    for sample in samples:
+        lines += ["", "  prompt:    " + sample["prompt"].strip().replace("\n", "\n             "), "  model:     " + (sample["text"].strip() or "(nothing)").replace("\n", "\n             ")]
+        lines[-1] += "" if sample["stopped"] else " …(did not stop)"
+        if sample["reference"]:
+            lines.append("  reference: " + sample["reference"].strip().replace("\n", "\n             "))
+    return "\n".join(lines)
+
+
+def load_for_evaluation(ckpt, model_path, overrides):
+    """(config, network on the best device, tokenizer, what was loaded as text) of a run, a checkpoint, an adapter, or a model alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not ckpt:
+        config = settings.located(settings.from_dict({}, [("model.path", model_path), *overrides], "command line"))
+        network = model.load(config, device)  # with adapters at B = 0: the untouched model
+        return config, network, data.load_tokenizer(config.model.path, config.data.chat_template), f"{config.model.path}, no adapter"
+    folder = checkpoint.find(ckpt)
+    lora, tensors, base = model.read_adapter(folder)
+    run = next((parent for parent in (folder, *folder.parents) if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
+    tree = json.loads((run / "config.json").read_text()) if run else {"model": {"path": base}}
+    tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "targets": lora.targets}
+    if model_path:
+        overrides = [*overrides, ("model.path", model_path)]
+    config = settings.located(settings.from_dict(tree, overrides, str(run / "config.json") if run else "command line"))
+    network = model.load(config, device)
+    model.set_adapters(model.adapters(network), tensors, str(folder))
+    return config, network, data.load_tokenizer(config.model.path, config.data.chat_template), f"{folder}, on {config.model.path}"
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    words, flags, overrides = settings.command_line(argv, {"ckpt": "", "model": "", "data": "", "prompts": "", "json": False})
+    if words:
+        raise ValueError(f"{words[0]}: unexpected; name a run or checkpoint with --ckpt")
+    if not flags["ckpt"] and not flags["model"]:
+        raise ValueError("name what to evaluate: --ckpt=RUN_OR_CHECKPOINT, or --model=MODEL alone for an untouched one")
+    overrides += [(key, flags[flag]) for key, flag in (("data.eval", "data"), ("eval.prompts", "prompts")) if flags[flag]]
+    config, network, tokenizer, what = load_for_evaluation(flags["ckpt"], flags["model"], overrides)
+    records = data.read_splits(config)[1] if not config.data.eval else data.read_rows(config.data.eval, config.data.bad_rows)
+    rows, prompts = data.tokenize(records, tokenizer, config.data), data.prompts(config, tokenizer, records)
+    max_tokens = config.memory.max_tokens or (16384 if network.device.type == "cuda" else 2048)
+    figures, _ = evaluate(network, rows, config.eval.max_rows, max_tokens)
+    samples = generate(network, tokenizer, prompts, config.eval.max_new_tokens, data.end_of_turn(tokenizer))
+    if flags["json"]:
+        print(json.dumps({"evaluated": what, "quant": config.model.quant, "data": config.data.eval, **figures, "stop_rate": stop_rate(samples), "samples": samples}, indent=1))
+        return 0
+    print(f"{what} ({config.model.quant}, {config.model.compute_dtype}), on {figures['rows']:,} rows of {pathlib.Path(config.data.eval or config.data.train).name}")
+    print(f"  loss            {figures['loss']:.4f} nats a token over {figures['supervised_tokens']:,} supervised tokens")
+    print(f"  perplexity      {figures['perplexity']:.3f}\n  token accuracy  {figures['token_accuracy']:.4f}\n  time            {figures['seconds']:.1f} s")
+    if samples:
+        print(f"  stop rate       {stop_rate(samples):.2f} of {len(samples)} samples, greedy, up to {config.eval.max_new_tokens} tokens")
+        print(show(samples))
+    return 0
+
+
+if __name__ == "__main__":
+    import logging
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional package that is not used here
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(settings.complain(error))
