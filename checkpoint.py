@@ -75,14 +75,12 @@ def _file_name(name, path):
 def _inventory(folder):
     """The manifest of a checkpoint whose files are all there, nothing else is, and each has the right size."""
     path = folder / "manifest.json"
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+    if not os.path.lexists(path):
+        raise ValueError(f"{path}: missing; without it nothing tells whether the checkpoint is whole")
     found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
     for name, status in found.items():
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{folder / name}: not an ordinary file; a checkpoint holds no links, folders or devices")
-    if "manifest.json" not in found:
-        raise ValueError(f"{path}: missing; without it nothing tells whether the checkpoint is whole")
     if found.pop("manifest.json").st_size > LARGEST_MANIFEST:
         raise ValueError(f"{path}: larger than {LARGEST_MANIFEST} bytes, which no manifest is")
     manifest = _json(path.read_bytes(), path)
@@ -228,13 +226,12 @@ def find(path):
             raise ValueError(f"{path}: no checkpoint {name} in {folder}; there are {', '.join(there) or 'none'}")
         verify(folder / "checkpoints" / name)
         return folder / "checkpoints" / name
-    if name or not folder.is_dir():
+    if name or not any((folder / known).exists() for known in ("manifest.json", *REQUIRED)):
         raise ValueError(f"{path}: not a run folder, a checkpoint folder or an adapter folder; give runs/NAME, runs/NAME@best or runs/NAME@step-000500")
-    if _is_plain_adapter(folder):
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise ValueError(f"{folder}: no adapter_model.safetensors; pickled adapters are not read: save it again with PEFT's save_pretrained")
-        return folder
-    verify(folder)
+    if not _is_plain_adapter(folder):
+        verify(folder)
+    elif not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder}: no adapter_model.safetensors; pickled adapters are not read: save it again with PEFT's save_pretrained")
     return folder
 
 
@@ -300,6 +297,15 @@ def _delete(path):
     path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
+def _sweep(folder):
+    """Finish what killed saves left: their temporary folders go, and a checkpoint that was about to be replaced gets its name back."""
+    for path in folder.iterdir():
+        if path.name.startswith(".tmp-") or path.suffix == ".old" and path.with_suffix("").exists():
+            _delete(path)
+        elif path.suffix == ".old":
+            os.rename(path, path.with_suffix(""))
+
+
 def _publish(temporary, final, manifest):
     """Rename a proven temporary folder to its name. At every moment the old or the new one of that step is there."""
     old = final.with_name(final.name + ".old")
@@ -311,17 +317,17 @@ def _publish(temporary, final, manifest):
         else:
             if same:
                 return _delete(temporary)
-            if os.path.lexists(old):
-                _delete(old)
             os.rename(final, old)
     os.rename(temporary, final)
     for folder in final.absolute().parents[:3]:  # checkpoints, the run folder and the folder of runs: each may have a new name in it
         _sync(folder)
+    if old.exists():
+        _delete(old)
 
 
 def _set_aside(folder, step):
     """Rename checkpoints above `step`, before the new one gets its name: a kill in between leaves the one that the run went back to."""
-    for other, path in reversed(_checkpoints(folder)):  # an .old one first, so that its successor wins
+    for other, path in _checkpoints(folder):
         if other > step:
             stale = path.with_name(f"step-{other:06d}.stale")
             if os.path.lexists(stale):
@@ -329,12 +335,10 @@ def _set_aside(folder, step):
             os.rename(path, stale)
 
 
-def _retain(folder, step, keep, best_step):
-    """Delete what is neither among the newest `keep` steps nor the best, and what has been replaced."""
-    steps = sorted({other for other, _ in _checkpoints(folder)}, reverse=True)
-    for other, path in _checkpoints(folder):
-        replaced = path.suffix == ".old" and path.with_suffix("").exists()
-        if other not in {step, best_step, *steps[:keep]} or replaced:
+def _retain(folder, keep, best_step):
+    """Delete what is neither among the newest `keep` checkpoints nor the best."""
+    for number, (other, path) in enumerate(_checkpoints(folder)):
+        if number >= keep and other != best_step:
             _delete(path)
 
 
@@ -368,8 +372,7 @@ def save(run_folder, step, tensors, texts, keep, best_step=None):
     temporary = folder / f".tmp-{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".tmp-*"):  # before writing: they may be what fills the disk
-            _delete(leftover)
+        _sweep(folder)  # before writing: leftovers may be what fills the disk
         manifest = _write_all(temporary, step, tensors, texts)
         _set_aside(folder, step)
         _publish(temporary, final, manifest)
@@ -378,7 +381,7 @@ def save(run_folder, step, tensors, texts, keep, best_step=None):
         free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
         raise OSError(error.errno, f"{final}: could not be saved ({os.strerror(error.errno or errno.EIO)}); it needs {needed / 2**20:.1f} MiB, "
                       f"{free / 2**20:.1f} MiB are free; older checkpoints are untouched: make room and run again with --resume") from error
-    _retain(folder, step, keep, best_step)
+    _retain(folder, keep, best_step)
     return final
 
 
