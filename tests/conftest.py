@@ -45,3 +45,14 @@ def tiny(request, tmp_path_factory):
     """(kind, folder, transformers' model in fp32) for each architecture."""
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, folder, make_model(folder, request.param)
+
+
+def packed(documents, supervised):
+    """A micro-batch as data.pack makes it, written out by hand: documents are 1-D id tensors, supervised are bool tensors of the same lengths."""
+    import types
+    starts = [sum(len(d) for d in documents[:i]) for i in range(len(documents) + 1)]
+    places = [(start, i, d) for start, d, mask in zip(starts, documents, supervised) for i in range(1, len(d)) if mask[i]]
+    return types.SimpleNamespace(input_ids=torch.cat(documents), position_ids=torch.cat([torch.arange(len(d)) for d in documents]),
+                                 cu_seqlens=torch.tensor(starts, dtype=torch.int32), max_seqlen=max(len(d) for d in documents),
+                                 rows=torch.tensor([start + i - 1 for start, i, _ in places], dtype=torch.int64),
+                                 targets=torch.tensor([int(d[i]) for _, i, d in places], dtype=torch.int64))
