@@ -208,7 +208,7 @@ def _decode(content):
 
 
 def _read_jsonl(content):
-    for number, line in enumerate(content.split(b"\n"), 1):  # not splitlines: that also splits within texts, at U+2028
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -370,8 +370,9 @@ def _render(record, tokenizer, ends, supervise):
     if supervise == "all":
         answers = spans = [(0, len(text))]
     if not spans:
-        raise ValueError("the chat template shows no assistant turn of this chat as the model would write it after its prompt, so it "
-                         "cannot be said which tokens to supervise; give another template (data.chat_template=FILE), or set data.supervise=all")
+        raise ValueError("the chat template shows no assistant turn of this chat as the model would write it after its prompt, so "
+                         "it cannot be said which tokens to supervise; give another template (data.chat_template=FILE), or set "
+                         "data.supervise=all")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -523,7 +524,7 @@ def prompts(cfg, tokenizer, eval_records=None):
                 raise record
             prompt = _prompt(record, tokenizer, ends)
             if len(prompt["ids"]) > cfg.data.max_length:
-                raise ValueError(f"the prompt's {len(prompt['ids'])} tokens are more than data.max_length={cfg.data.max_length}; shorten it")
+                raise ValueError(f"the prompt's {len(prompt['ids'])} tokens exceed data.max_length={cfg.data.max_length}; shorten it")
         except ValueError as error:
             if source:
                 raise ValueError(f"{name}: {error}") from error

@@ -25,14 +25,14 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
         {"role": "user", "content": "And of Peru?"}, {"role": "assistant", "content": "Lima."}]
 
 
-def make_tokenizer(template=CHATML, eos="<|im_end|>", bos=None, adds_bos=False, merges=(), stretched=()):
+def make_tokenizer(template=CHATML, eos="<|im_end|>", bos=None, adds_bos=False, merges=(), stretched=(), extra=()):
     """Byte-level BPE: a token a byte, the `merges` on top, the special tokens first; `stretched` ones take in the space behind them."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: i for i, piece in enumerate(SPECIAL + letters + ["".join(pair) for pair in merges])}
+    vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *extra] + letters + ["".join(pair) for pair in merges])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False, rstrip=text in stretched) for text in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False, rstrip=text in stretched) for text in [*SPECIAL, *extra]])
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, chat_template=template)
@@ -103,6 +103,13 @@ def test_a_token_that_straddles_the_start_of_an_answer_is_the_prompts():
     tokenizer = make_tokenizer(merges=[("Ċ", "Ċ")])  # two line breaks are one token
     rows = tokenized([{"prompt": "q", "completion": "\n\n yes"}], tokenizer)
     assert spans_of(rows, 0, tokenizer) == ["\n yes<|im_end|>"]
+
+
+def test_offsets_that_leave_out_white_space_move_no_mask():
+    tokenizer = make_tokenizer(CHATML.replace("\n{{", " {{").replace("assistant\n", "assistant "))
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # the prompt's last space then lies where the answer begins
+    rows = tokenized([{"messages": CHAT}], tokenizer)
+    assert spans_of(rows, 0, tokenizer) == ["Paris.<|im_end|>", "Lima.<|im_end|>"]
 
 
 def test_a_terminator_that_swallows_the_line_break_behind_it_is_supervised():
@@ -200,10 +207,18 @@ def test_a_chat_without_a_template_is_refused_with_the_remedy():
 
 
 def test_an_end_that_is_not_encoded_as_its_token_is_refused_by_row():
-    merged = make_tokenizer("{% for m in messages %}{{ m.role }} {{ m.content }}{{ '.' if m.content.endswith('?') else '<|im_end|>' }}\n{% endfor %}"
-                            "{% if add_generation_prompt %}assistant {% endif %}")
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: "):
-        tokenized([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b?"}], merged)
+    tokenizer = make_tokenizer(extra=["!<|im_end|>"])  # swallows the terminator of an answer that ends with an exclamation mark
+    pair = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b!"}]
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: the end of an assistant turn, '<\|im_end\|>', is not encoded"):
+        tokenized(pair, tokenizer)
+    assert tokenized(pair, tokenizer, bad_rows="skip").digest == tokenized(pair[:1], tokenizer).digest
+    assert tokenized(pair, tokenizer, supervise="all").counts["rows"] == 2
+
+
+def test_a_turn_that_ends_otherwise_than_turns_do_is_left_out_and_counted():
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", "{{ '</s>' if m.tool_calls else '<|im_end|>' }}"))
+    rows = tokenized([{"messages": CHAT[1:2] + [{"role": "assistant", "tool_calls": [{}]}, {"role": "tool", "content": "x"}, CHAT[2]]}], tokenizer)
+    assert spans_of(rows, 0, tokenizer) == ["Paris.<|im_end|>"] and rows.counts["turns_unsupervised"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
