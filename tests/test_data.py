@@ -25,14 +25,15 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
         {"role": "user", "content": "And of Peru?"}, {"role": "assistant", "content": "Lima."}]
 
 
-def make_tokenizer(template=CHATML, eos="<|im_end|>", bos=None, adds_bos=False, merges=(), stretched=(), extra=()):
-    """Byte-level BPE: a token a byte, the `merges` on top, the special tokens first; `stretched` ones take in the space behind them."""
+def make_tokenizer(template=CHATML, eos="<|im_end|>", bos=None, adds_bos=False, merges=(), stretched=(), reaching=(), extra=()):
+    """Byte-level BPE: a token a byte, the `merges` on top, the special tokens first; `stretched` ones take in the
+    space behind them, `reaching` ones the space before."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *extra] + letters + ["".join(pair) for pair in merges])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False, rstrip=text in stretched) for text in [*SPECIAL, *extra]])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False, rstrip=text in stretched, lstrip=text in reaching) for text in [*SPECIAL, *extra]])
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, chat_template=template)
@@ -213,11 +214,13 @@ def test_an_end_that_is_not_encoded_as_its_token_is_refused_by_row():
         tokenized(pair, tokenizer)
     assert tokenized(pair, tokenizer, bad_rows="skip").digest == tokenized(pair[:1], tokenizer).digest
     assert tokenized(pair, tokenizer, supervise="all").counts["rows"] == 2
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: the end of an assistant turn"):  # begins before the empty answer, with the prompt's line break
+        tokenized([{"prompt": "a", "completion": ""}], make_tokenizer(reaching=["<|im_end|>"]))
 
 
 def test_a_turn_that_ends_otherwise_than_turns_do_is_left_out_and_counted():
     tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", "{{ '</s>' if m.tool_calls else '<|im_end|>' }}"))
-    rows = tokenized([{"messages": CHAT[1:2] + [{"role": "assistant", "tool_calls": [{}]}, {"role": "tool", "content": "x"}, CHAT[2]]}], tokenizer)
+    rows = tokenized([{"messages": CHAT[1:2] + [{"role": "assistant", "content": "Let me look.", "tool_calls": [{}]}, {"role": "tool", "content": "x"}, CHAT[2]]}], tokenizer)
     assert spans_of(rows, 0, tokenizer) == ["Paris.<|im_end|>"] and rows.counts["turns_unsupervised"] == 1
 
 
@@ -523,11 +526,11 @@ def test_prompts_of_rows_end_where_the_answer_begins(tmp_path):
 def test_prompts_come_from_a_file_of_lines_or_rows(tmp_path):
     tokenizer = make_tokenizer()
     lines = write(tmp_path / "p.txt", "\ufeffWho?\n\n  Why?\r\n")
-    rows = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, [{"prompt": "Who?"}, {"messages": CHAT[:2]}, {"messages": CHAT}])))
+    rows = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, [{"prompt": "Who?"}, {"messages": CHAT[2:4]}, {"messages": CHAT}])))
     read = lambda path: data.prompts(config.from_dict({"eval": dict(prompts=path, samples=1)}), tokenizer)  # noqa: E731
     assert [p["prompt"] for p in read(lines)] == ["Who?", "Why?"]
     assert tokenizer.decode(read(lines)[0]["ids"]) == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
-    assert [(p["prompt"], p["reference"]) for p in read(rows)] == [("Who?", ""), ("Capital of France?", ""), ("And of Peru?", "Lima.")]
+    assert [(p["prompt"], p["reference"]) for p in read(rows)] == [("Who?", ""), ("And of Peru?", ""), ("And of Peru?", "Lima.")]
     for content, message in ((b"ok\n\xff\n", r"q\.txt:2: not UTF-8"), (b"x" * 3000, r"q\.txt:1: .*data\.max_length=2048")):
         with pytest.raises(ValueError, match=message):
             read(write(tmp_path / "q.txt", content))
