@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import fused
+import kernels
 import quant
 
 ATTENTION = "rawlora_packed"  # our name in transformers' registry of attention functions
@@ -122,7 +124,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         nll, correct = [], []
         for start in range(0, len(hidden), chunk):
             h, target = hidden[start:start + chunk], targets[start:start + chunk]
-            logits = (h @ head.T if bias is None else torch.addmm(bias, h, head.T))
+            logits = h @ head.T if bias is None else torch.addmm(bias, h, head.T)
+            if kernels.on_gpu(logits):  # the same in two passes over the logits, which become their gradient
+                chunk_nll, chunk_correct = kernels.cross_entropy(logits, target, softcap, grad is not None)
+                nll.append(chunk_nll)
+                correct.append(chunk_correct)
+                if grad is not None:
+                    torch.mm(logits, head, out=grad[start:start + chunk])
+                continue
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if softcap:
                 capped = torch.tanh(logits / softcap)
@@ -152,6 +161,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def hidden_states(network, batch):
     """The last hidden states (T, width) of a packed data.MicroBatch on the network's device."""
+    network.adapter_memory.refresh()
     out = network.get_decoder()(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
                                 cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, use_varlen=network.use_varlen)
     return out.last_hidden_state[0]
@@ -266,10 +276,12 @@ def load(config, device):
     for parameter in adapters(network).values():
         parameter.requires_grad_(True)
     draw_adapters(network, config.train.seed)
+    network.adapter_memory = AdapterMemory(network, dtype)
     keep_dequantized(network, config.memory.keep_dequantized, dtype)
     network.loss_chunk = config.memory.loss_chunk
     network.use_varlen = varlen_works(device, dtype) if config.model.attention == "auto" else config.model.attention == "varlen"
     use_attention(network, ATTENTION)
+    network.fused_layers = fused.install(network, network.adapter_memory, packed_attention) if config.memory.fused else 0
     return network.train()
 
 
@@ -320,6 +332,10 @@ def free_memory(device):
 def keep_dequantized(network, wish, dtype):
     """Keep dequantised copies of all quantised weights: asked for, or (auto) where they take a quarter of the free memory at most."""
     weights = [module for module in network.modules() if isinstance(module, quant.FrozenWeight)]
+    for weight in weights:
+        if isinstance(weight, quant.PlainWeight):
+            weight.keep(dtype)
+    weights = [weight for weight in weights if not isinstance(weight, quant.PlainWeight)]
     size = sum(weight.in_features * weight.out_features * dtype.itemsize for weight in weights)
     if wish == "yes" or wish == "auto" and size < free_memory(network.device) / 4:
         for weight in weights:
@@ -332,20 +348,22 @@ def recompute(network, layers):
     Non-reentrant checkpointing (Chen et al. 2016): the gradients are the same, and frozen embeddings do not cut the graph.
     """
     for layer in network.get_decoder().layers[:layers]:
-        plain = type(layer).forward.__get__(layer)
+        plain = layer.forward
         layer.forward = lambda *args, plain=plain, **kwargs: checkpoint(plain, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
 
 def adapters(network):
-    """{PEFT's name: parameter} of every adapter matrix, in the network's order: ...q_proj.lora_A.weight (r, in), ...lora_B.weight (out, r)."""
-    found = {}
+    """{PEFT's name: parameter} of every adapter matrix: ...q_proj.lora_A.weight (r, in), ...q_proj.lora_B.weight (out, r).
+
+    In the network's order, but of each block (self_attn, mlp) first every A, then every B: fused.Group counts on neighbours.
+    """
+    blocks = {}
     for name, module in network.named_modules():
         if isinstance(module, AdaptedLinear) and module.r:
-            found[f"{PEFT_PREFIX}{name}.lora_A.weight"] = module.lora_A
-            found[f"{PEFT_PREFIX}{name}.lora_B.weight"] = module.lora_B
-    return found
+            blocks.setdefault(name.rpartition(".")[0], []).append((f"{PEFT_PREFIX}{name}", module))
+    return {f"{name}.{matrix}.weight": getattr(module, matrix) for modules in blocks.values() for matrix in ("lora_A", "lora_B") for name, module in modules}
 
 
 @torch.no_grad()
@@ -360,21 +378,38 @@ def draw_adapters(network, seed):
             parameter.zero_()
 
 
-def flatten(parameters):
-    """Move parameters into one buffer: (flat parameter (n,) with its .grad, for the optimizer).
+class AdapterMemory:
+    """Every adapter matrix in one buffer: `flat`, the parameter that the optimizer sees, with its gradient, and a working copy.
 
-    Each parameter and its .grad become views of it, so that clipping, the norm and AdamW are one kernel each.
+    The matrices and their .grad become views of `flat` and flat.grad, so that clipping, norm and AdamW are one kernel each. The working
+    copy holds them in the compute dtype; `refresh` makes it anew, and every forward pass begins with that.
     """
-    parameters = list(parameters)
-    flat = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for parameter in parameters:
-        end = start + parameter.numel()
-        parameter.data = flat.data[start:end].view_as(parameter)
-        parameter.grad = flat.grad[start:end].view_as(parameter)
-        start = end
-    return flat
+
+    def __init__(self, network, dtype):
+        parameters = list(adapters(network).values())
+        self.flat = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
+        self.flat.grad = torch.zeros_like(self.flat)
+        self.working = self.flat.data if dtype == self.flat.dtype else torch.empty_like(self.flat, dtype=dtype)
+        self.places, start = {}, 0
+        for parameter in parameters:
+            place = self.places[parameter] = slice(start, start := start + parameter.numel())
+            parameter.data = self.flat.data[place].view_as(parameter)
+            parameter.grad = self.flat.grad[place].view_as(parameter)
+        for module in network.modules():
+            if isinstance(module, AdaptedLinear) and module.r:
+                module.working_B = self.working[self.places[module.lora_B]].view_as(module.lora_B)
+
+    def refresh(self):
+        """Bring the working copy up to date with the weights."""
+        if self.working.dtype != self.flat.dtype:
+            self.working.copy_(self.flat.detach())
+
+    def together(self, parameters):
+        """(working copy, gradient) of neighbouring matrices of equal width as one: (sum of rows, width) each."""
+        places = [self.places[parameter] for parameter in parameters]
+        assert all(left.stop == right.start for left, right in zip(places, places[1:]))
+        whole = slice(places[0].start, places[-1].stop)
+        return self.working[whole].view(-1, parameters[0].shape[1]), self.flat.grad[whole].view(-1, parameters[0].shape[1])
 
 
 @torch.no_grad()
@@ -441,6 +476,6 @@ def memory_table(network):
         part = "adapters" if parameter.requires_grad else "embeddings and head" if id(parameter) in embeddings else "projections" if id(parameter) in storage else "norms and biases"
         count(part, parameter)
     for module in network.modules():
-        if isinstance(module, quant.FrozenWeight) and module.kept is not None:
+        if isinstance(module, quant.FrozenWeight) and module.kept is not None and not isinstance(module, quant.PlainWeight):
             count("dequantised copies", module.kept)
     return parts

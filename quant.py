@@ -10,8 +10,12 @@ Each keeps its storage as plain parameters without gradient, so that it can be m
 Leaves out: fp4, other block sizes, quantised optimizers. Of bitsandbytes it calls the quantise and dequantise operators only;
 its Linear4bit loses gradients after an evaluation on some CPUs.
 """
+import functools
+
 import torch
 from torch import nn
+
+import kernels
 
 NF4_BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # block scales that share a scale, with double quantisation
@@ -34,9 +38,18 @@ class FrozenWeight(nn.Module):
         """Keep a dequantised copy (out, in) in `dtype`: later calls skip the dequantisation, the arithmetic stays the same."""
         self.kept = self.dequantize(dtype)
 
-    def dequantize(self, dtype):
-        """The weight as (out_features, in_features) in `dtype`, freshly computed or the kept copy (not to be written to)."""
-        return self.kept if self.kept is not None and self.kept.dtype == dtype else self._dequantize(dtype)
+    def share(self, kept):
+        """Take `kept`, equal to the copy kept so far, in its place: a part of a larger tensor."""
+        self.kept = kept
+
+    def dequantize(self, dtype, out=None):
+        """The weight as (out_features, in_features) in `dtype`: the kept copy (not to be written to), or computed, into `out` where given."""
+        if self.kept is not None and self.kept.dtype == dtype:
+            return self.kept if out is None else out.copy_(self.kept)
+        if out is None:
+            out = torch.empty(self.out_features, self.in_features, device=next(self.parameters()).device, dtype=dtype)
+        self._dequantize(out)
+        return out
 
     def matmul(self, x):
         """x W^T: (..., in_features) -> (..., out_features), in x's dtype."""
@@ -48,11 +61,14 @@ class PlainWeight(FrozenWeight):
         super().__init__(weight.shape)
         self.store(plain=weight)
 
-    def _dequantize(self, dtype):
-        return self.plain.to(dtype)
+    def _dequantize(self, out):
+        out.copy_(self.plain)
 
     def keep(self, dtype):
-        """Nothing to do: the weight is not quantised."""
+        self.kept = self.plain.data
+
+    def share(self, kept):
+        self.kept = self.plain.data = kept
 
 
 class Int8Weight(FrozenWeight):
@@ -64,8 +80,11 @@ class Int8Weight(FrozenWeight):
         q = torch.round(weight.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).to(torch.int8)
         self.store(q=q, scale=scale)  # (out, in) int8, (out,) fp32
 
-    def _dequantize(self, dtype):
-        return (self.q.to(torch.float32) * self.scale[:, None]).to(dtype) if dtype == torch.float32 else self.q.to(dtype) * self.scale[:, None].to(dtype)
+    def _dequantize(self, out):
+        if kernels.on_gpu(out):
+            kernels.int8_dequantize(self, out)
+        else:
+            torch.mul(self.q.to(out.dtype), self.scale[:, None].to(out.dtype), out=out)
 
 
 class LLMInt8Weight(FrozenWeight):
@@ -82,8 +101,8 @@ class LLMInt8Weight(FrozenWeight):
         self.store(q=q, row_max=row_max)  # (out, in) int8, (out,) fp32: W = q * row_max / 127
         self.threshold = threshold
 
-    def _dequantize(self, dtype):
-        return (self.q.to(torch.float32) * (self.row_max / 127)[:, None]).to(dtype)
+    def _dequantize(self, out):
+        out.copy_(self.q.to(torch.float32) * (self.row_max / 127)[:, None])
 
     def matmul(self, x):
         x_td = x.reshape(-1, self.in_features)
@@ -118,17 +137,20 @@ class NF4Weight(FrozenWeight):
             return self.scales
         return torch.ops.bitsandbytes.dequantize_blockwise(self.scale_codes, self.scale_scales, self.scale_codebook, SCALE_BLOCK, torch.float32) + self.scale_offset
 
-    def _dequantize(self, dtype):
-        # bitsandbytes' AVX-512 code returns wrong values for rows that are not whole blocks
-        if self.packed.device.type == "cpu" and self.in_features % NF4_BLOCK:
-            return nf4_dequantize(self.packed, self.block_scales(), (self.out_features, self.in_features)).to(dtype)
-        return torch.ops.bitsandbytes.dequantize_4bit(self.packed, self.block_scales(), NF4_BLOCK, "nf4", (self.out_features, self.in_features), dtype)
+    def _dequantize(self, out):
+        if kernels.on_gpu(out):
+            kernels.nf4_dequantize(self, nf4_codebook(out.device), out)
+        elif self.in_features % NF4_BLOCK:  # bitsandbytes' AVX-512 code returns wrong values for rows that are not whole blocks
+            out.copy_(nf4_dequantize(self.packed, self.block_scales(), (self.out_features, self.in_features)))
+        else:
+            torch.ops.bitsandbytes.dequantize_4bit.out(self.packed, self.block_scales(), NF4_BLOCK, "nf4", (self.out_features, self.in_features), out.dtype, out=out)
 
 
-def nf4_codebook():
+@functools.cache
+def nf4_codebook(device=torch.device("cpu")):
     """The 16 values of NF4, fp32 (16,): Dettmers et al. 2023, appendix E. Code 0 is -1, code 7 is 0, code 15 is 1."""
     import bitsandbytes.functional as bnb
-    return bnb.get_4bit_type("nf4", device="cpu")
+    return bnb.get_4bit_type("nf4", device=device)
 
 
 def nf4_dequantize(packed, scales, shape):
@@ -137,7 +159,7 @@ def nf4_dequantize(packed, scales, shape):
     packed: uint8 (n/2, 1); scales: fp32 (n/64,); returns fp32 of `shape` (n elements, any width).
     """
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(-1)
-    values = nf4_codebook().to(packed.device)[codes.long()]
+    values = nf4_codebook(packed.device)[codes.long()]
     blocks = torch.arange(len(codes), device=packed.device) // NF4_BLOCK
     return (values * scales[blocks])[:shape.numel() if hasattr(shape, "numel") else shape[0] * shape[1]].reshape(shape)
 

@@ -1,0 +1,269 @@
+"""GPU kernels that a profile proved worth it, each with its slow twin in plain torch as oracle.
+
+Every public function here chooses: the Triton kernel on a GPU, the twin elsewhere. The twins are the definition; tests hold the
+two together. (With TRITON_INTERPRET=1 in the environment Triton itself runs the kernels on a CPU, for tests.)
+Leaves out: matrix products and attention, which cuBLAS and torch's own kernels do.
+"""
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch comes without it
+    triton = None
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_gpu(tensor):
+    """Whether Triton kernels serve for this tensor."""
+    return triton is not None and (tensor.is_cuda or INTERPRET)
+
+
+# ------------------------------------------------------------------------------------------------- the slow twins
+
+def rms_norm_twin(x, weight, eps):
+    """(T, D) -> ((T, D) x / rms(x) * weight, fp32 (T,) 1 / rms): Zhang and Sennrich 2019, eq. 4, rounded as transformers' Llama does."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rstd = torch.rsqrt(x.to(wide).pow(2).mean(-1) + eps)
+    return weight * (x.to(wide) * rstd[:, None]).to(x.dtype), rstd
+
+
+def rms_norm_backward_twin(grad, x, weight, rstd, grad_residual):
+    """d loss / d x (T, D) of rms_norm for a frozen weight, plus the gradient that reached x along the residual path."""
+    wide = rstd.dtype
+    g, x_hat = (grad * weight).to(wide), x.to(wide) * rstd[:, None]
+    return (rstd[:, None] * (g - x_hat * (g * x_hat).mean(-1, keepdim=True)) + grad_residual.to(wide)).to(x.dtype)
+
+
+def rotate_twin(heads, cos, sin):
+    """Rotary embedding of (T, H, d) by cos, sin (T, d/2), halves as in Llama's code: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    a, b = heads.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(torch.promote_types(cos.dtype, heads.dtype)), sin[:, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
+
+
+def swiglu_twin(gate_up):
+    """(T, 2I) -> (T, I): silu(gate) * up (Shazeer 2020, section 2)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def swiglu_backward_twin(grad, gate_up):
+    """((T, 2I) d loss / d gate_up, (T, I) silu(gate) * up again) for the gradient (T, I) of swiglu's output."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    gate, up = (half.to(wide) for half in gate_up.chunk(2, dim=-1))
+    sigmoid, g = torch.sigmoid(gate), grad.to(wide)
+    silu = gate * sigmoid
+    return torch.cat((g * up * (sigmoid + silu * (1 - sigmoid)), g * silu), dim=-1).to(grad.dtype), (silu * up).to(grad.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- the kernels
+
+if triton is not None:
+    @triton.jit
+    def _rms_norm(x, weight, out, rstd, width, eps, WIDTH: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, WIDTH)
+        inside = columns < width
+        values = tl.load(x + row * width + columns, mask=inside, other=0).to(tl.float32)
+        r = 1 / tl.sqrt(tl.sum(values * values) / width + eps)
+        tl.store(rstd + row, r)
+        normed = (values * r).to(out.dtype.element_ty)
+        tl.store(out + row * width + columns, normed * tl.load(weight + columns, mask=inside, other=0), mask=inside)
+
+    @triton.jit
+    def _rms_norm_backward(grad, x, weight, rstd, grad_residual, out, width, WIDTH: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, WIDTH)
+        inside = columns < width
+        at = row * width + columns
+        g = (tl.load(grad + at, mask=inside, other=0) * tl.load(weight + columns, mask=inside, other=0)).to(tl.float32)
+        r = tl.load(rstd + row)
+        x_hat = tl.load(x + at, mask=inside, other=0).to(tl.float32) * r
+        dx = r * (g - x_hat * (tl.sum(g * x_hat) / width)) + tl.load(grad_residual + at, mask=inside, other=0).to(tl.float32)
+        tl.store(out + at, dx.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _rotate(source, source_row, source_head, target, target_row, target_head, cos, sin, heads, HALF: tl.constexpr, HEADS: tl.constexpr, SIGN: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        head = tl.arange(0, HEADS)[:, None]
+        column = tl.arange(0, HALF)[None, :]
+        inside = (head < heads) & (column < HALF)
+        c = tl.load(cos + row * HALF + column).to(tl.float32)
+        s = SIGN * tl.load(sin + row * HALF + column).to(tl.float32)
+        first = source + row * source_row + head * source_head + column
+        a = tl.load(first, mask=inside, other=0).to(tl.float32)
+        b = tl.load(first + HALF, mask=inside, other=0).to(tl.float32)
+        out = target + row * target_row + head * target_head + column
+        tl.store(out, (a * c - b * s).to(target.dtype.element_ty), mask=inside)
+        tl.store(out + HALF, (b * c + a * s).to(target.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _swiglu(gate_up, out, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0)
+        tl.store(out + row * width + column, (gate * tl.sigmoid(gate)).to(out.dtype.element_ty) * up, mask=inside)
+
+    @triton.jit
+    def _swiglu_backward(grad, gate_up, grad_gate_up, act, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        g = tl.load(grad + row * width + column, mask=inside, other=0).to(tl.float32)
+        gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        kind = grad_gate_up.dtype.element_ty
+        tl.store(grad_gate_up + row * 2 * width + column, (g * up * (sigmoid + silu * (1 - sigmoid))).to(kind), mask=inside)
+        tl.store(grad_gate_up + row * 2 * width + width + column, (g * silu).to(kind), mask=inside)
+        tl.store(act + row * width + column, (silu * up).to(kind), mask=inside)
+
+    @triton.jit
+    def _nf4(packed, codebook, codes, code_scales, scale_codebook, offset, scales, out, total, NESTED: tl.constexpr, BLOCKS: tl.constexpr):
+        block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # of 64 weights in 32 bytes
+        real = block * 64 < total
+        if NESTED:
+            code = tl.load(codes + block, mask=real, other=0).to(tl.int32)
+            scale = tl.load(scale_codebook + code) * tl.load(code_scales + block // 256, mask=real, other=0) + tl.load(offset)
+        else:
+            scale = tl.load(scales + block, mask=real, other=0)
+        byte = tl.load(packed + block[:, None] * 32 + tl.arange(0, 32)[None, :], mask=real[:, None], other=0).to(tl.int32)
+        high = tl.load(codebook + (byte >> 4)) * scale[:, None]
+        low = tl.load(codebook + (byte & 15)) * scale[:, None]
+        both = tl.interleave(high, low).to(out.dtype.element_ty)
+        tl.store(out + block[:, None] * 64 + tl.arange(0, 64)[None, :], both, mask=real[:, None])
+
+    @triton.jit
+    def _int8(q, scale, out, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        kind = out.dtype.element_ty
+        tl.store(out + row * width + column, tl.load(q + row * width + column, mask=inside, other=0).to(kind) * tl.load(scale + row).to(kind), mask=inside)
+
+    @triton.jit
+    def _cross_entropy(logits, row_stride, targets, nll, correct, softcap, width: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        line = logits + row * row_stride
+        target = tl.load(targets + row)
+        largest, total, best, best_at = -float("inf"), 0.0, -float("inf"), 0
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            z = tl.load(line + column, mask=column < width, other=-float("inf")).to(tl.float32)
+            if CAP:
+                z = tl.where(column < width, softcap * (2 * tl.sigmoid(2 * z / softcap) - 1), -float("inf"))
+            top = tl.max(z)
+            at = start + tl.argmax(z, 0)
+            best_at = tl.where(top > best, at, best_at)
+            best = tl.maximum(best, top)
+            higher = tl.maximum(largest, top)
+            total = total * tl.exp(largest - higher) + tl.sum(tl.exp(z - higher))
+            largest = higher
+        log_z = largest + tl.log(total)
+        real = target >= 0
+        chosen = tl.load(line + tl.maximum(target, 0)).to(tl.float32)
+        if CAP:
+            chosen = softcap * (2 * tl.sigmoid(2 * chosen / softcap) - 1)
+        tl.store(nll + row, tl.where(real, log_z - chosen, 0.0))
+        tl.store(correct + row, (best_at == target) & real)
+        if GRAD:
+            for start in range(0, width, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                z = tl.load(line + column, mask=column < width, other=-float("inf")).to(tl.float32)
+                slope = 1.0
+                if CAP:
+                    tanh = 2 * tl.sigmoid(2 * z / softcap) - 1
+                    z = softcap * tanh
+                    slope = 1 - tanh * tanh
+                d = (tl.exp(z - log_z) - tl.where(column == target, 1.0, 0.0)) * slope
+                tl.store(line + column, tl.where(real, d, 0.0).to(logits.dtype.element_ty), mask=column < width)
+
+
+# ------------------------------------------------------------------------------------- what the rest of the project calls
+
+def rms_norm(x, weight, eps):
+    """See rms_norm_twin."""
+    if not on_gpu(x):
+        return rms_norm_twin(x, weight, eps)
+    out, rstd = torch.empty_like(x), torch.empty(len(x), device=x.device, dtype=torch.float32)
+    width = triton.next_power_of_2(x.shape[1])
+    _rms_norm[(len(x),)](x, weight, out, rstd, x.shape[1], eps, width, num_warps=warps(width))
+    return out, rstd
+
+
+def rms_norm_backward(grad, x, weight, rstd, grad_residual):
+    """See rms_norm_backward_twin."""
+    if not on_gpu(x):
+        return rms_norm_backward_twin(grad, x, weight, rstd, grad_residual)
+    out, width = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
+    _rms_norm_backward[(len(x),)](grad.contiguous(), x, weight, rstd, grad_residual.contiguous(), out, x.shape[1], width, num_warps=warps(width))
+    return out
+
+
+def warps(width):
+    return 4 if width <= 2048 else 8 if width <= 8192 else 16
+
+
+def rotate(heads, cos, sin, out=None, inverse=False):
+    """Rotary embedding of (T, H, d), any strides over T and H, by cos and sin (T, d/2); into `out`, which may be `heads` itself."""
+    if out is None:
+        out = torch.empty(heads.shape, device=heads.device, dtype=heads.dtype)
+    if not on_gpu(heads):
+        return out.copy_(rotate_twin(heads, cos, -sin if inverse else sin))
+    T, H, d = heads.shape
+    _rotate[(T,)](heads, heads.stride(0), heads.stride(1), out, out.stride(0), out.stride(1), cos, sin, H, d // 2, triton.next_power_of_2(H), -1 if inverse else 1)
+    return out
+
+
+def swiglu(gate_up):
+    """See swiglu_twin."""
+    if not on_gpu(gate_up):
+        return swiglu_twin(gate_up)
+    T, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(T, width, device=gate_up.device, dtype=gate_up.dtype)
+    _swiglu[(T, triton.cdiv(width, 1024))](gate_up, out, width, 1024)
+    return out
+
+
+def swiglu_backward(grad, gate_up):
+    """See swiglu_backward_twin. The second result takes the place of `grad`, which is overwritten."""
+    if not on_gpu(gate_up):
+        return swiglu_backward_twin(grad, gate_up)
+    T, width = grad.shape
+    out = torch.empty_like(gate_up)
+    _swiglu_backward[(T, triton.cdiv(width, 1024))](grad, gate_up, out, grad, width, 1024)
+    return out, grad
+
+
+def nf4_dequantize(weight, codebook, out):
+    """Dequantise a quant.NF4Weight into `out` (out_features, in_features), contiguous: block scales and values in one pass."""
+    total, blocks = out.numel(), 64
+    if weight.double_quant:
+        _nf4[(triton.cdiv(total, 64 * blocks),)](weight.packed, codebook, weight.scale_codes, weight.scale_scales, weight.scale_codebook, weight.scale_offset, weight.scale_codes, out, total, True, blocks)
+    else:
+        _nf4[(triton.cdiv(total, 64 * blocks),)](weight.packed, codebook, weight.scales, weight.scales, weight.scales, weight.scales, weight.scales, out, total, False, blocks)
+    return out
+
+
+def int8_dequantize(weight, out):
+    """Dequantise a quant.Int8Weight into `out` (out_features, in_features), contiguous."""
+    _int8[(out.shape[0], triton.cdiv(out.shape[1], 1024))](weight.q, weight.scale, out, out.shape[1], 1024)
+    return out
+
+
+def cross_entropy(logits, targets, softcap, with_grad):
+    """(nll fp32 (S,), correct bool (S,)) of logits (S, vocabulary) in 16 or 32 bits against targets int64 (S,), -100: none.
+
+    With `with_grad` the logits are overwritten by d sum(nll) / d logits. Two passes over the logits and nothing beside them.
+    """
+    S, width = logits.shape
+    nll, correct = torch.empty(S, device=logits.device), torch.empty(S, device=logits.device, dtype=torch.bool)
+    _cross_entropy[(S,)](logits, logits.stride(0), targets, nll, correct, softcap or 1.0, width, bool(softcap), with_grad, 4096, num_warps=8)
+    return nll, correct
