@@ -9,9 +9,11 @@ collected and reported in one message before anything else happens. Leaves out: 
 """
 import dataclasses
 import json
+import logging
 import math
 import pathlib
 import sys
+import textwrap
 import typing
 from dataclasses import dataclass
 
@@ -62,7 +64,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Train:
-    seed: int = key(0, "seed of the data order, the adapters' start and dropout", low=0)
+    seed: int = key(0, "seed of the data order, the adapters' start and dropout", low=0, high=2**63 - 1)
     micro_batch_size: int = key(2, "samples a micro-batch; a step consumes micro_batch_size x accumulation samples, however they are packed", low=1)
     accumulation: int = key(16, "micro-batches a step", low=1)
     max_steps: int = key(2000, "optimizer steps; 0: as many as epochs asks for", low=0)
@@ -110,6 +112,7 @@ class Memory:
     max_tokens: int = key(0, "tokens packed into one micro-batch at most; 0: chosen from the device", low=0)
     checkpoint_layers: int = key(-1, "decoder layers whose activations are recomputed in the backward pass; -1: chosen from the device", low=-1)
     loss_chunk: int = key(1024, "supervised tokens whose logits exist at one time", low=1)
+    fused: bool = key(True, "fast path for Llama-shaped layers; false: transformers' own layers, the slow twin")
     keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; auto: where a quarter of the free memory holds them", choices=("auto", "yes", "no"))
 
 
@@ -154,7 +157,7 @@ def _typed(value, kind, text):
         except ValueError:
             pass
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
         raise ValueError(f"must be {names[kind]}, got {json.dumps(value)}")
@@ -171,13 +174,13 @@ def _in_bounds(value, rule):
             raise ValueError(f"must be {sign} {rule[name]}, got {value}")
 
 
-def _points(name, points, errors, what, low):
-    """A schedule given as points: [[step, value], ...], steps whole and rising, values finite and >= low."""
-    good = all(isinstance(p, list) and len(p) == 2 and type(p[0]) is int and type(p[1]) in (int, float) and math.isfinite(p[1]) for p in points)
+def _points(name, points, errors, what, kinds, low):
+    """A schedule given as points: [[step, value], ...], steps whole and rising, values finite, of `kinds` and >= low."""
+    good = all(isinstance(p, list) and len(p) == 2 and type(p[0]) is int and type(p[1]) in kinds and math.isfinite(p[1]) for p in points)
     if not good:
         errors.append(f"{name}: must be a list of [step, {what}] pairs, got {json.dumps(points)}")
-    elif [p[0] for p in points] != sorted({p[0] for p in points}):
-        errors.append(f"{name}: steps must rise from point to point, got {[p[0] for p in points]}")
+    elif [p[0] for p in points] != sorted({p[0] for p in points}) or points and points[0][0] < 0:
+        errors.append(f"{name}: steps must be >= 0 and rise from point to point, got {[p[0] for p in points]}")
     elif any(p[1] < low for p in points):
         errors.append(f"{name}: {what} must be >= {low}, got {json.dumps(points)}")
 
@@ -187,31 +190,33 @@ def _contradictions(c, errors):
     if (c.train.max_steps > 0) == (c.train.epochs > 0):
         errors.append("train.max_steps, train.epochs: exactly one must be above 0; set the other to 0")
     if c.schedule.lr_min > c.schedule.learning_rate:
-        errors.append(f"schedule.lr_min: the floor {c.schedule.lr_min:g} lies above the peak schedule.learning_rate {c.schedule.learning_rate:g}; lower it")
+        errors.append(f"schedule.lr_min, schedule.learning_rate: the floor {c.schedule.lr_min:g} lies above the peak {c.schedule.learning_rate:g}; lower the floor")
     if c.schedule.lr_kind == "points" and not c.schedule.lr_points:
-        errors.append("schedule.lr_points: schedule.lr_kind is points, so give at least one [step, factor]")
+        errors.append("schedule.lr_points, schedule.lr_kind: the kind is points, so give at least one [step, factor]")
     if c.schedule.lr_points and c.schedule.lr_kind != "points":
-        errors.append(f"schedule.lr_points: only read where schedule.lr_kind is points (it is {c.schedule.lr_kind}); set that or remove the points")
-    _points("schedule.lr_points", c.schedule.lr_points, errors, "factor", 0)
-    _points("schedule.batch_points", c.schedule.batch_points, errors, "samples", 1)
-    if any(type(p[1]) is not int for p in c.schedule.batch_points if isinstance(p, list) and len(p) == 2):
-        errors.append("schedule.batch_points: samples must be whole numbers")
+        errors.append(f"schedule.lr_points, schedule.lr_kind: points are only read where the kind is points (it is {c.schedule.lr_kind}); set that or remove them")
+    if c.schedule.lr_decay_steps and c.schedule.lr_kind != "wsd":
+        errors.append(f"schedule.lr_decay_steps, schedule.lr_kind: only read where the kind is wsd (it is {c.schedule.lr_kind}); set that or 0")
+    _points("schedule.lr_points", c.schedule.lr_points, errors, "factor", (int, float), 0)
+    _points("schedule.batch_points", c.schedule.batch_points, errors, "whole number of samples", (int,), 1)
     if c.schedule.clip_percentile and not c.schedule.clip_norm:
-        errors.append("schedule.clip_percentile: needs schedule.clip_norm above 0 as its upper bound")
+        errors.append("schedule.clip_percentile, schedule.clip_norm: a percentile needs clip_norm above 0 as its upper bound")
+    if c.eval.patience and not c.eval.every_steps:
+        errors.append("eval.patience, eval.every_steps: early stopping needs evaluations during the run; set every_steps above 0, or patience to 0")
     if c.model.quant != "none" and c.model.compute_dtype == "fp64":
-        errors.append("model.compute_dtype: fp64 goes with model.quant none only")
+        errors.append(f"model.compute_dtype, model.quant: fp64 is for unquantised weights, not {c.model.quant}; set model.quant to none or choose bf16")
     if c.model.quant == "llm_int8" and c.model.compute_dtype == "fp32":
-        errors.append("model.compute_dtype: llm_int8 computes in 16 bits; choose bf16 or fp16")
+        errors.append("model.compute_dtype, model.quant: llm_int8 computes in 16 bits; choose bf16 or fp16")
     if c.model.attention == "varlen" and c.model.compute_dtype not in ("bf16", "fp16"):
-        errors.append("model.attention: varlen works in bf16 and fp16 only; choose documents or auto")
+        errors.append(f"model.attention, model.compute_dtype: varlen works in bf16 and fp16, not {c.model.compute_dtype}; choose documents or auto")
     if not c.lora.targets or not all(isinstance(t, str) and t for t in c.lora.targets):
         errors.append(f"lora.targets: must be a list of projection names, got {json.dumps(c.lora.targets)}")
     elif len(set(c.lora.targets)) < len(c.lora.targets):
         errors.append(f"lora.targets: a name stands twice in {json.dumps(c.lora.targets)}")
     elif "all-linear" in c.lora.targets and len(c.lora.targets) > 1:
         errors.append("lora.targets: all-linear stands alone or not at all")
-    for name in ("embed_tokens", "lm_head"):
-        if name in c.lora.targets:
+    for name in c.lora.targets:
+        if str(name).rpartition(".")[2] in ("embed_tokens", "lm_head"):
             errors.append(f"lora.targets: {name} cannot be adapted: embeddings and head stay frozen, so that the vocabulary stays the base model's; remove it")
     if not c.data.train:
         errors.append("data.train: name a file or a hub data set")
@@ -219,12 +224,13 @@ def _contradictions(c, errors):
         errors.append("model.path: name a folder or a hub model")
 
 
-def from_dict(tree, overrides=(), origin="configuration"):
+def from_dict(tree, overrides=(), origin="configuration", errors=()):
     """A Config from nested dictionaries and ("section.key", "text") overrides.
 
-    Raises ValueError with every error at once, one a line, each naming its key and what would be right.
+    Raises ValueError with every error at once (after the `errors` already found), one a line, each naming its key and
+    what would be right.
     """
-    errors, sections = [], {}
+    errors, sections = list(errors), {}
     if not isinstance(tree, dict):
         raise ValueError(f"{origin}: must be a JSON object with the sections {', '.join(SECTIONS)}, got {type(tree).__name__}")
     given = {}  # (section, key) -> (value, came as text)
@@ -236,6 +242,8 @@ def from_dict(tree, overrides=(), origin="configuration"):
         else:
             given.update({(section, name): (value, False) for name, value in values.items()})
     for dotted, value in overrides:
+        if [key for key, _ in overrides].count(dotted) > 1:
+            errors.append(f"--{dotted}: given twice on the command line; keep one")
         given[tuple(dotted.split(".", 1))] = (value, True)
     for section, kind in SECTIONS.items():
         fields, values = {f.name: f for f in dataclasses.fields(kind)}, {}
@@ -261,30 +269,29 @@ def from_dict(tree, overrides=(), origin="configuration"):
     _contradictions(config, contradictions)
     errors += [line for line in contradictions if not wrong & set(line.split(":")[0].split(", "))]
     if errors:
+        errors = list(dict.fromkeys(errors))
         raise ValueError(f"{origin}: {len(errors)} error{'s' * (len(errors) > 1)}\n" + "\n".join("  " + e for e in errors))
     return config
 
 
-def _no_duplicates(pairs):
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"the key {name!r} stands twice")
-    return dict(pairs)
-
-
 def read(path, overrides=()):
     """The Config of a JSON file. Raises ValueError naming the file, and the line where the JSON breaks."""
-    path = pathlib.Path(path)
+    path, twice = pathlib.Path(path), []
+
+    def collect(pairs):
+        names = [name for name, _ in pairs]
+        twice.extend(f"{name}: stands twice in one object; keep one" for name in dict.fromkeys(names) if names.count(name) > 1)
+        return dict(pairs)
+
     try:
-        tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
+        tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=collect)
     except OSError as error:
         raise ValueError(f"{path}: cannot read the configuration ({error.strerror}); the ones that come with rawlora are in {PROJECT / 'configs'}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except (UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return from_dict(tree, overrides, origin=str(path))
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, bottomless nesting
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return from_dict(tree, overrides, str(path), twice)
 
 
 def find(name):
@@ -303,31 +310,30 @@ def located(config):
     return from_dict(tree)
 
 
-def complain(error):
-    """Print an error to the user of a command and return the exit code: 2, bad configuration or input."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
 def command_line(argv, flags):
     """Split a command line into positional words, `flags` and --section.key=value overrides.
 
-    flags: {"name": default}; a flag with default False takes no value, one with default None may take one (--name or
-    --name=value, then True or the text), any other takes text. Returns (words, {flag: value}, [(key, text)]).
-    Raises ValueError for an option that is neither.
+    flags: {"name": default}; one with default "" takes a text (--name=text or --name text), one with default False takes
+    none, and one with default None may take one (--name is then True, --name=text the text).
+    Returns (words, {flag: value}, [(key, text)]). Raises ValueError for an option that is none of these.
     """
-    words, found, overrides = [], dict(flags), []
-    for arg in argv:
+    words, found, overrides, rest = [], dict(flags), [], list(argv)
+    while rest:
+        arg = rest.pop(0)
         name, equals, value = arg[2:].partition("=")
-        if not arg.startswith("--"):
+        if not arg.startswith("-"):
             words.append(arg)
-        elif name in flags:
+        elif name in flags and arg.startswith("--"):
             if flags[name] is False and equals:
                 raise ValueError(f"--{name} takes no value, got {arg}")
-            if flags[name] not in (False, None) and not value or flags[name] is None and equals and not value:
+            if flags[name] == "" and not equals and rest and not rest[0].startswith("--"):
+                equals, value = " ", rest.pop(0)
+            if not value and (equals or flags[name] == ""):
                 raise ValueError(f"--{name} needs a value: --{name}=…")
             found[name] = value if equals else True
-        elif "." in name and equals:
+        elif "." in name and arg.startswith("--"):
+            if not equals:
+                raise ValueError(f"{arg}: needs a value: {arg}=…")
             overrides.append((name, value))
         else:
             options = ", ".join("--" + flag for flag in flags)
@@ -335,15 +341,29 @@ def command_line(argv, flags):
     return words, found, overrides
 
 
+def run_command(main):
+    """Run a command's main(argv) and exit with its code. What is wrong with its input is told in one message, exit code 2."""
+    for library in ("bitsandbytes", "transformers", "datasets", "huggingface_hub"):  # they report on what is not used here
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
 def describe():
-    """Every key with its default, choices and meaning, for --help: at most 100 columns wide."""
-    import textwrap
+    """Every key with its default, choices and meaning, for --help: at most 80 columns wide, but for long defaults."""
     lines = []
     for section, kind in SECTIONS.items():
         lines.append(f"\n{section}")
         for f in dataclasses.fields(kind):
             default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-            choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-            lines.append(f"  --{section}.{f.name}={json.dumps(default) if not isinstance(default, str) else default}{choices}")
-            lines += textwrap.wrap(f.metadata["help"], 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            choices = f"; {' | '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
+            shown = ",".join(default) if isinstance(default, list) and default else json.dumps(default) if not isinstance(default, str) else default
+            lines.append(f"  --{section}.{f.name}={shown}")
+            lines += textwrap.wrap(f.metadata["help"] + choices, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

@@ -44,7 +44,7 @@ def train(config, run, resume, accept):
 
     network = model.load(config, device)
     adapters = model.adapters(network)
-    flat = model.flatten(adapters.values())  # every adapter matrix in one buffer, with one gradient
+    flat = network.adapter_memory.flat  # every adapter matrix in one buffer, with one gradient
     rate = torch.tensor(0.0, device=device)
     optimizer = torch.optim.AdamW([flat], lr=rate, betas=(config.train.adam_beta1, config.train.adam_beta2), eps=config.train.adam_eps,
                                   weight_decay=config.train.weight_decay, fused=True, capturable=device.type == "cuda")
