@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -102,6 +103,26 @@ def test_after_a_kill_and_a_resume_each_step_is_there_once(tmp_path):
     reader = events(tmp_path)
     assert numbers(reader, "train/loss") == expected
     assert [event.step for event in reader.Histograms("lora/norm")] == list(range(11))
+
+
+def test_what_was_flushed_survives_a_kill_in_the_next_instant(tmp_path):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    tags = [f"many/{number}" for number in range(200)]  # more than TensorBoard's queue holds
+    pid = os.fork()
+    if pid == 0:
+        try:
+            recorder = record.Recorder(tmp_path, True, None)
+            os.fsync = lambda descriptor: None  # this and the next line: TensorBoard's thread gets no chance to be done by luck
+            sys.setswitchinterval(1000)
+            recorder.write(1, dict.fromkeys(tags, 1.0))
+            recorder.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert record.read_metrics(tmp_path) == [{"step": 1, **dict.fromkeys(tags, 1.0)}]
+    assert set(events(tmp_path).Tags()["scalars"]) == set(tags)
 
 
 def test_cutting_off_steps_is_one_rename(tmp_path, monkeypatch):
