@@ -138,6 +138,10 @@ class Config:
         """The resolved settings as plain JSON-ready dictionaries; `from_dict` reads them back."""
         return dataclasses.asdict(self)
 
+    def flat(self):
+        """{"section.key": value} of every setting."""
+        return {f"{section}.{name}": value for section, values in self.to_dict().items() for name, value in values.items()}
+
     @property
     def samples_per_step(self):
         """Samples an optimizer step consumes where no schedule.batch_points apply."""

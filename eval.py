@@ -1,16 +1,19 @@
 """How good a model is: loss, perplexity and token accuracy on rows, and what it writes for fixed prompts.
 
-    python eval.py --ckpt runs/approach1                     the newest checkpoint, on the run's own evaluation rows
-    python eval.py --ckpt runs/approach1@best --data my.jsonl --prompts prompts.txt --json
-    python eval.py --model Qwen/Qwen3-8B --data my.jsonl --model.quant=int8       an untouched model
+    python eval.py --ckpt runs/approach1            the newest checkpoint, on the run's own evaluation rows
+    python eval.py --ckpt runs/approach1@best --data my.jsonl --prompts my.txt --json
+    python eval.py --ckpt my-adapter                an adapter folder in PEFT's format
+    python eval.py --model Qwen/Qwen3-8B --data my.jsonl --model.quant=int8
+                                                    an untouched model
+Any key of train.py --help can be given as --section.key=value.
 
-The loss is the one of training (model.summed_loss): summed over supervised tokens and divided once, so it does not depend on how
-rows are packed. Leaves out: benchmarks of other kinds, which lm-eval has, and sampling with temperature.
+The loss is the one of training (model.summed_loss): summed over supervised tokens and divided once, so it does not
+depend on how rows are packed. Leaves out: benchmarks of other kinds, which lm-eval has, and sampling with temperature.
 """
 import json
 import math
 import pathlib
-import sys
+import textwrap
 import time
 
 import torch
@@ -22,23 +25,27 @@ import model
 
 
 @torch.no_grad()
-def evaluate(network, rows, max_rows, max_tokens):
+def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
     """Loss and accuracy over the supervised tokens of data.Rows (the first max_rows of them; 0: all).
 
-    Returns {"loss": nats a token, "perplexity", "token_accuracy": 0 ... 1, "supervised_tokens", "rows", "seconds"} and, per row, float64
-    arrays {"nll": summed nats, "tokens", "correct"}. Logits exist for memory.loss_chunk tokens at a time; the host waits once.
+    Returns {"loss": nats a token, "perplexity", "token_accuracy": 0 ... 1, "supervised_tokens", "rows", "seconds"} and, per row,
+    float64 arrays {"nll": summed nats, "tokens", "correct"}; or (None, None) as soon as `interrupted` holds something.
+    Logits exist for memory.loss_chunk tokens at a time; the host waits for the device once.
     """
-    began = time.perf_counter()
+    began, was_training = time.perf_counter(), network.training
     count = min(len(rows), max_rows or len(rows))
-    was_training = network.training
     network.eval()
     totals = torch.zeros(3, count, dtype=torch.float64, device=network.device)  # nll, tokens, correct of each row
     for batch in data.pack(rows, list(range(count)), max_tokens):
+        if interrupted:
+            break
         batch = batch.to(network.device)
         _, nll, correct = model.summed_loss(network, batch)
         row = torch.tensor(batch.samples, device=network.device)[batch.document]
         totals.index_add_(1, row, torch.stack((nll.double(), torch.ones_like(nll).double(), correct.double())))
     network.train(was_training)
+    if interrupted:
+        return None, None
     nll, tokens, correct = totals.cpu().numpy()
     loss = float(nll.sum() / max(1, tokens.sum()))
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": float(correct.sum() / max(1, tokens.sum())),
@@ -79,35 +86,44 @@ def stop_rate(samples):
     return sum(sample["stopped"] for sample in samples) / max(1, len(samples))
 
 
-def show(samples):
-    """Generation samples as text for a console."""
+def show(samples, width=80):
+    """Generation samples as text for a console, wrapped to `width` columns."""
     lines = []
     for sample in samples:
-        lines += ["", "  prompt:    " + sample["prompt"].strip().replace("\n", "\n             "), "  model:     " + (sample["text"].strip() or "(nothing)").replace("\n", "\n             ")]
-        lines[-1] += "" if sample["stopped"] else " …(did not stop)"
-        if sample["reference"]:
-            lines.append("  reference: " + sample["reference"].strip().replace("\n", "\n             "))
+        lines.append("")
+        written = (sample["text"].strip() or "(nothing)") + ("" if sample["stopped"] else " … (did not stop)")
+        for who, text in (("prompt", sample["prompt"]), ("model", written), ("reference", sample["reference"])):
+            for line in text.strip().splitlines():
+                lines += textwrap.wrap(line, width, initial_indent=f"  {who:<9}  ", subsequent_indent=" " * 13) or [""]
+                who = ""
     return "\n".join(lines)
 
 
-def load_for_evaluation(ckpt, model_path, overrides):
-    """(config, network on the best device, tokenizer, what was loaded as text) of a run, a checkpoint, an adapter, or a model alone."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def check_vocabulary(network, *data_sets):
+    """Raises ValueError where a tokenizer makes ids that the network has no embedding for."""
+    known, largest = len(network.get_input_embeddings().weight), max(int(rows.ids.max()) for rows in data_sets)
+    if largest >= known:
+        raise ValueError(f"model.path: the tokenizer gives the token id {largest}, but the model embeds ids below {known}; the two do not belong "
+                         "together, or a chat template uses tokens that were added later: give the tokenizer that came with the model")
+
+
+def configure(ckpt, model_path, overrides):
+    """(configuration, adapter's tensors or None, what is evaluated as text) of a run, a checkpoint, an adapter, or a model alone.
+
+    A run's own configuration is taken where there is one; an adapter alone brings its LoRA settings and its base model's name.
+    """
+    if model_path:
+        overrides = [("model.path", model_path), *overrides]
     if not ckpt:
-        config = settings.located(settings.from_dict({}, [("model.path", model_path), *overrides], "command line"))
-        network = model.load(config, device)  # with adapters at B = 0: the untouched model
-        return config, network, data.load_tokenizer(config.model.path, config.data.chat_template), f"{config.model.path}, no adapter"
+        config = settings.located(settings.from_dict({}, overrides, "command line"))
+        return config, None, f"{config.model.path}, no adapter"
     folder = checkpoint.find(ckpt)
     lora, tensors, base = model.read_adapter(folder)
-    run = next((parent for parent in (folder, *folder.parents) if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
-    tree = json.loads((run / "config.json").read_text()) if run else {"model": {"path": base}}
+    run = next((parent for parent in folder.absolute().parents[:2] if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
+    tree = json.loads((run / "config.json").read_text(encoding="utf-8")) if run else {"model": {"path": base}}
     tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "targets": lora.targets}
-    if model_path:
-        overrides = [*overrides, ("model.path", model_path)]
     config = settings.located(settings.from_dict(tree, overrides, str(run / "config.json") if run else "command line"))
-    network = model.load(config, device)
-    model.set_adapters(model.adapters(network), tensors, str(folder))
-    return config, network, data.load_tokenizer(config.model.path, config.data.chat_template), f"{folder}, on {config.model.path}"
+    return config, tensors, f"{folder}, on {config.model.path}"
 
 
 def main(argv):
@@ -120,28 +136,35 @@ def main(argv):
     if not flags["ckpt"] and not flags["model"]:
         raise ValueError("name what to evaluate: --ckpt=RUN_OR_CHECKPOINT, or --model=MODEL alone for an untouched one")
     overrides += [(key, flags[flag]) for key, flag in (("data.eval", "data"), ("eval.prompts", "prompts")) if flags[flag]]
-    config, network, tokenizer, what = load_for_evaluation(flags["ckpt"], flags["model"], overrides)
-    records = data.read_splits(config)[1] if not config.data.eval else data.read_rows(config.data.eval, config.data.bad_rows)
-    rows, prompts = data.tokenize(records, tokenizer, config.data), data.prompts(config, tokenizer, records)
+    config, adapter, what = configure(flags["ckpt"], flags["model"], overrides)
+    tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
+    records = data.read_rows(config.data.eval, config.data.bad_rows) if config.data.eval else data.read_splits(config)[1]
+    rows, prompts, end_ids = data.tokenize(records, tokenizer, config.data), data.prompts(config, tokenizer, records), data.end_of_turn(tokenizer)
+
+    network = model.load(config, "cuda" if torch.cuda.is_available() else "cpu")  # adapters at B = 0: the untouched model
+    check_vocabulary(network, rows)
+    if adapter:
+        model.set_adapters(model.adapters(network), adapter, what)
     max_tokens = config.memory.max_tokens or (16384 if network.device.type == "cuda" else 2048)
     figures, _ = evaluate(network, rows, config.eval.max_rows, max_tokens)
-    samples = generate(network, tokenizer, prompts, config.eval.max_new_tokens, data.end_of_turn(tokenizer))
+    samples = generate(network, tokenizer, prompts, config.eval.max_new_tokens, end_ids)
+
+    name = pathlib.Path(config.data.eval or config.data.train).name
     if flags["json"]:
-        print(json.dumps({"evaluated": what, "quant": config.model.quant, "data": config.data.eval, **figures, "stop_rate": stop_rate(samples), "samples": samples}, indent=1))
+        strict = {key: value if math.isfinite(value) else None for key, value in figures.items()}  # JSON has no NaN
+        print(json.dumps({"evaluated": what, "quant": config.model.quant, "compute_dtype": config.model.compute_dtype, "data": name, **strict,
+                          "stop_rate": stop_rate(samples) if samples else None, "samples": samples}, indent=1))
         return 0
-    print(f"{what} ({config.model.quant}, {config.model.compute_dtype}), on {figures['rows']:,} rows of {pathlib.Path(config.data.eval or config.data.train).name}")
-    print(f"  loss            {figures['loss']:.4f} nats a token over {figures['supervised_tokens']:,} supervised tokens")
-    print(f"  perplexity      {figures['perplexity']:.3f}\n  token accuracy  {figures['token_accuracy']:.4f}\n  time            {figures['seconds']:.1f} s")
+    some = "" if figures["rows"] == len(rows) else f"the first {figures['rows']:,} of "
+    print(f"evaluated       {what}\n                {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
+    print(f"rows            {some}{len(rows):,} of {name}")
+    print(f"loss            {figures['loss']:.4f} nats a token, over {figures['supervised_tokens']:,} supervised tokens")
+    print(f"perplexity      {figures['perplexity']:.3f}\ntoken accuracy  {figures['token_accuracy']:.4f}\ntime            {figures['seconds']:.1f} s")
     if samples:
-        print(f"  stop rate       {stop_rate(samples):.2f} of {len(samples)} samples, greedy, up to {config.eval.max_new_tokens} tokens")
+        print(f"stop rate       {stop_rate(samples):.2f} of {len(samples)} samples, greedy, up to {config.eval.max_new_tokens} tokens")
         print(show(samples))
     return 0
 
 
 if __name__ == "__main__":
-    import logging
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional package that is not used here
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        sys.exit(settings.complain(error))
+    settings.run_command(main)

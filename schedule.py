@@ -10,7 +10,8 @@ def learning_rate(step, schedule, max_steps):
     """The learning rate of optimizer step `step` (1 ... max_steps), as a float.
 
     Linear warm-up from peak/W at step 1 to the peak at step W = lr_warmup_steps (Goyal et al. 2017, section 2.2, but never
-    from 0, so that the first step trains). After it, with p running from 0 at step W to 1 at the last step:
+    from 0, so that the first step trains; W = 0 and W = 1 both begin at the peak). After it, with p running from 0 at step
+    max(1, W) to 1 at the last step:
     cosine      floor + (peak - floor) (1 + cos(pi p)) / 2      (Loshchilov and Hutter 2017, eq. 5, one cycle)
     linear      peak + (floor - peak) p
     constant    peak
@@ -20,15 +21,15 @@ def learning_rate(step, schedule, max_steps):
     peak, floor, warmup = schedule.learning_rate, schedule.lr_min, schedule.lr_warmup_steps
     if step <= warmup:
         return peak * step / warmup
-    if schedule.lr_kind == "constant":
-        return peak
     if schedule.lr_kind == "points":
         return max(floor, peak * interpolate(step, schedule.lr_points))
+    peak_step = max(1, warmup)
+    if schedule.lr_kind == "constant" or step == peak_step:
+        return peak
     if schedule.lr_kind == "wsd":
-        decay = min(schedule.lr_decay_steps or max(1, max_steps // 5), max_steps - warmup)
-        past = step - (max_steps - decay)
-        return peak if past <= 0 else peak + (floor - peak) * past / decay
-    progress = (step - warmup) / max(1, max_steps - warmup)
+        decay = min(schedule.lr_decay_steps or max(1, max_steps // 5), max_steps - peak_step)
+        return peak + (floor - peak) * max(0, step - (max_steps - decay)) / decay
+    progress = (step - peak_step) / (max_steps - peak_step)
     if schedule.lr_kind == "linear":
         return peak + (floor - peak) * progress
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

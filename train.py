@@ -1,20 +1,28 @@
 """The run: load, then for each step take a window of samples, forward, backward, clip, step, record, evaluate, save.
 
-    python train.py configs/approach1.json [--section.key=value ...] [--out=FOLDER] [--resume[=CHECKPOINT]] [--overwrite]
-    python train.py --help          every key with its default
+    python train.py configs/approach1.json             a run, in runs/approach1
+    python train.py CONFIG --train.max_steps=20 --data.train=my.jsonl --out=FOLDER
+    python train.py CONFIG --resume                    go on from the newest checkpoint
+    python train.py CONFIG --resume=CHECKPOINT         go back to that one
+    python train.py CONFIG --resume --accept=NAME,...  go on though NAME changed
+    python train.py CONFIG --overwrite                 replace an earlier run
+    python train.py --help                             every key and its default
 
-A step consumes micro_batch_size x accumulation samples. Their loss is summed over all supervised tokens of the window and
-divided once, so how the window is cut into micro-batches changes nothing but rounding. Nothing inside a step waits for the
-GPU: the host reads a step's figures while the next one runs. Exit codes: 0 done; 2 bad configuration or input; 4 stopped
-because steps were not finite; 130 or 143 interrupted, with a checkpoint saved.
+A step consumes micro_batch_size x accumulation samples. Their loss is summed over all supervised tokens of the window
+and divided once, so how the window is cut into micro-batches changes nothing but rounding (and which elements adapter
+dropout hits). Nothing inside a step waits for a GPU: the host reads a step's figures while the next one runs. State is
+saved between steps only. Exit codes: 0 done; 2 bad configuration or input; 4 stopped, because steps were not finite;
+130 or 143 interrupted, with a checkpoint saved. Leaves out: forecasts and alerts, and several GPUs.
 """
 import hashlib
 import json
 import math
+import os
 import pathlib
 import shutil
 import signal
 import sys
+import tempfile
 import time
 
 import torch
@@ -29,102 +37,132 @@ import quant
 import record
 import schedule
 
-FREE_TO_CHANGE = {"eval", "save", "log", "memory"}  # sections that a resumed run may change: they do not shape the training curve
 
+def train(config, run, guard, resume, accept):
+    """Train as `config` says, in the run folder `run`. Returns the exit code.
 
-def train(config, run, resume, accept):
-    """Train as `config` says, in the run folder `run` (pathlib.Path). Returns the exit code."""
+    guard: the lock on the folder, None where there is no such folder yet: it is made when settings, data and model are
+    accepted. resume: the checkpoint to go on from, or None. accept: names of differences to it that are accepted.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template)
+    tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     train_records, eval_records = data.read_splits(config)
     rows, eval_rows = data.tokenize(train_records, tokenizer, config.data), data.tokenize(eval_records, tokenizer, config.data)
-    prompts = data.prompts(config, tokenizer, eval_records)
-    end_ids = data.end_of_turn(tokenizer)
+    prompts, end_ids = data.prompts(config, tokenizer, eval_records), data.end_of_turn(tokenizer)
+    saved = load_checkpoint(resume) if resume else None
+    initial = load_initial(config) if config.lora.init_from and not resume else None
     max_steps, total_samples = schedule.plan_steps(config, len(rows))
 
     network = model.load(config, device)
+    evaluation.check_vocabulary(network, rows, eval_rows)
     adapters = model.adapters(network)
+    if initial:
+        model.set_adapters(adapters, initial, config.lora.init_from)
     flat = network.adapter_memory.flat  # every adapter matrix in one buffer, with one gradient
     rate = torch.tensor(0.0, device=device)
     optimizer = torch.optim.AdamW([flat], lr=rate, betas=(config.train.adam_beta1, config.train.adam_beta2), eps=config.train.adam_eps,
                                   weight_decay=config.train.weight_decay, fused=True, capturable=device.type == "cuda")
-    optimizer.state[flat] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
-    scaler = {"scale": torch.tensor(65536.0 if config.model.compute_dtype == "fp16" else 1.0, device=device), "good_steps": torch.zeros((), device=device)}
-
+    moments = optimizer.state[flat]
+    moments |= {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+    fp16 = config.model.compute_dtype == "fp16"
+    scaler = {"scale": torch.tensor(65536.0 if fp16 else 1.0, device=device), "good_steps": torch.zeros((), device=device)}
     torch.manual_seed(config.train.seed)  # dropout's generator; the data order and the adapters' start have their own
-    state = {"step": 0, "samples": 0, "tokens": 0, "supervised_tokens": 0, "seconds": 0.0, "norms": [], "nonfinite": 0, "skipped": 0, "best_step": None, "best_loss": None,
-             "evaluations_without_improvement": 0, "stopped_early": False, "accepted": [], "origin": origin(config, tokenizer, rows, eval_rows, network), "plan": memory_plan(config, network)}
-    if resume:
-        state = restore(checkpoint.load(resume), resume, accept, state, config, adapters, optimizer.state[flat], scaler, device)
-    model.recompute(network, state["plan"]["checkpoint_layers"])
-    recorder = open_record(run, config, state["step"] if resume else None)
-    introduce(config, run, rows, eval_rows, network, state, max_steps, total_samples)
-    rehearse(network, flat, rows, state["plan"]["max_tokens"])
+
+    plan = memory_plan(config, network, saved["state"]["plan"] if saved else {})
+    state = {"step": 0, "samples": 0, "tokens": 0, "supervised_tokens": 0, "norms": [], "nonfinite": 0, "skipped": 0, "line": {},
+             "evaluated": -1, "best_step": None, "best_loss": None, "without_improvement": 0,
+             "plan": plan, "origin": origin(config, tokenizer, rows, eval_rows, network, plan), "accepted": []}
+    if saved:
+        state = restore(saved, resume, accept, state, adapters, moments, scaler, device)
+    stopped_early = lambda: 0 < config.eval.patience <= state["without_improvement"]
+    finished = lambda: stopped_early() or state["evaluated"] == max_steps  # which is the last thing that a run does
+    if finished():
+        print(f"finished already: {resume} is the end of the run")
+        return conclude(run, state, max_steps)
+    model.recompute(network, plan["checkpoint_layers"])
+    rehearse(network, flat, rows, plan["max_tokens"])
+
+    due = lambda every, step: step in (0, max_steps) or every > 0 and step % every == 0
+    owed = due(config.eval.every_steps, state["step"]) and state["evaluated"] != state["step"]  # the first one, or one that was interrupted
+    guard = guard or checkpoint.lock(run)  # held until the process ends
     interrupted = catch_signals()
-    progress = tqdm(total=max_steps, initial=state["step"], unit="step", dynamic_ncols=True, disable=None, smoothing=0.1)
-    began = time.perf_counter()
+    recorder = open_record(run, config, state, resume, owed)
+    introduce(config, run, rows, eval_rows, network, state, max_steps, total_samples)
+    progress = tqdm(total=max_steps, initial=state["step"], unit="step", dynamic_ncols=True, disable=None)
 
     def settle(done):
-        """Read the figures of a step off the GPU, and write them down."""
-        loss, grad_norm, finite, scale = done["figures"]()
+        """Read a step's figures off the device and write them down. A step that was not applied is told with its rows."""
+        step, values = done["step"], done["values"]
+        loss, grad_norm, finite, scale, *adapter_norms = done["figures"]()
         seconds = elapsed(*done["clock"])
-        values = done["values"] | {"train/loss": loss, "train/grad_norm": grad_norm, "train/clip_threshold": done["threshold"], "train/clipped": float(grad_norm > done["threshold"]),
-                                   "train/tokens_per_second": done["values"]["train/tokens"] / seconds, "train/seconds": seconds, "train/peak_memory_gib": peak_memory(device) / 2**30}
-        values |= {"train/loss_scale": scale} if config.model.compute_dtype == "fp16" else {}
+        values |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/clipped": float(grad_norm > values["train/clip_threshold"]),
+                   "train/skipped": float(not finite), "train/seconds": seconds, "train/tokens_per_second": values["train/tokens"] / seconds,
+                   "train/peak_memory_gib": peak_memory(device) / 2**30}
+        values |= {"train/loss_scale": scale} if fp16 else {}
         if finite:
-            state["norms"] = [*state["norms"], [done["step"], grad_norm]][-config.schedule.clip_window:]
+            state["norms"] = [*state["norms"], [step, grad_norm]][-config.schedule.clip_window - 1:]
             state["nonfinite"] = 0
         else:
-            values["train/skipped"] = 1.0
             state["skipped"] += 1
-            empty, searching = not done["values"]["train/supervised_tokens"], config.model.compute_dtype == "fp16" and scale > 1.0  # fp16 finds its loss scale by such steps
+            empty = values["train/supervised_tokens"] == 0
+            searching = fp16 and scale > 1 and math.isfinite(loss)  # such steps are how fp16 finds its loss scale
             state["nonfinite"] += not empty and not searching
             why = "no supervised token in its window" if empty else f"loss {loss}, gradient norm {grad_norm}"
-            say(f"step {done['step']} was not applied: {why}; rows " + ", ".join(rows.names[i] for i in done["samples"][:8]) + (" …" if len(done["samples"]) > 8 else ""))
-        recorder.write(done["step"], values)
-        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{values['train/learning_rate']:.1e}", norm=f"{grad_norm:.2f}", tok_s=f"{values['train/tokens_per_second']:.0f}", refresh=False)
-        progress.update(done["step"] - progress.n)
-        if done["step"] % config.log.every_steps == 0 or done["step"] == 1:
-            left = (time.perf_counter() - began) / (done["step"] - first + 1) * (max_steps - done["step"])
-            say(f"step {done['step']}/{max_steps}  loss {loss:.4f}  grad norm {grad_norm:.3f}  rate {values['train/learning_rate']:.2e}  {values['train/tokens_per_second']:,.0f} tokens/s  {left / 60:.1f} min left")
-            for name, part in (("lora_A", slice(0, None, 2)), ("lora_B", slice(1, None, 2))):
-                norms = torch.stack(torch._foreach_norm(list(adapters.values())[part]))
-                recorder.histogram(done["step"], f"adapters/{name}_norm", norms)
-                recorder.write(done["step"], {f"adapters/{name}_norm": norms.mean().item()})
+            say(f"step {step} was not applied: {why}; rows {', '.join(rows.names[i] for i in done['samples'])}")
+        if adapter_norms:
+            for matrix in ("lora_A", "lora_B"):
+                norms = [norm for name, norm in zip(adapters, adapter_norms) if f".{matrix}." in name]
+                values[f"adapters/{matrix}_norm"] = sum(norms) / len(norms)
+                recorder.histogram(step, f"adapters/{matrix}_norm", torch.tensor(norms))
+        recorder.write(step, values)
+        state["line"] = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
+        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{values['train/learning_rate']:.1e}", tok_s=f"{values['train/tokens_per_second']:.0f}", refresh=False)
+        progress.update(step - progress.n)
+        if due(config.log.every_steps, step) or step == 1:
+            left = (time.perf_counter() - began) / (step - first + 1) * (max_steps - step)
+            say(f"step {step}/{max_steps}  loss {loss:.4f}  norm {grad_norm:.3f}  rate {values['train/learning_rate']:.1e}  "
+                f"{values['train/tokens_per_second']:,.0f} tok/s  {duration(left)} left")
 
     def evaluate(step):
-        """Evaluate, sample, write both down; returns the loss."""
-        figures, _ = evaluation.evaluate(network, eval_rows, config.eval.max_rows, state["plan"]["max_tokens"])
+        """Evaluate and sample, write both down, and remember the best. What an interruption cuts short, the resumed run does."""
+        figures, _ = evaluation.evaluate(network, eval_rows, config.eval.max_rows, plan["max_tokens"], interrupted)
+        if figures is None:
+            return
+        loss = figures["loss"]
+        recorder.write(step, {f"eval/{name}": figures[name] for name in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "seconds")})
+        recorder.write(step, {"eval/adapter_digest": hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()[:12]})
+        say(f"step {step}/{max_steps}  evaluation loss {loss:.4f}  perplexity {figures['perplexity']:.2f}  token accuracy {figures['token_accuracy']:.4f}")
         samples = evaluation.generate(network, tokenizer, prompts, config.eval.max_new_tokens, end_ids)
-        recorder.write(step, {f"eval/{name}": figures[name] for name in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "seconds")} | {"eval/adapter_digest": digest(flat)})
-        say(f"evaluation at step {step}: loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}, token accuracy {figures['token_accuracy']:.4f} ({figures['rows']:,} rows, {figures['seconds']:.1f} s)")
         if samples:
-            recorder.write(step, {"eval/stop_rate": evaluation.stop_rate(samples)})
-            recorder.text(step, "samples", "\n\n".join(f"**{sample['prompt']}**\n\n{sample['text']}" for sample in samples))
-            with open(run / "samples.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+            recorder.write(step, {"eval/stop_rate": evaluation.stop_rate(samples), "eval/samples": json.dumps(samples)})
+            recorder.text(step, "eval/samples", "\n\n".join(f"**{sample['prompt']}**\n\n{sample['text']}" for sample in samples))
             if step in (0, max_steps):
-                say(f"samples {'before' if step == 0 else 'after'} training:{evaluation.show(samples)}\n")
-        return figures["loss"]
+                say(f"samples {'before' if step == 0 else 'after'} training:\n{evaluation.show(samples)}\n")
+        better = math.isfinite(loss) and (state["best_loss"] is None or loss < state["best_loss"] - config.eval.min_delta)
+        if better:
+            state.update(best_loss=loss, best_step=step or None)
+        state.update(evaluated=step, without_improvement=0 if better else state["without_improvement"] + 1)
 
     def save(step):
         """A checkpoint of this step boundary."""
         recorder.flush()
-        moments = {f"{name}.{moment}": view for moment in ("exp_avg", "exp_avg_sq") for name, view in zip(adapters, views(optimizer.state[flat][moment], adapters.values()))}
-        generators = {"torch": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
-        written = state | {"seconds": state["seconds"] + time.perf_counter() - began}
-        return checkpoint.save(run, step, {"adapter_model.safetensors": dict(adapters), "optimizer.safetensors": moments | {"step": optimizer.state[flat]["step"]} | scaler, "generators.safetensors": generators},
-                               {"adapter_config.json": model.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(written, indent=1)} | texts_of(tokenizer),
-                               keep=config.save.keep, best_step=state["best_step"])
+        by_name = {f"{name}.{moment}": view for moment in ("exp_avg", "exp_avg_sq") for name, view in views(moments[moment], adapters)}
+        tensors = {"adapter_model.safetensors": dict(adapters), "optimizer.safetensors": by_name | {"step": moments["step"]} | scaler,
+                   "generators.safetensors": generators(device)}
+        texts = {"adapter_config.json": model.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(state, indent=1)}
+        return checkpoint.save(run, step, tensors, texts | texts_of(tokenizer), config.save.keep, state["best_step"])
 
-    if state["step"] == 0:
-        state["best_loss"] = evaluate(0)
-    first, stop, pending = state["step"] + 1, "", None
-    for step in range(first, max_steps + 1) if not state["stopped_early"] else ():
+    if owed:
+        evaluate(state["step"])
+    leaving = bool(interrupted) or stopped_early()
+    if leaving or owed and state["step"]:
+        where = save(state["step"])
+    began, first, pending = time.perf_counter(), state["step"] + 1, []
+    for step in range(first, max_steps + 1) if not leaving else ():
         clock = [mark(device)]
         start, count = schedule.window_samples(step, config, total_samples)
         samples = data.sample_stream(len(rows), config.train.seed, start, count)
-        window = [batch.to(device) for batch in data.pack(rows, samples, state["plan"]["max_tokens"])]
+        window = [batch.to(device) for batch in data.pack(rows, samples, plan["max_tokens"])]
         supervised, tokens = sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window)
 
         flat.grad.zero_()
@@ -135,95 +173,114 @@ def train(config, run, resume, accept):
             loss += batch_loss.detach() / supervised
 
         grad_norm = torch.linalg.vector_norm(flat.grad) / scaler["scale"]  # before clipping
-        threshold = schedule.clip_threshold([norm for at, norm in state["norms"] if at < step - 1], config.schedule)  # the last step's norm is still on its way
+        known = [norm for at, norm in state["norms"] if at < step - 1]  # the last step's norm may still be on its way
+        threshold = schedule.clip_threshold(known, config.schedule)
         flat.grad.mul_(torch.clamp(threshold / (grad_norm + 1e-6), max=1.0) / scaler["scale"])
         finite = torch.isfinite(grad_norm) & torch.isfinite(loss) & bool(supervised)
         optimizer.found_inf = 1.0 - finite.float()  # where this is 1, AdamW leaves weights and moments as they are
         learning_rate = schedule.learning_rate(step, config.schedule, max_steps)
         rate.fill_(learning_rate)
         optimizer.step()
-        if config.model.compute_dtype == "fp16":
+        if fp16 and supervised:
             rescale(scaler, finite)
 
         clock.append(mark(device))
+        figures = torch.stack((loss, grad_norm, finite, scaler["scale"])).float()
+        if due(config.log.every_steps, step):
+            figures = torch.cat((figures, torch.stack(torch._foreach_norm(list(adapters.values()))).float()))
         state |= {"step": step, "samples": start + count, "tokens": state["tokens"] + tokens, "supervised_tokens": state["supervised_tokens"] + supervised}
-        previous, pending = pending, {
-            "step": step, "samples": samples, "clock": clock, "threshold": threshold, "figures": to_host(torch.stack((loss.float(), grad_norm.float(), finite.float(), scaler["scale"]))),
-            "values": {"train/learning_rate": learning_rate, "train/samples": count, "train/tokens": tokens, "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)}}
-        if previous:
-            settle(previous)  # the GPU is busy with this step meanwhile
+        pending.append({"step": step, "samples": samples, "clock": clock, "figures": to_host(figures), "values": {
+            "train/learning_rate": learning_rate, "train/clip_threshold": threshold, "train/samples": count, "train/tokens": tokens,
+            "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)}})
 
-        due = {name: step == max_steps or every and step % every == 0 for name, every in (("evaluate", config.eval.every_steps), ("save", config.save.every_steps))}
-        if any(due.values()) or interrupted or state["nonfinite"] >= config.train.nonfinite_limit:
-            settle(pending)
-            pending = None
-        if state["nonfinite"] >= config.train.nonfinite_limit:
-            stop = f"{state['nonfinite']} steps in a row were not finite and were not applied; the last rows are named above"
+        evaluation_due, save_due = due(config.eval.every_steps, step), due(config.save.every_steps, step)
+        boundary = evaluation_due or save_due or bool(interrupted)
+        while len(pending) > (0 if boundary else 1) and state["nonfinite"] < config.train.nonfinite_limit:
+            settle(pending.pop(0))  # of the step before, while a GPU is busy with this one
+        if state["nonfinite"] == config.train.nonfinite_limit:
             break
-        if due["evaluate"] and not interrupted:
-            eval_loss = evaluate(step)
-            better = eval_loss < state["best_loss"] - config.eval.min_delta
-            state["evaluations_without_improvement"] = 0 if better else state["evaluations_without_improvement"] + 1
-            if better:
-                state |= {"best_loss": eval_loss, "best_step": step}
-                due["save"] = True
-            state["stopped_early"] = 0 < config.eval.patience <= state["evaluations_without_improvement"]
-        if due["save"] or interrupted or state["stopped_early"]:
+        if not boundary:
+            continue
+        if evaluation_due and not interrupted:
+            evaluate(step)
+        leaving = bool(interrupted) or stopped_early()
+        if save_due or leaving or state["best_step"] == step:
             where = save(step)
-        if interrupted or state["stopped_early"]:
+        if leaving:
             break
 
     progress.close()
     recorder.close()
-    if stop:
-        print(f"stopped: {stop}")
+    if state["nonfinite"] == config.train.nonfinite_limit:
+        print(f"stopped: {state['nonfinite']} steps in a row were not finite, and none of them was applied; their rows are named above. "
+              "Mend the rows or the settings, then go on from the last checkpoint with --resume.")
         return 4
-    if interrupted and state["step"] < max_steps:
+    if not finished():
         print(f"interrupted after step {state['step']}; saved {where}; go on with --resume")
         return 128 + interrupted[0]
-    finish(run, state, max_steps)
-    return 0
+    return conclude(run, state, max_steps)
 
 
 # ------------------------------------------------------------------------------------------------------------ set-up
 
-def origin(config, tokenizer, rows, eval_rows, network):
-    """What a run came from, as digests and settings: compared when it is resumed."""
-    shaping = {f"{section}.{name}": value for section, values in config.to_dict().items() if section not in FREE_TO_CHANGE for name, value in values.items()}
-    for path in ("model.path", "data.train", "data.eval"):  # may move; their content may not change
-        shaping.pop(path)
+def load_initial(config):
+    """The matrices of the adapter that lora.init_from names. Raises ValueError where its scale or rank is not the configuration's."""
+    folder = checkpoint.find(config.lora.init_from)
+    lora, tensors, _ = model.read_adapter(folder)
+    wrong = [f"--lora.{name}={json.dumps(getattr(lora, name))}" for name in ("r", "alpha", "rslora") if getattr(lora, name) != getattr(config.lora, name)]
+    if wrong:
+        raise ValueError(f"lora.init_from: the adapter in {folder} was trained with other settings; start from it with {' '.join(wrong)}")
+    return tensors
+
+
+def load_checkpoint(path):
+    """A run's checkpoint (checkpoint.load). Raises ValueError for an adapter that is no more than that."""
+    saved = checkpoint.load(path)
+    if saved["step"] is None:
+        raise ValueError(f"{path}: is an adapter, not a run's checkpoint, so there is nothing to go on from; start a run from it with --lora.init_from={path}")
+    return saved
+
+
+def origin(config, tokenizer, rows, eval_rows, network, plan):
+    """What shapes a run's curve, by name: settings as they are, content as digests. Compared when the run is resumed.
+
+    Evaluating, saving and logging do not shape it, nor does memory but for the packing; files may move, with their content.
+    """
+    free = ("eval.", "save.", "log.", "memory.checkpoint_layers", "memory.keep_dequantized", "model.path", "data.train", "data.eval", "data.chat_template")
     sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
-    return {"settings": shaping, "training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
-            "chat template": sha(tokenizer.chat_template or ""), "base weights": quant.fingerprint(model.frozen(network))}
+    shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(free[:3])}
+    contents = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
+                "chat template": sha(tokenizer.chat_template or ""), "base weights": quant.fingerprint(model.frozen(network))}
+    return shaping | {name: digest[:16] for name, digest in contents.items()} | {"memory.max_tokens": plan["max_tokens"]}
 
 
-def memory_plan(config, network):
-    """How windows are packed and which layers are recomputed: memory.max_tokens and memory.checkpoint_layers, or chosen from the device."""
+def memory_plan(config, network, before):
+    """How windows are packed and how many layers are recomputed: as the settings say, else as `before`, else chosen from the device."""
     on_gpu = network.device.type == "cuda"
-    max_tokens, layers = config.memory.max_tokens or (8192 if on_gpu else 2048), config.memory.checkpoint_layers
-    if layers < 0:
+    max_tokens = config.memory.max_tokens or before.get("max_tokens") or (8192 if on_gpu else 2048)
+    layers = config.memory.checkpoint_layers if config.memory.checkpoint_layers >= 0 else before.get("checkpoint_layers")
+    if layers is None:
         inputs = sum(module.in_features + module.out_features for module in network.modules() if isinstance(module, model.AdaptedLinear))
         activations = 2 * max_tokens * inputs * 2  # bytes: what the projections keep, twice for what lies between them
         layers = len(network.get_decoder().layers) if on_gpu and activations > 0.7 * model.free_memory(network.device) else 0
     return {"max_tokens": max_tokens, "checkpoint_layers": layers}
 
 
-def restore(saved, path, accept, fresh, config, adapters, moments, scaler, device):
-    """Put a loaded checkpoint's tensors in their places and return its state. Raises ValueError for what differs from then."""
+def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
+    """Put a loaded checkpoint's tensors in their places and return its state. Raises ValueError naming what is not as it was then."""
     state, tensors = saved["state"], saved["tensors"]
-    before, now = state["origin"], fresh["origin"]
-    changed = [name for name in now if name != "settings" and before[name] != now[name]]
-    changed += [name for name in now["settings"] if before["settings"].get(name) != now["settings"][name]]
-    if "generators.safetensors" not in tensors or (device.type == "cuda") != ("cuda" in tensors["generators.safetensors"]):
-        changed.append("generators")
+    before = state["origin"] | {"generators": sorted(tensors.get("generators.safetensors", ()))}
+    now = fresh["origin"] | {"generators": sorted(generators(device))}
+    changed = {name: {"was": before.get(name), "is": value} for name, value in now.items() if before.get(name) != value}
     refused = [name for name in changed if name not in accept]
     if refused:
-        details = "".join(f"\n  {name}" + (f": was {json.dumps(before['settings'].get(name))}, is {json.dumps(now['settings'][name])}" if name in now["settings"] else "") for name in refused)
-        raise ValueError(f"{path}: the run cannot go on as it was, because these changed:{details}\nput them back, or accept the change by name: --accept=\"{','.join(refused)}\"")
+        details = "".join(f"\n  {name}: was {json.dumps(changed[name]['was'])}, is {json.dumps(changed[name]['is'])}" for name in refused)
+        raise ValueError(f"{path}: the run cannot go on as it was, because this changed:{details}\n"
+                         f"Put it back, or accept by name that the run is another from here on: --accept=\"{','.join(changed)}\"")
     model.set_adapters(adapters, tensors["adapter_model.safetensors"], str(path))
     optimizer = tensors["optimizer.safetensors"]
     for moment in ("exp_avg", "exp_avg_sq"):
-        for name, view in zip(adapters, views(moments[moment], adapters.values())):
+        for name, view in views(moments[moment], adapters):
             view.copy_(optimizer[f"{name}.{moment}"])
     moments["step"].copy_(optimizer["step"])
     for name, value in scaler.items():
@@ -232,55 +289,61 @@ def restore(saved, path, accept, fresh, config, adapters, moments, scaler, devic
         torch.set_rng_state(tensors["generators.safetensors"]["torch"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(tensors["generators.safetensors"]["cuda"])
-    plan = state["plan"] if config.memory.max_tokens == 0 else fresh["plan"]  # the packing decides the rounding: go on with the same
-    return state | {"origin": now, "plan": plan, "accepted": state["accepted"] + [{"step": state["step"], "changed": changed}] * bool(changed)}
+    return state | {"origin": fresh["origin"], "plan": fresh["plan"], "accepted": state["accepted"] + [{"step": state["step"], **changed}] * bool(changed)}
 
 
-def views(flat, parameters):
-    """The pieces of a flat tensor that belong to `parameters`, in their shapes."""
-    pieces, start = [], 0
-    for parameter in parameters:
-        pieces.append(flat[start:start + parameter.numel()].view_as(parameter))
-        start += parameter.numel()
-    return pieces
+def generators(device):
+    """The states of the generators that dropout draws from."""
+    return {"torch": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+
+
+def views(flat, adapters):
+    """(name, piece of a flat tensor in the parameter's shape) for each of `adapters`, laid out as in model.AdapterMemory."""
+    pieces = flat.split([parameter.numel() for parameter in adapters.values()])
+    return [(name, piece.view_as(parameter)) for (name, parameter), piece in zip(adapters.items(), pieces)]
 
 
 def texts_of(tokenizer):
     """The tokenizer's own files {name: text}, template included, so that what is served later is what was trained."""
-    import tempfile
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_text(encoding="utf-8") for path in pathlib.Path(folder).iterdir() if path.suffix in (".json", ".jinja", ".txt")}
 
 
-def open_record(run, config, resume_step):
-    """The run folder with its settings and surroundings written down, and the recorder of what happens."""
-    run.mkdir(parents=True, exist_ok=True)
-    recorder = record.Recorder(run, config.log.tensorboard, resume_step)
-    (run / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
-    (run / "environment.json").write_text(json.dumps(record.environment(), indent=1))
-    samples = run / "samples.jsonl"
-    if samples.exists():  # what a resumed run will write again
-        kept = [line for line in samples.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= (resume_step or -1)]
-        samples.write_text("".join(kept))
-    recorder.hyperparameters({f"{section}.{name}": value for section, values in config.to_dict().items() for name, value in values.items()})
+def open_record(run, config, state, resume, owed):
+    """The recorder, and settings and surroundings written down. Where an evaluation is owed, its step's line is still open."""
+    if not resume:  # what lies there has no checkpoint to go on from, or is to be overwritten
+        for old in [run / "checkpoints", run / "metrics.jsonl", *run.glob("events.out.tfevents.*")]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    for name, tree in (("config.json", config.to_dict()), ("environment.json", record.environment())):
+        (run / f".{name}.tmp").write_text(json.dumps(tree, indent=1), encoding="utf-8")
+        os.replace(run / f".{name}.tmp", run / name)
+    recorder = record.Recorder(run, config.log.tensorboard, state["step"] - owed if resume else None)
+    recorder.hyperparameters(config.flat())
+    if owed and state["line"]:
+        recorder.write(state["step"], state["line"])
     return recorder
 
 
 def introduce(config, run, rows, eval_rows, network, state, max_steps, total_samples):
     """What is about to happen, in a few lines."""
-    share = rows.counts["supervised_tokens"] / max(1, rows.counts["tokens"])
-    print(f"run        {run}" + (f", going on after step {state['step']}" if state["step"] else ""))
-    print(f"rows       {len(rows):,} to train on, {rows.counts['tokens']:,} tokens, {share:.1%} supervised; {len(eval_rows):,} to evaluate on")
-    for name, what in (("rows_skipped", "could not be read"), ("rows_truncated", "cut to data.max_length"), ("rows_lost", "lost to data.max_length"), ("rows_unsupervised", "without a supervised token")):
-        if rows.counts[name]:
-            print(f"           {rows.counts[name]:,} {what}")
-    print(f"steps      {max_steps:,} of {config.samples_per_step} samples: {total_samples:,} samples, {total_samples / len(rows):.2f} epochs")
+    counts, evaluated = rows.counts, min(len(eval_rows), config.eval.max_rows or len(eval_rows))
+    sizes = sorted({config.samples_per_step, *(samples for _, samples in config.schedule.batch_points)} if config.schedule.batch_points else {config.samples_per_step})
+    print(f"run        {run}" + (f", going on after step {state['step']:,}" if state["step"] else ""))
+    for accepted in state["accepted"]:
+        print(f"           accepted at step {accepted['step']}: another {', another '.join(name for name in accepted if name != 'step')}")
+    print(f"rows       {len(rows):,} to train on, {evaluated:,} to evaluate on\n"
+          f"           {counts['tokens']:,} tokens, {counts['supervised_tokens'] / counts['tokens']:.1%} of them supervised")
+    for name, what in (("rows_skipped", "rows could not be read"), ("rows_truncated", "rows cut to data.max_length"), ("rows_lost", "rows lost to data.max_length"),
+                       ("rows_unsupervised", "rows without a supervised token"), ("turns_unsupervised", "answers not supervised: the chat template hides what the model wrote")):
+        if counts[name]:
+            print(f"           {counts[name]:,} {what}")
+    print(f"steps      {max_steps:,} of {' to '.join(str(size) for size in sizes[::max(1, len(sizes) - 1)])} samples: {total_samples:,} samples, {total_samples / len(rows):.2f} epochs")
     print(f"rate       {config.schedule.lr_kind}, peak {config.schedule.learning_rate:g} after {config.schedule.lr_warmup_steps} steps, floor {config.schedule.lr_min:g}")
-    print(f"network    {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}, attention {'varlen' if network.use_varlen else 'by documents'}")
+    print(f"network    {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
     for part, (dtypes, size) in model.memory_table(network).items():
-        print(f"           {part}: {size / 2**20:,.0f} MiB ({', '.join(sorted(dtypes))})")
-    print(f"packing    micro-batches of up to {state['plan']['max_tokens']:,} tokens, {state['plan']['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed", flush=True)
+        print(f"           {size / 2**20:>9,.1f} MiB  {part} ({', '.join(sorted(dtypes))})")
+    print(f"packing    up to {state['plan']['max_tokens']:,} tokens a micro-batch, {state['plan']['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed\n", flush=True)
 
 
 def rehearse(network, flat, rows, max_tokens):
@@ -338,11 +401,6 @@ def elapsed(start, end):
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
-def digest(flat):
-    """Twelve hexadecimal digits that change when any adapter weight does."""
-    return hashlib.sha256(flat.detach().cpu().numpy().tobytes()).hexdigest()[:12]
-
-
 def peak_memory(device):
     """Most bytes ever in use: of the GPU's memory, or of the process on a CPU."""
     if device.type == "cuda":
@@ -351,8 +409,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def duration(seconds):
+    """Seconds as a text of three figures at most."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def say(text):
-    """A line to the console, above the progress bar."""
+    """Lines to the console, above the progress bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
@@ -365,24 +428,27 @@ def catch_signals():
         caught.append(number)
         if len(caught) > 2:
             sys.exit(128 + number)
-        say(f"{signal.Signals(number).name}: the run saves and ends after this step")
+        say(f"{signal.Signals(number).name}: the run saves and ends after this step; twice more, and it ends at once")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
     return caught
 
 
-def finish(run, state, max_steps):
-    """The end of a run in a few lines: what changed, and where to look."""
+def conclude(run, state, max_steps):
+    """The end of a run in a few lines: what changed, and where to look. Returns the exit code."""
     metrics = record.read_metrics(run)
     losses = [line["train/loss"] for line in metrics if math.isfinite(line.get("train/loss", math.nan))]
     evals = [line for line in metrics if "eval/loss" in line]
-    edge = max(1, min(25, len(losses) // 4))
-    middle = lambda values: sorted(values)[len(values) // 2]
-    print(f"finished   {state['step']:,} of {max_steps:,} steps" + (", stopped early: the evaluation loss no longer fell" if state["stopped_early"] else "") + (f", {state['skipped']} steps not applied" if state["skipped"] else ""))
-    print(f"train      loss {middle(losses[:edge]):.4f} -> {middle(losses[-edge:]):.4f} (medians of the first and last {edge} steps)")
-    print(f"evaluation loss {evals[0]['eval/loss']:.4f} -> {evals[-1]['eval/loss']:.4f}, token accuracy {evals[0]['eval/token_accuracy']:.4f} -> {evals[-1]['eval/token_accuracy']:.4f}")
-    print(f"look       tensorboard --logdir {run.parent}      python eval.py --ckpt {run}")
+    edge = min(25, len(losses) // 4) or 1
+    median = lambda values: sorted(values)[len(values) // 2] if values else math.nan
+    print(f"finished   {state['step']:,} of {max_steps:,} steps" + (f", {state['skipped']} of them not applied" if state["skipped"] else "")
+          + (", stopped early: the evaluation loss no longer fell" if state["step"] < max_steps else ""))
+    print(f"train      loss {median(losses[:edge]):.4f} -> {median(losses[-edge:]):.4f} (medians of the first and last {edge} steps)")
+    print("evaluation " + ", ".join(f"{what} {evals[0][tag]:.4f} -> {evals[-1][tag]:.4f}" for what, tag in (("loss", "eval/loss"), ("token accuracy", "eval/token_accuracy"))))
+    print(f"           best after step {state['best_step']}: {run}@best" if state["best_step"] else "           no evaluation was better than the one before step 1")
+    print(f"look       tensorboard --logdir {run.parent}\n           python eval.py --ckpt {run}")
+    return 0
 
 
 def main(argv):
@@ -392,31 +458,23 @@ def main(argv):
     words, flags, overrides = settings.command_line(argv, {"out": "", "resume": None, "accept": "", "overwrite": False})
     if len(words) != 1:
         raise ValueError(f"give one configuration, as in: python train.py configs/approach1.json (got {' '.join(words) or 'none'})")
+    if flags["resume"] and flags["overwrite"] or flags["accept"] and not flags["resume"]:
+        raise ValueError("--overwrite starts anew and --resume goes on: give one of them; --accept goes with --resume")
     path = pathlib.Path(settings.find(words[0]))
-    config = settings.read(path, overrides)
-    config = settings.located(config)
+    config = settings.located(settings.read(path, overrides))
     run = pathlib.Path(flags["out"] or f"runs/{path.stem}")
-    guard = checkpoint.lock(run)  # held until the process ends
-    there = (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
-    resume = None
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run}: is a file; name a folder for the run with --out=")
+    guard = checkpoint.lock(run) if run.is_dir() else None
+    resume, problems = None, []
     if flags["resume"]:
         resume, problems = checkpoint.newest_valid(run) if flags["resume"] is True else (checkpoint.find(flags["resume"]), [])
-        for problem in problems:
-            print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
-    elif there and not flags["overwrite"]:
+    elif any(run.glob("checkpoints/*")) and not flags["overwrite"]:
         raise ValueError(f"{run}: holds the checkpoints of an earlier run; go on with --resume, choose another folder with --out=, or replace it with --overwrite")
-    else:
-        for old in [run / "checkpoints", run / "samples.jsonl", run / "metrics.jsonl", *run.glob("events.out.tfevents.*")]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    code = train(config, run, resume, flags["accept"].split(",") if flags["accept"] else [])
-    guard.close()
-    return code
+    for problem in problems:
+        print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
+    return train(config, run, guard, resume, flags["accept"].split(",") if flags["accept"] else [])
 
 
 if __name__ == "__main__":
-    import logging
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional package that is not used here
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        sys.exit(settings.complain(error))
+    settings.run_command(main)

@@ -56,3 +56,38 @@ def packed(documents, supervised):
                                  cu_seqlens=torch.tensor(starts, dtype=torch.int32), max_seqlen=max(len(d) for d in documents),
                                  rows=torch.tensor([start + i - 1 for start, i, _ in places], dtype=torch.int64),
                                  targets=torch.tensor([int(d[i]) for _, i, d in places], dtype=torch.int64))
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def make_tokenizer(folder):
+    """Save a tokenizer with a token a byte, three special tokens and a ChatML template; its 259 ids fit the tiny models."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<pad>", chat_template=CHATML).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(tmp_path_factory):
+    """A folder with all that a run needs, and runs in a second: model/, train.jsonl (23 ragged chats), eval.jsonl (6 others)."""
+    import json
+    folder = tmp_path_factory.mktemp("inputs")
+    make_model(folder / "model")
+    make_tokenizer(folder / "model")
+    words = ["red", "green", "blue", "grey", "violet", "orange"]
+    chats = [[{"role": "user", "content": f"{words[i % 6]} {i}" + "?" * (i % 5)}, {"role": "assistant", "content": " ".join([words[i % 6]] * (1 + i % 3))}] for i in range(29)]
+    for name, part in (("train.jsonl", chats[:23]), ("eval.jsonl", chats[23:])):
+        (folder / name).write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in part), encoding="utf-8")
+    return folder
+
+
+def make_config(folder, quant="none", dtype="fp32", lora=None, **sections):
+    """A config.Config for a tiny model: unquantised fp32 with adapters of rank 4 on all seven projections, unless told otherwise."""
+    import config
+    model = {"path": str(folder), "quant": quant, "compute_dtype": dtype, **sections.pop("model", {})}
+    return config.from_dict({"model": model, "lora": {"r": 4, "alpha": 8, **(lora or {})}, **sections})
