@@ -369,5 +369,5 @@ def describe():
             choices = f"; {' | '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
             shown = ",".join(default) if isinstance(default, list) and default else json.dumps(default) if not isinstance(default, str) else default
             lines.append(f"  --{section}.{f.name}={shown}")
-            lines += textwrap.wrap(f.metadata["help"] + choices, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(f.metadata["help"] + choices, 80, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
     return "\n".join(lines)
