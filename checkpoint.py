@@ -126,7 +126,7 @@ def verify(folder):
 def _tensors(data, path):
     """{name: CPU tensor} from the bytes of a safetensors file, after checking the header that the library would trust."""
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, LARGEST_HEADER):
+    if length > min(len(data) - 8, LARGEST_HEADER):
         raise ValueError(f"{path}: not a safetensors file (its header claims {length} bytes; at most {LARGEST_HEADER}, and what the file has, are read)")
     for name in _json(data[8:8 + length], path):
         if name != "__metadata__" and not TENSOR_NAME.fullmatch(name):

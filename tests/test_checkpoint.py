@@ -380,6 +380,20 @@ def test_a_truncated_or_missing_file_is_named_and_the_one_before_is_used(tmp_pat
         checkpoint.newest_valid(tmp_path)
 
 
+def test_a_disk_block_that_cannot_be_read_damages_one_checkpoint_and_not_the_resume(tmp_path, monkeypatch):
+    for step in (400, 500):
+        save(tmp_path, step)
+    digest = hashlib.file_digest
+
+    def unreadable(file, kind):
+        if "step-000500/optimizer" in str(file.name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file.name))
+        return digest(file, kind)
+    monkeypatch.setattr(hashlib, "file_digest", unreadable)
+    newest, problems = checkpoint.newest_valid(tmp_path)
+    assert newest.name == "step-000400" and len(problems) == 1 and "step-000500/optimizer.safetensors" in problems[0]
+
+
 def test_an_extra_file_a_folder_a_link_and_a_pipe_are_refused(tmp_path):
     folder = save(tmp_path, 500)
     (folder / "adapter_model.bin").write_bytes(b"")
@@ -480,6 +494,8 @@ def test_a_manifest_of_the_wrong_shape_is_refused(tmp_path, change, message):
     folder = save(tmp_path, 500)
     edit_manifest(folder, change)
     refused(folder, message)
+    if message in ("step True", "step -1"):  # under a name that says nothing about the step too
+        refused(folder.rename(tmp_path / "copy"), message)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -510,7 +526,7 @@ ONE = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 
 
 @pytest.mark.parametrize("data, message", [
-    (header("{}", length=1 << 60), "header claims"), (header(" " * (33 << 20) + "{}"), "header claims"), (b"\x00\x00", "header claims"),
+    (header("{}", length=1 << 60), "header claims"), (header("{}", length=100), "header claims"), (header(" " * (33 << 20) + "{}"), "header claims"), (b"\x00\x00", "header claims"),
     (header(f'{{"a":{ONE},"a":{ONE}}}', bytes(4)), "'a' stands twice"), (header("[" * 100_000), "not valid JSON"), (header("[]"), "JSON object"), (header(b"\xff{}"), "not valid JSON"),
     (header(f'{{"../../a":{ONE}}}', bytes(4)), "cannot be a tensor's name"), (header(f'{{"/a":{ONE}}}', bytes(4)), "cannot be a tensor's name"), (header(f'{{"a..b":{ONE}}}', bytes(4)), "cannot be a tensor's name"),
     (header(f'{{"a":{ONE}}}', bytes(3)), "not a valid safetensors"), (header(f'{{"a":{ONE}}}', bytes(5)), "not a valid safetensors"), (header(f'{{"a":{ONE},"b":{ONE}}}', bytes(4)), "not a valid safetensors"),
