@@ -56,10 +56,9 @@ class Group:
             module.weight.dequantize(dtype, out=scratch[self.bounds[module]])
         return scratch
 
-    def forward(self, x, residual=None):
-        """x (T, in) -> (y (T, out), low = dropout(x) A^T (T, ranks), the dropout's mask or None); y += residual where given."""
-        weight = self.weight(x.dtype)
-        y = x @ weight.T if residual is None else torch.addmm(residual, x, weight.T)
+    def forward(self, x):
+        """x (T, in) -> (y (T, out), low = dropout(x) A^T (T, ranks), the dropout's mask or None)."""
+        y = x @ self.weight(x.dtype).T
         mask = low = None
         for module in self.modules:
             if module.bias is not None:
@@ -108,17 +107,19 @@ def accumulate(total, a, b, alpha):
 
 
 class AddNorm(torch.autograd.Function):
-    """h (T, D) -> (rms_norm(h), h): one kernel backward for the two ways that h goes on."""
+    """h, delta (T, D) or None -> (rms_norm(h + delta), h + delta): one kernel each way for the end of a block and the norm of the next."""
 
     @staticmethod
-    def forward(ctx, h, weight, eps):
-        x, rstd = kernels.rms_norm(h, weight, eps)
+    def forward(ctx, h, delta, weight, eps):
+        x, h, rstd = kernels.add_rms_norm(h, delta, weight, eps)
         ctx.save_for_backward(h, weight, rstd)
+        ctx.added = delta is not None
         return x, h
 
     @staticmethod
     def backward(ctx, grad_x, grad_h):
-        return kernels.rms_norm_backward(grad_x, *ctx.saved_tensors, grad_h), None, None
+        grad = kernels.rms_norm_backward(grad_x, *ctx.saved_tensors, grad_h)
+        return grad, grad if ctx.added else None, None, None
 
 
 class QueriesKeysValues(torch.autograd.Function):
@@ -148,11 +149,11 @@ class QueriesKeysValues(torch.autograd.Function):
 
 
 class Output(torch.autograd.Function):
-    """x (T, in), residual (T, D) -> residual + projection(x)."""
+    """x (T, in) -> the projection of a group of one (T, D)."""
 
     @staticmethod
-    def forward(ctx, x, residual, group, *adapters):
-        y, low, mask = group.forward(x, residual)
+    def forward(ctx, x, group, *adapters):
+        y, low, mask = group.forward(x)
         ctx.save_for_backward(x, low, mask)
         ctx.group = group
         return y
@@ -162,17 +163,17 @@ class Output(torch.autograd.Function):
         x, low, mask = ctx.saved_tensors
         dx, d_low = ctx.group.input_gradient(grad, low, mask)
         ctx.group.adapter_gradient(d_low, x, mask)
-        return dx, grad, None, *[None] * len(ctx.group.parameters())
+        return dx, None, *[None] * len(ctx.group.parameters())
 
 
 class GatedMLP(torch.autograd.Function):
-    """x (T, D), residual (T, D) -> residual + down(silu(gate(x)) * up(x)); keeps x and gate, up."""
+    """x (T, D) -> down(silu(gate(x)) * up(x)) (T, D); keeps x, gate and up."""
 
     @staticmethod
-    def forward(ctx, x, residual, wide, down, *adapters):
+    def forward(ctx, x, wide, down, *adapters):
         gate_up, low, mask = wide.forward(x)
         act = kernels.swiglu(gate_up)
-        y, down_low, down_mask = down.forward(act, residual)
+        y, down_low, down_mask = down.forward(act)
         ctx.save_for_backward(x, low, mask, gate_up, down_low, down_mask)
         ctx.wide, ctx.down = wide, down
         return y
@@ -186,7 +187,7 @@ class GatedMLP(torch.autograd.Function):
         down.adapter_gradient(d_low, act, down_mask)
         dx, d_low = wide.input_gradient(d_gate_up, low, mask)
         wide.adapter_gradient(d_low, x, mask)
-        return dx, grad, None, None, *[None] * (len(wide.parameters()) + len(down.parameters()))
+        return dx, None, None, *[None] * (len(wide.parameters()) + len(down.parameters()))
 
 
 class FusedLayer:
@@ -208,13 +209,12 @@ class FusedLayer:
             return self.plain(hidden_states, position_embeddings=position_embeddings, **rest)
         attention, before, after = self.layer.self_attn, self.layer.input_layernorm, self.layer.post_attention_layernorm
         cos, sin = (table[0, :, :attention.head_dim // 2].contiguous() for table in position_embeddings)
-        x, h = AddNorm.apply(hidden_states[0], before.weight, before.variance_epsilon)
+        x, h = AddNorm.apply(hidden_states[0], None, before.weight, before.variance_epsilon)
         q, k, v = QueriesKeysValues.apply(x, cos, sin, self.qkv, attention.head_dim, *self.qkv.parameters())
         mixed, _ = self.attend(attention, *(heads.transpose(0, 1)[None] for heads in (q, k, v)), scaling=attention.scaling, sliding_window=self.window,
                                cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, use_varlen=use_varlen)
-        h = Output.apply(mixed[0].flatten(1), h, self.o, *self.o.parameters())
-        x, h = AddNorm.apply(h, after.weight, after.variance_epsilon)
-        return GatedMLP.apply(x, h, self.wide, self.down, *self.wide.parameters(), *self.down.parameters())[None]
+        x, h = AddNorm.apply(h, Output.apply(mixed[0].flatten(1), self.o, *self.o.parameters()), after.weight, after.variance_epsilon)
+        return (h + GatedMLP.apply(x, self.wide, self.down, *self.wide.parameters(), *self.down.parameters()))[None]
 
 
 def fits(layer):

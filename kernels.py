@@ -64,11 +64,15 @@ def swiglu_backward_twin(grad, gate_up):
 
 if triton is not None:
     @triton.jit
-    def _rms_norm(x, weight, out, rstd, width, eps, WIDTH: tl.constexpr):
+    def _add_rms_norm(h, delta, total, weight, out, rstd, width, eps, ADD: tl.constexpr, WIDTH: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, WIDTH)
         inside = columns < width
-        values = tl.load(x + row * width + columns, mask=inside, other=0).to(tl.float32)
+        values = tl.load(h + row * width + columns, mask=inside, other=0)
+        if ADD:
+            values += tl.load(delta + row * width + columns, mask=inside, other=0)
+            tl.store(total + row * width + columns, values, mask=inside)
+        values = values.to(tl.float32)
         r = 1 / tl.sqrt(tl.sum(values * values) / width + eps)
         tl.store(rstd + row, r)
         normed = (values * r).to(out.dtype.element_ty)
@@ -188,14 +192,16 @@ if triton is not None:
 
 # ------------------------------------------------------------------------------------- what the rest of the project calls
 
-def rms_norm(x, weight, eps):
-    """See rms_norm_twin."""
-    if not on_gpu(x):
-        return rms_norm_twin(x, weight, eps)
-    out, rstd = torch.empty_like(x), torch.empty(len(x), device=x.device, dtype=torch.float32)
-    width = triton.next_power_of_2(x.shape[1])
-    _rms_norm[(len(x),)](x, weight, out, rstd, x.shape[1], eps, width, num_warps=warps(width))
-    return out, rstd
+def add_rms_norm(h, delta, weight, eps):
+    """(rms_norm(h + delta), h + delta, fp32 1 / rms) for h, delta (T, D); delta None: nothing to add. See rms_norm_twin."""
+    if not on_gpu(h):
+        h = h if delta is None else h + delta
+        x, rstd = rms_norm_twin(h, weight, eps)
+        return x, h, rstd
+    out, rstd, width = torch.empty_like(h), torch.empty(len(h), device=h.device, dtype=torch.float32), triton.next_power_of_2(h.shape[1])
+    total = h if delta is None else torch.empty_like(h)
+    _add_rms_norm[(len(h),)](h, delta, total, weight, out, rstd, h.shape[1], eps, delta is not None, width, num_warps=warps(width))
+    return out, total, rstd
 
 
 def rms_norm_backward(grad, x, weight, rstd, grad_residual):

@@ -7,6 +7,8 @@ ours. Documents are packed one after another without padding: (tokens, ...) ever
 Leaves out: mixture-of-experts weights, models that are quantised on disk, adapters on embeddings or head, and whatever else an
 architecture asks of attention that packed_attention does not know: each is refused by name.
 """
+import functools
+import importlib.util
 import inspect
 import json
 import math
@@ -79,16 +81,27 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
         what = ", ".join(asked) or ("a mask of its own" if attention_mask is not None else "attention dropout")
         raise ValueError(f"{type(module).__name__} asks packed attention for {what}, which it does not know: this architecture cannot be trained here")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, d)
+    documents = len(cu_seqlens) - 1
+    if q.is_cuda and documents * max_seqlen == len(q) and not sliding_window and not softcap:  # all of one length: a plain batch, for which there are faster kernels
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        batch = [t.unflatten(0, (documents, max_seqlen)).transpose(1, 2) for t in (q, k, v)]  # (documents, heads, n, d)
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            return F.scaled_dot_product_attention(*batch, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(0, 1)[None], None
     if use_varlen and not softcap:
-        from torch.nn.attention.varlen import varlen_attn
-        options = {"scale": scaling, "window_size": (sliding_window - 1 if sliding_window else -1, 0)}
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)[None], None
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        return varlen()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=window)[None], None
     bounds, pieces = cu_seqlens.tolist(), []
     for start, end in zip(bounds, bounds[1:]):
         pieces.append(document_attention(q[start:end], k[start:end], v[start:end], scaling, sliding_window, softcap))
     return torch.cat(pieces)[None], None
+
+
+@functools.cache
+def varlen():
+    """torch's variable-length attention, told to let key-value heads serve several query heads where its version must be told."""
+    from torch.nn.attention.varlen import varlen_attn
+    takes = inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in takes else varlen_attn
 
 
 def document_attention(q, k, v, scaling, sliding_window=None, softcap=None):
@@ -307,11 +320,7 @@ def varlen_works(device, dtype):
     """Whether torch's variable-length attention can serve here: a GPU, 16 bits, and a torch that has it."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    try:
-        import torch.nn.attention.varlen  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def use_attention(network, name):

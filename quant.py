@@ -143,7 +143,7 @@ class NF4Weight(FrozenWeight):
         elif self.in_features % NF4_BLOCK:  # bitsandbytes' AVX-512 code returns wrong values for rows that are not whole blocks
             out.copy_(nf4_dequantize(self.packed, self.block_scales(), (self.out_features, self.in_features)))
         else:
-            torch.ops.bitsandbytes.dequantize_4bit.out(self.packed, self.block_scales(), NF4_BLOCK, "nf4", (self.out_features, self.in_features), out.dtype, out=out)
+            out.copy_(torch.ops.bitsandbytes.dequantize_4bit(self.packed, self.block_scales(), NF4_BLOCK, "nf4", (self.out_features, self.in_features), out.dtype))
 
 
 @functools.cache

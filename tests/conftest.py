@@ -5,7 +5,7 @@ import sys
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
+os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -77,7 +77,7 @@ def tiny_inputs(tmp_path_factory):
     """A folder with all that a run needs, and runs in a second: model/, train.jsonl (23 ragged chats), eval.jsonl (6 others)."""
     import json
     folder = tmp_path_factory.mktemp("inputs")
-    make_model(folder / "model")
+    make_model(folder / "model", initializer_range=0.1)  # a head that can be sure of something
     make_tokenizer(folder / "model")
     words = ["red", "green", "blue", "grey", "violet", "orange"]
     chats = [[{"role": "user", "content": f"{words[i % 6]} {i}" + "?" * (i % 5)}, {"role": "assistant", "content": " ".join([words[i % 6]] * (1 + i % 3))}] for i in range(29)]

@@ -1,0 +1,133 @@
+"""How fast train.py is, on the cases that docs/PERFORMANCE.md names: its own loop, with record, alerts and telemetry on.
+
+    python bench/speed.py A [B C D E ...] [--steps=25] [--work=/tmp/bench] [--gsm8k=FILE.npz] [--tldr=FILE.npz] [--section.key=value ...]
+
+    A   8B shape, 2048-token rows, 16 a step, nothing recomputed      B   the same, memory-frugal (every layer recomputed)
+    B12 the same within 12 GiB                                        C   the same in int8, every layer recomputed
+    D   8B shape, GSM8K rows, 16 a step                               E   135M shape, tldr rows, 32 a step
+    F   135M shape on a CPU, 256-token rows, 4 a step (for timings beside PEFT see bench/cpu.py)
+
+Weights are random in the models' real shapes, made once under --work; D and E take token ids of real rows from .npz files (ids flat,
+row offsets `off`, prompt lengths `prompt`). The first steps (compilation, graph recording) are reported apart; the others give
+median, quartiles, tokens/s (real tokens, no padding), samples/s and the peak of GPU memory. One JSON line a case, appended to
+bench/results/h100.json where --write is given.
+"""
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+SHAPES = {
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
+    "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
+}
+CASES = {  # shape, rows, samples a step, settings
+    "A": ("8b", "random 2048", 16, {"memory.checkpoint_layers": 0, "memory.max_tokens": 8192}),
+    "B": ("8b", "random 2048", 16, {"memory.checkpoint_layers": 32, "memory.max_tokens": 4096}),
+    "B12": ("8b", "random 2048", 16, {"memory.checkpoint_layers": 32, "memory.max_tokens": 16384}),
+    "C": ("8b", "random 2048", 16, {"memory.checkpoint_layers": 32, "memory.max_tokens": 8192, "model.quant": "int8"}),
+    "D": ("8b", "gsm8k", 16, {"memory.checkpoint_layers": 0, "memory.max_tokens": 8192}),
+    "E": ("135m", "tldr", 32, {}),
+    "F": ("135m", "random 256", 4, {"memory.max_tokens": 1024}),
+}
+
+
+def make_model(shape, folder, device):
+    """A model folder with random bf16 weights in a real shape, and a tokenizer whose words are w0, w1, ... by id."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    if (folder / "tokenizer_config.json").exists():
+        return
+    settings = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0, rope_theta=500000.0)
+    torch.manual_seed(0)
+    with torch.device(device):
+        network = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    network.save_pretrained(folder)
+    del network
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, settings.vocab_size)}
+    words = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+
+
+def make_rows(kind, vocabulary, count, file, npz):
+    """Write `count` JSONL rows: random words of one length, or real rows' token ids as words, prompt and answer apart."""
+    import numpy as np
+    with open(file, "w") as out:
+        if kind.startswith("random"):
+            length = int(kind.split()[1])
+            ids = np.random.default_rng(1).integers(4, vocabulary, (count, length - 1))  # the end of text is one more
+            for row in ids:
+                out.write(json.dumps({"text": " ".join(f"w{i}" for i in row)}) + "\n")
+            return
+        rows = np.load(npz[kind])
+        ids, off, prompt = rows["ids"], rows["off"], rows["prompt"]
+        for i in range(count):
+            row = [f"w{max(4, token)}" for token in ids[off[i % (len(off) - 1)]:off[i % (len(off) - 1) + 1]]]
+            cut = int(prompt[i % (len(off) - 1)])
+            out.write(json.dumps({"prompt": " ".join(row[:cut]), "completion": " " + " ".join(row[cut:])}) + "\n")
+
+
+def measure(case, steps, work, npz, overrides):
+    """Run train.py on one case in a process of its own; returns the row of results."""
+    import torch
+    shape, kind, samples, settings = CASES[case]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder, rows, run = work / f"model-{shape}", work / f"{case}.jsonl", work / f"run-{case}"
+    work.mkdir(parents=True, exist_ok=True)
+    make_model(shape, folder, device)
+    make_rows(kind, SHAPES[shape]["vocab_size"], samples * steps, rows, npz)
+    held_out = work / "eval.jsonl"
+    held_out.write_text("".join(open(rows).readlines()[:4]))
+    keys = {"model.path": folder, "data.train": rows, "data.eval": held_out, "data.max_length": 8192, "train.micro_batch_size": 1, "train.accumulation": samples, "train.max_steps": steps,
+            "schedule.lr_warmup_steps": 2, "eval.samples": 0, "eval.every_steps": 0, "save.every_steps": 0, "log.every_steps": 25} | settings
+    base = work / "base.json"
+    base.write_text("{}")
+    command = [sys.executable, str(PROJECT / "train.py"), str(base), f"--out={run}", "--overwrite", *(f"--{key}={value}" for key, value in keys.items()), *overrides]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{case}: train.py exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    import record
+    lines = [line for line in record.read_metrics(run) if "train/seconds" in line]
+    seconds = [line["train/seconds"] for line in lines]
+    timed = seconds[-max(1, min(len(seconds) - 5, 200)):]
+    real_tokens = real_token_count(rows) / len(lines)  # a step, on average; train/tokens leaves out tokens that nothing is predicted from
+    quartiles = statistics.quantiles(timed, n=4) if len(timed) > 3 else [min(timed), 0, max(timed)]
+    s = statistics.median(timed)
+    environment = json.loads((run / "environment.json").read_text())
+    return {"case": case, "who": "rawlora", "tokens_per_second": round(real_tokens / s), "samples_per_second": round(samples / s, 1),
+            "supervised_tokens_per_second": round(statistics.mean(line["train/supervised_tokens"] for line in lines) / s), "step_seconds": round(s, 5),
+            "step_seconds_quartiles": [round(quartiles[0], 5), round(quartiles[-1], 5)], "timed_steps": len(timed), "first_steps_seconds": [round(x, 2) for x in seconds[:3]],
+            "peak_memory_gib": round(max(line["train/peak_memory_gib"] for line in lines), 2), "process_seconds": round(time.perf_counter() - began, 1),
+            "settings": {key: value for key, value in keys.items() if key in settings} | dict(o.lstrip("-").split("=", 1) for o in overrides), "device": (environment["devices"] or [{"name": environment["cpu"]}])[0]["name"], "versions": environment["packages"]}
+
+
+def real_token_count(rows):
+    """Tokens of a rows file, the end of text included."""
+    total = 0
+    for line in open(rows):
+        row = json.loads(line)
+        total += len((row["text"] if "text" in row else row["prompt"] + row["completion"]).split()) + 1
+    return total
+
+
+def main(argv):
+    options = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--") and "=" in arg and "." not in arg.split("=")[0])
+    overrides = [arg for arg in argv if arg.startswith("--") and "." in arg.split("=")[0]]
+    npz = {"gsm8k": options.get("gsm8k", "gsm8k-train-ids.npz"), "tldr": options.get("tldr", "tldr-train-ids.npz")}
+    for case in (arg for arg in argv if not arg.startswith("--")):
+        row = measure(case, int(options.get("steps", 25)), pathlib.Path(options.get("work", "/tmp/bench")), npz, overrides)
+        print(json.dumps(row), flush=True)
+        if "write" in options:
+            path = pathlib.Path(options["write"])
+            path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else []) + [row], indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

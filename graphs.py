@@ -1,0 +1,96 @@
+"""Forward and backward of a micro-batch as CUDA graphs, for models whose kernels are shorter than their launches.
+
+A graph replays fixed shapes, so a micro-batch is padded up to a bucket: its tokens by documents that nothing supervises, its
+supervised positions by ones without a target. What is padded adds exactly nothing to loss and gradients. The first micro-batch of
+a bucket runs eagerly, and its graph is recorded behind it. Leaves out: the optimizer step (a few kernels, launched while the
+GPU is busy), recomputed layers, sharded weights, and LLM.int8(), which waits for the GPU.
+"""
+import torch
+
+import model
+import quant
+
+LARGEST = 16384  # tokens of a micro-batch: beyond, kernels are long enough for their launches
+
+
+def serves(network, checkpoint_layers):
+    """'' if this network's micro-batches can and should be replayed, else why not, in words."""
+    if network.device.type != "cuda":
+        return "no GPU"
+    if not network.use_varlen:
+        return "attention by documents needs their lengths on the host"
+    if checkpoint_layers:
+        return "some layers are recomputed"
+    if any(isinstance(module, quant.LLMInt8Weight) for module in network.modules()):
+        return "LLM.int8() waits for the GPU"
+    if network.config.hidden_size > 2048:
+        return "its kernels are longer than their launches"
+    return ""
+
+
+def bucket(n, finest):
+    """The next size that graphs are made for: multiples of an eighth of the power of two below n, at least `finest`."""
+    step = max(finest, 1 << max(0, n.bit_length() - 4))
+    return -(-n // step) * step
+
+
+def padded(batch, tokens, supervised, documents, longest):
+    """The fields of a data.MicroBatch (on the host) padded to the given sizes, as {name: tensor}."""
+    extra = tokens - len(batch.input_ids)
+    tail = torch.arange(extra) % longest
+    ends = [len(batch.input_ids) + min(extra, (i + 1) * longest) for i in range(documents + 1 - len(batch.cu_seqlens))]
+    assert extra == 0 or ends and ends[-1] == tokens
+    missing = supervised - len(batch.rows)
+    return {"input_ids": torch.cat((batch.input_ids, torch.zeros(extra, dtype=torch.int64))),
+            "position_ids": torch.cat((batch.position_ids, tail)),
+            "cu_seqlens": torch.cat((batch.cu_seqlens, torch.tensor(ends, dtype=torch.int32))),
+            "rows": torch.cat((batch.rows, torch.zeros(missing, dtype=torch.int64))),
+            "targets": torch.cat((batch.targets, torch.full((missing,), -100)))}
+
+
+class Replayed:
+    """Calls like `eager(batch, weight)`: adds weight x d loss / d adapters to the gradients and returns the loss, on the GPU."""
+
+    def __init__(self, network, eager):
+        self.network, self.eager, self.graphs, self.pool = network, eager, {}, None
+        self.weight = torch.zeros((), device=network.device)
+
+    def __call__(self, batch, weight):
+        """batch: a data.MicroBatch on the host; weight: a scalar tensor."""
+        if len(batch.input_ids) > LARGEST:
+            return self.eager(batch.to(self.network.device), weight)
+        longest = max(64, 1 << (batch.max_seqlen - 1).bit_length())
+        tokens = bucket(len(batch.input_ids), 64)
+        sizes = tokens, bucket(len(batch.rows), 32), bucket(len(batch.cu_seqlens) - 1 + -(-tokens // longest), 16), longest
+        fields = {name: tensor.pin_memory() for name, tensor in padded(batch, *sizes).items()}
+        self.weight.copy_(weight)
+        if sizes not in self.graphs:
+            return self.record(sizes, fields)
+        graph, static, loss = self.graphs[sizes]
+        for name, tensor in fields.items():
+            getattr(static, name).copy_(tensor, non_blocking=True)
+        graph.replay()
+        return loss
+
+    def record(self, sizes, fields):
+        """Run one micro-batch of a new bucket eagerly, then record the graph for the next ones."""
+        device = self.network.device
+        static = Static(max_seqlen=sizes[-1], **{name: tensor.to(device) for name, tensor in fields.items()})
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # as recording does, so that everything is compiled and allocated once before
+            done = self.eager(static, self.weight)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = self.eager(static, self.weight)
+        self.pool = self.pool or graph.pool()
+        self.graphs[sizes] = graph, static, loss
+        return done
+
+
+class Static:
+    """The fields of a micro-batch at fixed addresses."""
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
