@@ -108,7 +108,7 @@ def check_vocabulary(network, *data_sets):
 
 
 def configure(ckpt, model_path, overrides):
-    """(configuration, adapter's tensors or None, what is evaluated as text) of a run, a checkpoint, an adapter, or a model alone.
+    """(configuration, adapter's tensors or None, its folder) of a run, a checkpoint, an adapter, or a model alone (None, None).
 
     A run's own configuration is taken where there is one; an adapter alone brings its LoRA settings and its base model's name.
     """
@@ -116,14 +116,14 @@ def configure(ckpt, model_path, overrides):
         overrides = [("model.path", model_path), *overrides]
     if not ckpt:
         config = settings.located(settings.from_dict({}, overrides, "command line"))
-        return config, None, f"{config.model.path}, no adapter"
+        return config, None, None
     folder = checkpoint.find(ckpt)
     lora, tensors, base = model.read_adapter(folder)
     run = next((parent for parent in folder.absolute().parents[:2] if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
     tree = json.loads((run / "config.json").read_text(encoding="utf-8")) if run else {"model": {"path": base}}
     tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "targets": lora.targets}
     config = settings.located(settings.from_dict(tree, overrides, str(run / "config.json") if run else "command line"))
-    return config, tensors, f"{folder}, on {config.model.path}"
+    return config, tensors, folder
 
 
 def main(argv):
@@ -136,7 +136,7 @@ def main(argv):
     if not flags["ckpt"] and not flags["model"]:
         raise ValueError("name what to evaluate: --ckpt=RUN_OR_CHECKPOINT, or --model=MODEL alone for an untouched one")
     overrides += [(key, flags[flag]) for key, flag in (("data.eval", "data"), ("eval.prompts", "prompts")) if flags[flag]]
-    config, adapter, what = configure(flags["ckpt"], flags["model"], overrides)
+    config, adapter, folder = configure(flags["ckpt"], flags["model"], overrides)
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     records = data.read_rows(config.data.eval, config.data.bad_rows) if config.data.eval else data.read_splits(config)[1]
     rows, prompts, end_ids = data.tokenize(records, tokenizer, config.data), data.prompts(config, tokenizer, records), data.end_of_turn(tokenizer)
@@ -144,7 +144,7 @@ def main(argv):
     network = model.load(config, "cuda" if torch.cuda.is_available() else "cpu")  # adapters at B = 0: the untouched model
     check_vocabulary(network, rows)
     if adapter:
-        model.set_adapters(model.adapters(network), adapter, what)
+        model.set_adapters(model.adapters(network), adapter, str(folder))
     max_tokens = config.memory.max_tokens or (16384 if network.device.type == "cuda" else 2048)
     figures, _ = evaluate(network, rows, config.eval.max_rows, max_tokens)
     samples = generate(network, tokenizer, prompts, config.eval.max_new_tokens, end_ids)
@@ -152,11 +152,11 @@ def main(argv):
     name = pathlib.Path(config.data.eval or config.data.train).name
     if flags["json"]:
         strict = {key: value if math.isfinite(value) else None for key, value in figures.items()}  # JSON has no NaN
-        print(json.dumps({"evaluated": what, "quant": config.model.quant, "compute_dtype": config.model.compute_dtype, "data": name, **strict,
+        print(json.dumps({"adapter": folder and str(folder), "model": config.model.path, "quant": config.model.quant, "compute_dtype": config.model.compute_dtype, "data": name, **strict,
                           "stop_rate": stop_rate(samples) if samples else None, "samples": samples}, indent=1))
         return 0
     some = "" if figures["rows"] == len(rows) else f"the first {figures['rows']:,} of "
-    print(f"evaluated       {what}\n                {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
+    print(f"adapter         {folder or 'none'}\nmodel           {config.model.path}\n                {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
     print(f"rows            {some}{len(rows):,} of {name}")
     print(f"loss            {figures['loss']:.4f} nats a token, over {figures['supervised_tokens']:,} supervised tokens")
     print(f"perplexity      {figures['perplexity']:.3f}\ntoken accuracy  {figures['token_accuracy']:.4f}\ntime            {figures['seconds']:.1f} s")

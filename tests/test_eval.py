@@ -1,0 +1,234 @@
+"""How good a model is said to be: against transformers' own loss, however rows are packed, whatever holds the adapter."""
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PROJECT, make_model
+
+import checkpoint
+import config
+import data
+import eval as evaluation
+import model
+import train
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """So little work is done sooner by one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def configured(tiny_inputs, **sections):
+    tree = {"model": {"path": str(tiny_inputs / "model"), "quant": "none", "compute_dtype": "fp32"}, "data": {"train": str(tiny_inputs / "train.jsonl"), "eval": str(tiny_inputs / "eval.jsonl")}}
+    return config.from_dict({name: tree.get(name, {}) | sections.get(name, {}) for name in {**tree, **sections}})
+
+
+def tokenized(tiny_inputs, name="train.jsonl"):
+    return data.tokenize(data.read_rows(str(tiny_inputs / name)), data.load_tokenizer(tiny_inputs / "model"), config.Data())
+
+
+def reference(folder, rows, count):
+    """(loss, accuracy) over all supervised tokens of the first `count` rows, by transformers, a row at a time."""
+    from transformers import AutoModelForCausalLM
+    network = AutoModelForCausalLM.from_pretrained(folder).eval()
+    total, correct, tokens = 0.0, 0, 0
+    for r in range(count):
+        at = slice(rows.offsets[r], rows.offsets[r + 1])
+        ids, supervised = torch.from_numpy(rows.ids[at]).long(), torch.from_numpy(rows.supervised[at])
+        with torch.no_grad():
+            out = network(input_ids=ids[None], labels=torch.where(supervised, ids, -100)[None])
+        total += out.loss.item() * int(supervised.sum())
+        correct += int((out.logits[0, :-1].argmax(-1) == ids[1:])[supervised[1:]].sum())
+        tokens += int(supervised.sum())
+    return total / tokens, correct / tokens
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_inputs, tmp_path_factory):
+    """A run of a few steps in 32 bits, without quantisation."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    path = run.parent / "c.json"
+    sections = {"train": {"max_steps": 6, "micro_batch_size": 4, "accumulation": 1}, "schedule": {"learning_rate": 2e-2, "lr_warmup_steps": 0}, "lora": {"r": 4, "alpha": 8.0},
+                "eval": {"samples": 2, "max_new_tokens": 6}, "save": {"every_steps": 3}, "log": {"tensorboard": False}}
+    path.write_text(json.dumps(configured(tiny_inputs, **sections).to_dict()))
+    assert train.main([str(path), f"--out={run}"]) == 0
+    return run
+
+
+def run_eval(capsys, *arguments):
+    """The JSON that `eval.py ARGUMENTS --json` prints."""
+    capsys.readouterr()
+    assert evaluation.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+def test_loss_and_accuracy_are_transformers_own_weighted_by_tokens_however_rows_are_packed(tiny_inputs):
+    rows = tokenized(tiny_inputs)
+    network = model.load(configured(tiny_inputs), "cpu")
+    loss, accuracy = reference(tiny_inputs / "model", rows, len(rows))
+    for max_tokens in (1, 70, 300, 100000):
+        figures, by_row = evaluation.evaluate(network, rows, 0, max_tokens)
+        assert figures["loss"] == pytest.approx(loss, rel=1e-5) and figures["token_accuracy"] == pytest.approx(accuracy, abs=1e-12)
+        assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        assert (figures["supervised_tokens"], figures["rows"]) == (rows.counts["supervised_tokens"], 23)
+        assert by_row["nll"].sum() / by_row["tokens"].sum() == pytest.approx(loss, rel=1e-5) and len(by_row["nll"]) == 23
+        assert by_row["tokens"].tolist() == [rows.supervised[start:end].sum() for start, end in zip(rows.offsets, rows.offsets[1:])]
+
+
+def test_only_the_first_rows_count_where_so_many_are_asked_for(tiny_inputs):
+    rows = tokenized(tiny_inputs)
+    figures, _ = evaluation.evaluate(model.load(configured(tiny_inputs), "cpu"), rows, 5, 200)
+    assert figures["loss"] == pytest.approx(reference(tiny_inputs / "model", rows, 5)[0], rel=1e-5) and figures["rows"] == 5
+
+
+def test_the_chunk_of_logits_changes_nothing(tiny_inputs):
+    losses = [evaluation.evaluate(model.load(configured(tiny_inputs, memory={"loss_chunk": chunk}), "cpu"), tokenized(tiny_inputs), 0, 300)[0]["loss"] for chunk in (1, 7, 1024)]
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-6)
+
+
+def test_dropout_is_off_in_an_evaluation_and_training_mode_comes_back(tiny_inputs):
+    rows, network = tokenized(tiny_inputs), model.load(configured(tiny_inputs, lora={"dropout": 0.9}), "cpu")
+    with torch.no_grad():
+        for name, parameter in model.adapters(network).items():
+            parameter.normal_()
+    before = torch.get_rng_state()
+    first, again = (evaluation.evaluate(network, rows, 0, 300)[0]["loss"] for _ in range(2))
+    assert first == again and network.training and torch.equal(before, torch.get_rng_state())
+
+
+def test_an_interrupted_evaluation_gives_nothing(tiny_inputs):
+    network = model.load(configured(tiny_inputs), "cpu")
+    assert evaluation.evaluate(network, tokenized(tiny_inputs), 0, 100, interrupted=[15]) == (None, None) and network.training
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+def test_samples_are_transformers_greedy_ones_prompt_by_prompt(tiny_inputs):
+    from transformers import AutoModelForCausalLM
+    tokenizer = data.load_tokenizer(tiny_inputs / "model")
+    c = configured(tiny_inputs, eval={"samples": 4})
+    prompts, end_ids = data.prompts(c, tokenizer), data.end_of_turn(tokenizer)
+    samples = evaluation.generate(model.load(c, "cpu"), tokenizer, prompts, 7, end_ids)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_inputs / "model").eval()
+    assert len({len(prompt["ids"]) for prompt in prompts}) > 1  # so that some are padded
+    for prompt, sample in zip(prompts, samples):
+        ids = list(prompt["ids"])
+        for _ in range(7):
+            with torch.no_grad():
+                ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in end_ids:
+                break
+        new = ids[len(prompt["ids"]):]
+        assert sample["tokens"] == len(new) and sample["stopped"] == (new[-1] in end_ids)
+        assert sample["text"] == tokenizer.decode([token for token in new if token not in end_ids], skip_special_tokens=True)
+
+
+def test_a_sample_that_ends_by_itself_counts_as_stopped(tiny_inputs, monkeypatch):
+    tokenizer, network = data.load_tokenizer(tiny_inputs / "model"), model.load(configured(tiny_inputs), "cpu")
+    prompts, end_ids = data.prompts(configured(tiny_inputs, eval={"samples": 2}), tokenizer), data.end_of_turn(tokenizer)
+    ok, end = tokenizer.encode("ok"), end_ids[0]
+    monkeypatch.setattr(network, "generate", lambda input_ids, **_: torch.cat((input_ids, torch.tensor([[*ok, end, end], [*ok, *ok]])), dim=1))
+    samples = evaluation.generate(network, tokenizer, prompts, 4, end_ids)
+    assert [(s["text"], s["tokens"], s["stopped"]) for s in samples] == [("ok", 3, True), ("okok", 4, False)] and evaluation.stop_rate(samples) == 0.5
+    shown = evaluation.show([sample | {"text": sample["text"] * 60} for sample in samples])
+    assert max(map(len, shown.splitlines())) <= 80 and shown.count("(did not stop)") == 1
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+def test_a_run_its_best_a_checkpoint_and_an_adapter_folder_give_the_figures_of_training(trained, tiny_inputs, tmp_path, capsys):
+    last = train.record.read_metrics(trained)[-1]
+    newest = checkpoint.newest_valid(trained)[0]
+    shutil.copytree(newest, tmp_path / "adapter", ignore=lambda folder, names: [name for name in names if not name.startswith("adapter_")])
+    where = [f"--model={tiny_inputs / 'model'}", "--model.quant=none", "--model.compute_dtype=fp32", f"--data={tiny_inputs / 'eval.jsonl'}"]
+    for arguments in ([f"--ckpt={trained}"], ["--ckpt", trained], [f"--ckpt={trained}@best"], [f"--ckpt={newest}"], [f"--ckpt={tmp_path / 'adapter'}", *where]):
+        figures = run_eval(capsys, *arguments)
+        assert figures["loss"] == pytest.approx(last["eval/loss"], rel=1e-6) and figures["token_accuracy"] == last["eval/token_accuracy"]
+    assert run_eval(capsys, f"--ckpt={trained}")["samples"] == json.loads(last["eval/samples"])
+    first = run_eval(capsys, f"--ckpt={trained}@step-000003")
+    assert first["loss"] > figures["loss"]
+
+
+def test_an_adapter_that_peft_saved_is_evaluated_on_its_own_base_model(tiny_inputs, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(0)
+    network = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_inputs / "model"), LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    network.save_pretrained(tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    network.merge_and_unload().save_pretrained(merged)
+    figures = run_eval(capsys, f"--ckpt={tmp_path / 'adapter'}", "--model.quant=none", "--model.compute_dtype=fp32", f"--data={tiny_inputs / 'eval.jsonl'}")
+    rows = tokenized(tiny_inputs, "eval.jsonl")
+    assert figures["loss"] == pytest.approx(reference(merged, rows, len(rows))[0], rel=1e-5)
+
+
+def test_a_model_alone_is_evaluated_untouched_quantised_or_not(tiny_inputs, capsys):
+    rows = tokenized(tiny_inputs, "eval.jsonl")
+    loss, accuracy = reference(tiny_inputs / "model", rows, len(rows))
+    arguments = [f"--model={tiny_inputs / 'model'}", f"--data={tiny_inputs / 'eval.jsonl'}", "--eval.samples=0", "--model.compute_dtype=fp32"]
+    plain, nf4 = run_eval(capsys, *arguments, "--model.quant=none"), run_eval(capsys, *arguments)
+    assert plain["loss"] == pytest.approx(loss, rel=1e-5) and plain["token_accuracy"] == accuracy and plain["samples"] == [] and plain["stop_rate"] is None
+    assert plain["loss"] != nf4["loss"] == pytest.approx(loss, rel=0.1) and nf4["quant"] == "nf4"
+
+
+def test_other_rows_and_prompts_are_taken_from_the_command_line(trained, tiny_inputs, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("say blue\nsay red twice\n")
+    figures = run_eval(capsys, f"--ckpt={trained}", "--data", tiny_inputs / "train.jsonl", "--prompts", tmp_path / "prompts.txt", "--eval.max_new_tokens=2")
+    assert (figures["rows"], figures["data"]) == (23, "train.jsonl") and [sample["prompt"] for sample in figures["samples"]] == ["say blue", "say red twice"]
+    assert all(sample["tokens"] <= 2 for sample in figures["samples"])
+
+
+def test_rows_held_out_of_the_training_rows_are_those_of_the_run(tiny_inputs, tmp_path, capsys):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(configured(tiny_inputs, data={"eval": "", "eval_rows": 5}, train={"max_steps": 1, "seed": 3}, eval={"samples": 0}, log={"tensorboard": False}).to_dict()))
+    train.main([str(path), f"--out={tmp_path / 'run'}"])
+    figures = run_eval(capsys, f"--ckpt={tmp_path / 'run'}")
+    assert figures["rows"] == 5 and figures["loss"] == pytest.approx(train.record.read_metrics(tmp_path / "run")[-1]["eval/loss"], rel=1e-6)
+
+
+def test_the_command_prints_figures_and_samples_for_people_and_nothing_else(trained):
+    done = subprocess.run([sys.executable, PROJECT / "eval.py", "--ckpt", trained], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    for word in ("loss", "perplexity", "token accuracy", "stop rate", "prompt", "reference"):
+        assert word in done.stdout
+    assert max(map(len, done.stdout.replace(str(trained.parent.parent), "").splitlines())) <= 80
+
+
+def test_a_loss_that_is_no_number_is_still_json(tiny_inputs, capsys, monkeypatch):
+    real = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: (real(*args)[0] | {"loss": math.nan, "perplexity": math.inf}, {}))
+    figures = run_eval(capsys, f"--model={tiny_inputs / 'model'}", f"--data={tiny_inputs / 'eval.jsonl'}", "--eval.samples=0")
+    assert figures["loss"] is None and figures["perplexity"] is None
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+def test_what_is_wrong_is_told_before_the_model_is_loaded(trained, tiny_inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "load", lambda *args: pytest.fail("the model was loaded"))
+    for arguments, said in (([], "name what to evaluate"), (["runs/x"], "unexpected"), (["--ckpt=nothing"], "not a run folder"), (["--model=no/such/model"], "model.path"),
+                            ([f"--ckpt={trained}", "--data=none.jsonl"], "none.jsonl: no such file"), ([f"--ckpt={trained}", "--prompts=none.txt"], "none.txt: no such file"),
+                            ([f"--ckpt={trained}", "--lora.r=0"], "lora.r"), ([f"--ckpt={trained}@step-000077"], "no checkpoint step-000077")):
+        with pytest.raises(ValueError, match=said):
+            evaluation.main(arguments)
+
+
+def test_an_adapter_of_another_model_is_refused(trained, tiny_inputs, tmp_path):
+    shutil.copytree(tiny_inputs / "model", tmp_path / "wider")
+    make_model(tmp_path / "wider", hidden_size=128)
+    with pytest.raises(ValueError, match="has the shape"):
+        evaluation.main([f"--ckpt={trained}", f"--model={tmp_path / 'wider'}"])
+
+
+def test_the_command_exits_2_with_one_message():
+    done = subprocess.run([sys.executable, PROJECT / "eval.py", "--ckpt", "nothing"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1) and done.stderr.startswith("error: nothing: not a run folder")
