@@ -112,6 +112,7 @@ class Memory:
     max_tokens: int = key(0, "tokens packed into one micro-batch at most; 0: chosen from the device", low=0)
     checkpoint_layers: int = key(-1, "decoder layers whose activations are recomputed in the backward pass; -1: chosen from the device", low=-1)
     loss_chunk: int = key(1024, "supervised tokens whose logits exist at one time", low=1)
+    graphs: str = key("auto", "replay micro-batches as CUDA graphs: auto where kernels are shorter than their launches", choices=("auto", "no"))
     fused: bool = key(True, "fast path for Llama-shaped layers; false: transformers' own layers, the slow twin")
     keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; auto: where a quarter of the free memory holds them", choices=("auto", "yes", "no"))
 

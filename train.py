@@ -32,6 +32,7 @@ import checkpoint
 import config as settings
 import data
 import eval as evaluation
+import graphs
 import model
 import quant
 import record
@@ -89,6 +90,15 @@ def train(config, run, guard, resume, accept):
     recorder = open_record(run, config, state, resume, owed)
     introduce(config, run, rows, eval_rows, network, state, max_steps, total_samples)
     progress = tqdm(total=max_steps, initial=state["step"], unit="step", dynamic_ncols=True, disable=None)
+
+    def forward_backward(batch, weight):
+        """Add weight x the gradient of a micro-batch's summed loss to flat.grad, and return that loss."""
+        batch_loss, _, _ = model.summed_loss(network, batch.to(device))
+        (batch_loss * weight).backward()
+        return batch_loss.detach()
+
+    if plan["graphs"]:
+        forward_backward = graphs.Replayed(network, forward_backward)
 
     def settle(done):
         """Read a step's figures off the device and write them down. A step that was not applied is told with its rows."""
@@ -162,15 +172,13 @@ def train(config, run, guard, resume, accept):
         clock = [mark(device)]
         start, count = schedule.window_samples(step, config, total_samples)
         samples = data.sample_stream(len(rows), config.train.seed, start, count)
-        window = [batch.to(device) for batch in data.pack(rows, samples, plan["max_tokens"])]
+        window = data.pack(rows, samples, plan["max_tokens"])
         supervised, tokens = sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window)
 
         flat.grad.zero_()
         loss = torch.zeros((), device=device)
         for batch in window:
-            batch_loss, _, _ = model.summed_loss(network, batch)
-            (batch_loss * (scaler["scale"] / supervised)).backward()
-            loss += batch_loss.detach() / supervised
+            loss += forward_backward(batch, scaler["scale"] / supervised) / supervised
 
         grad_norm = torch.linalg.vector_norm(flat.grad) / scaler["scale"]  # before clipping
         known = [norm for at, norm in state["norms"] if at < step - 1]  # the last step's norm may still be on its way
@@ -263,7 +271,8 @@ def memory_plan(config, network, before):
         inputs = sum(module.in_features + module.out_features for module in network.modules() if isinstance(module, model.AdaptedLinear))
         activations = 2 * max_tokens * inputs * 2  # bytes: what the projections keep, twice for what lies between them
         layers = len(network.get_decoder().layers) if on_gpu and activations > 0.7 * model.free_memory(network.device) else 0
-    return {"max_tokens": max_tokens, "checkpoint_layers": layers}
+    why_not = "memory.graphs is no" if config.memory.graphs == "no" else graphs.serves(network, layers)
+    return {"max_tokens": max_tokens, "checkpoint_layers": layers, "graphs": not why_not, "why_no_graphs": why_not}
 
 
 def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
@@ -343,7 +352,8 @@ def introduce(config, run, rows, eval_rows, network, state, max_steps, total_sam
     print(f"network    {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
     for part, (dtypes, size) in model.memory_table(network).items():
         print(f"           {size / 2**20:>9,.1f} MiB  {part} ({', '.join(sorted(dtypes))})")
-    print(f"packing    up to {state['plan']['max_tokens']:,} tokens a micro-batch, {state['plan']['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed\n", flush=True)
+    print(f"packing    up to {state['plan']['max_tokens']:,} tokens a micro-batch, {state['plan']['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed\n"
+          f"           {network.fused_layers} layers fused, " + ("replayed as CUDA graphs\n" if state["plan"]["graphs"] else f"no CUDA graphs: {state['plan']['why_no_graphs']}\n"), flush=True)
 
 
 def rehearse(network, flat, rows, max_tokens):
