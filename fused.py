@@ -6,6 +6,8 @@ the backward pass instead of stored. The plain path, transformers' own layer wit
 both on every layer it takes over and leaves alone what does not agree. Leaves out: layers with other norms, activations or
 normed queries, and LLM.int8(), whose outliers are chosen by waiting for the GPU; they train on the plain path.
 """
+import functools
+
 import torch
 
 import kernels
@@ -13,83 +15,85 @@ import quant
 
 
 class Group:
-    """AdaptedLinear modules that read the same input, as one product: y (T, sum of outputs).
+    """AdaptedLinear modules that read the same input, adapters included, as one product over a longer inner dimension:
 
-    Their adapter matrices A lie one after another in the flat buffer (model.adapters sees to that), so that x A^T of all is one
-    product too, and its gradient another.
+        y = x W^T + s drop(x) A^T B^T = [x | s drop(x) A^T] [W | B]^T
+
+    with W stacked, and B block by block, over the modules. So x comes in a buffer (T, in + ranks) whose last columns `forward` fills,
+    and [W | B] is kept or dequantised as one matrix; the backward pass gets d loss / d x and d loss / d (s drop(x) A^T) from one
+    product too. The A of all modules lie one after another in the flat buffer (model.adapters sees to that).
     """
 
-    def __init__(self, modules):
+    def __init__(self, modules, memory):
         self.modules = modules
         self.adapted = [module for module in modules if module.r]
-        self.bounds, self.low_bounds, out, low = {}, {}, 0, 0
+        self.out_bounds, self.low_bounds, out, low = {}, {}, 0, 0
         for module in modules:
-            self.bounds[module] = slice(out, out := out + module.out_features)
+            self.out_bounds[module] = slice(out, out := out + module.out_features)
             self.low_bounds[module] = slice(low, low := low + module.r)
         self.out_features, self.in_features, self.ranks = out, modules[0].in_features, low
-        self.scaling, self.dropout = modules[0].scaling, modules[0].dropout
-        self.kept = None
-
-    def bind(self, memory):
-        """Take views of all A in model.AdapterMemory: the working copy and the gradient, (sum of ranks, in) each."""
+        self.width = self.in_features + -(-low // 8) * 8  # rows of both buffers start at 16 bytes, as matrix units want them
+        self.scaling, self.dropout, self.training = modules[0].scaling, modules[0].dropout, lambda: modules[0].training
+        self.kept = None  # [W | B] (out, width), where the copies of all modules' weights are kept
         if self.adapted:
             self.working_A, self.grad_A = memory.together([module.lora_A for module in self.adapted])
 
     def parameters(self):
         return [parameter for module in self.adapted for parameter in (module.lora_A, module.lora_B)]
 
-    def keep(self):
-        """Lay the kept copies of the weights side by side, where all are kept."""
-        if all(module.weight.kept is not None for module in self.modules):
-            self.kept = torch.cat([module.weight.kept for module in self.modules])
-            for module in self.modules:
-                module.weight.share(self.kept[self.bounds[module]])
+    def room(self, x):
+        """An empty buffer (T, width) for an input like x (T, ...)."""
+        return torch.empty(len(x), self.width, device=x.device, dtype=x.dtype)
 
     def weight(self, dtype):
-        """(sum of outputs, in): the kept copy, or dequantised into a scratch."""
+        """[W | B] (out, width) in `dtype`: the kept one, or made in a scratch."""
         if self.kept is not None and self.kept.dtype == dtype:
             return self.kept
-        if len(self.modules) == 1:
-            return self.modules[0].weight.dequantize(dtype)
-        scratch = torch.empty(self.out_features, self.in_features, device=next(self.modules[0].weight.parameters()).device, dtype=dtype)
+        scratch = torch.empty(self.out_features, self.width, device=self.modules[0].weight.device, dtype=dtype)
+        scratch[:, self.in_features:].zero_()
         for module in self.modules:
-            module.weight.dequantize(dtype, out=scratch[self.bounds[module]])
+            rows = scratch[self.out_bounds[module]]
+            module.weight.dequantize(dtype, out=rows[:, :self.in_features])
+            if module.r:
+                self.adapter_columns(rows, module).copy_(module.working_B)
         return scratch
 
+    def adapter_columns(self, rows, module):
+        """Where a module's B (out, r) lies in its rows of [W | B]."""
+        return rows[:, self.in_features:][:, self.low_bounds[module]]
+
     def forward(self, x):
-        """x (T, in) -> (y (T, out), low = dropout(x) A^T (T, ranks), the dropout's mask or None)."""
+        """y (T, out) for a buffer x (T, width) whose first `in` columns are the input; fills the others. Also the dropout's mask or None."""
+        inner, low, mask = x[:, :self.in_features], x[:, self.in_features:self.in_features + self.ranks], None
+        x[:, self.in_features + self.ranks:].zero_()
+        if self.adapted:
+            if self.dropout and self.training():
+                inner, mask = torch.native_dropout(inner, self.dropout, True)
+            torch.addmm(low, inner, self.working_A.T, beta=0, alpha=self.scaling, out=low)
         y = x @ self.weight(x.dtype).T
-        mask = low = None
         for module in self.modules:
             if module.bias is not None:
-                y[:, self.bounds[module]] += module.bias
-        if self.adapted:
-            if self.dropout and self.adapted[0].training:
-                x, mask = torch.native_dropout(x, self.dropout, True)
-            low = x @ self.working_A.T
-            for module in self.adapted:
-                part = y[:, self.bounds[module]]
-                torch.addmm(part, low[:, self.low_bounds[module]], module.working_B.T, alpha=self.scaling, out=part)
-        return y, low, mask
+                y[:, self.out_bounds[module]] += module.bias
+        return y, mask
 
-    def input_gradient(self, grad, low, mask, wanted=True):
-        """For grad (T, out): (d loss / d x (T, in), d loss / d (dropout(x) A^T) (T, ranks)). Adds to the gradients of all B."""
-        dx = grad @ self.weight(grad.dtype) if wanted else None
-        if not self.adapted:
-            return dx, None
-        d_low = torch.empty_like(low)
+    def backward(self, grad, low, mask, wanted=True):
+        """d loss / d [x | s drop(x) A^T] (T, width) for grad (T, out) and low (T, ranks), the second part already passed on to the first.
+
+        Adds to the gradients of all B. Not `wanted`: the first part is left wrong.
+        """
+        both = grad @ self.weight(grad.dtype)
+        dx, d_low = both[:, :self.in_features], both[:, self.in_features:self.in_features + self.ranks]
         for module in self.adapted:
-            part, low_bounds = grad[:, self.bounds[module]], self.low_bounds[module]
-            torch.mm(part, module.working_B, out=d_low[:, low_bounds])
-            accumulate(module.lora_B.grad, part.T, low[:, low_bounds], self.scaling)
-        if wanted and mask is None:
-            dx.addmm_(d_low, self.working_A, alpha=self.scaling)
-        elif wanted:
+            accumulate(module.lora_B.grad, grad[:, self.out_bounds[module]].T, low[:, self.low_bounds[module]], 1.0)
+        if wanted and mask is None and self.adapted:
+            torch.addmm(dx, d_low, self.working_A, alpha=self.scaling, out=dx)
+        elif wanted and self.adapted:
             dx += (d_low @ self.working_A) * mask * (self.scaling / (1 - self.dropout))
-        return dx, d_low
+        return both
 
-    def adapter_gradient(self, d_low, x, mask):
-        """Add to the gradients of all A."""
+    def adapter_gradient(self, both, x, mask):
+        """Add to the gradients of all A, from what `backward` returned and the input x (T, in)."""
+        d_low = both[:, self.in_features:self.in_features + self.ranks]
         if self.adapted and mask is None:
             accumulate(self.grad_A, d_low.T, x, self.scaling)
         elif self.adapted:
@@ -106,88 +110,120 @@ def accumulate(total, a, b, alpha):
         total.add_((a @ b).to(total.dtype), alpha=alpha)
 
 
+class Kept:
+    """The kept [W | B] of all groups in one buffer, whose B are brought up to date by one gather and one scatter."""
+
+    def __init__(self, groups, memory, dtype):
+        first = memory.flat
+        self.memory, sizes = memory, [group.out_features * group.width for group in groups]
+        self.buffer = torch.zeros(sum(sizes), device=first.device, dtype=dtype)
+        positions = torch.arange(len(first), device=first.device)
+        sources, targets, start = [], [], 0
+        for group, size in zip(groups, sizes):
+            group.kept = self.buffer[start:start + size].view(group.out_features, group.width)
+            places = torch.arange(start, start + size, device=first.device).view(group.out_features, group.width)
+            for module in group.modules:
+                rows = group.kept[group.out_bounds[module]]
+                rows[:, :group.in_features] = module.weight.kept
+                module.weight.share(rows[:, :group.in_features])
+                if module.r:
+                    sources.append(positions[memory.places[module.lora_B]])
+                    targets.append(group.adapter_columns(places[group.out_bounds[module]], module).reshape(-1))
+            start += size
+        self.sources, self.targets = (torch.cat(parts) if parts else positions[:0] for parts in (sources, targets))
+
+    def refresh(self):
+        self.buffer.index_copy_(0, self.targets, self.memory.working.index_select(0, self.sources))
+
+
 class AddNorm(torch.autograd.Function):
-    """h, delta (T, D) or None -> (rms_norm(h + delta), h + delta): one kernel each way for the end of a block and the norm of the next."""
+    """h, delta (T, D) or None -> (rms_norm(h + delta) in a buffer for `group`, h + delta): one kernel each way."""
 
     @staticmethod
-    def forward(ctx, h, delta, weight, eps):
-        x, h, rstd = kernels.add_rms_norm(h, delta, weight, eps)
+    def forward(ctx, h, delta, weight, eps, group):
+        x = group.room(h)
+        h, rstd = kernels.add_rms_norm(h, delta, weight, eps, out=x[:, :group.in_features])
         ctx.save_for_backward(h, weight, rstd)
         ctx.added = delta is not None
         return x, h
 
     @staticmethod
     def backward(ctx, grad_x, grad_h):
-        grad = kernels.rms_norm_backward(grad_x, *ctx.saved_tensors, grad_h)
-        return grad, grad if ctx.added else None, None, None
+        h, weight, rstd = ctx.saved_tensors
+        grad = kernels.rms_norm_backward(grad_x[:, :h.shape[1]], h, weight, rstd, grad_h)
+        return grad, grad if ctx.added else None, None, None, None
 
 
 class QueriesKeysValues(torch.autograd.Function):
-    """x (T, D) -> rotated q (T, heads, d) and k (T, key_value_heads, d), and v."""
+    """x (T, width) -> rotated q (T, heads, d) and k (T, key_value_heads, d), and v."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, group, head_dim, *adapters):
-        y, low, mask = group.forward(x)
-        q, k, v = (y[:, group.bounds[module]].unflatten(1, (-1, head_dim)) for module in group.modules)
-        turned = y[:, :q.shape[1] * head_dim + k.shape[1] * head_dim].unflatten(1, (-1, head_dim))
+        y, mask = group.forward(x)
+        q, k, v = (y[:, group.out_bounds[module]].unflatten(1, (-1, head_dim)) for module in group.modules)
+        turned = y[:, :-v.shape[1] * head_dim].unflatten(1, (-1, head_dim))
         kernels.rotate(turned, cos, sin, out=turned)
-        ctx.save_for_backward(x, low, mask, cos, sin)
+        ctx.save_for_backward(x, mask, cos, sin)
         ctx.group, ctx.head_dim = group, head_dim
         return q, k, v
 
     @staticmethod
     def backward(ctx, grad_q, grad_k, grad_v):
-        x, low, mask, cos, sin = ctx.saved_tensors
+        x, mask, cos, sin = ctx.saved_tensors
         group, grad = ctx.group, torch.empty(len(x), ctx.group.out_features, device=x.device, dtype=x.dtype)
-        q, k, v = (grad[:, group.bounds[module]].unflatten(1, (-1, ctx.head_dim)) for module in group.modules)
+        q, k, v = (grad[:, group.out_bounds[module]].unflatten(1, (-1, ctx.head_dim)) for module in group.modules)
         kernels.rotate(grad_q, cos, sin, out=q, inverse=True)
         kernels.rotate(grad_k, cos, sin, out=k, inverse=True)
         v.copy_(grad_v)
-        dx, d_low = group.input_gradient(grad, low, mask, wanted=ctx.needs_input_grad[0])
-        group.adapter_gradient(d_low, x, mask)
-        return dx, *[None] * (4 + len(group.parameters()))
+        both = group.backward(grad, x[:, group.in_features:], mask, wanted=ctx.needs_input_grad[0])
+        group.adapter_gradient(both, x[:, :group.in_features], mask)
+        return both, *[None] * (4 + len(group.parameters()))
 
 
 class Output(torch.autograd.Function):
-    """x (T, in) -> the projection of a group of one (T, D)."""
+    """x (T, heads, d) -> the projection (T, D) of a group of one."""
 
     @staticmethod
     def forward(ctx, x, group, *adapters):
-        y, low, mask = group.forward(x)
-        ctx.save_for_backward(x, low, mask)
-        ctx.group = group
+        wide = group.room(x)
+        wide[:, :group.in_features].unflatten(1, x.shape[1:]).copy_(x)
+        y, mask = group.forward(wide)
+        ctx.save_for_backward(wide, mask)
+        ctx.group, ctx.heads = group, x.shape[1:]
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, low, mask = ctx.saved_tensors
-        dx, d_low = ctx.group.input_gradient(grad, low, mask)
-        ctx.group.adapter_gradient(d_low, x, mask)
-        return dx, None, *[None] * len(ctx.group.parameters())
+        x, mask = ctx.saved_tensors
+        group = ctx.group
+        both = group.backward(grad, x[:, group.in_features:], mask)
+        group.adapter_gradient(both, x[:, :group.in_features], mask)
+        return both[:, :group.in_features].unflatten(1, ctx.heads), None, *[None] * len(group.parameters())
 
 
 class GatedMLP(torch.autograd.Function):
-    """x (T, D) -> down(silu(gate(x)) * up(x)) (T, D); keeps x, gate and up."""
+    """x (T, width) -> down(silu(gate(x)) * up(x)) (T, D); keeps x, gate and up."""
 
     @staticmethod
     def forward(ctx, x, wide, down, *adapters):
-        gate_up, low, mask = wide.forward(x)
-        act = kernels.swiglu(gate_up)
-        y, down_low, down_mask = down.forward(act)
-        ctx.save_for_backward(x, low, mask, gate_up, down_low, down_mask)
+        gate_up, mask = wide.forward(x)
+        act = down.room(x)
+        kernels.swiglu(gate_up, out=act[:, :down.in_features])
+        y, down_mask = down.forward(act)
+        ctx.save_for_backward(x, mask, gate_up, act[:, down.in_features:].clone(), down_mask)
         ctx.wide, ctx.down = wide, down
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, low, mask, gate_up, down_low, down_mask = ctx.saved_tensors
+        x, mask, gate_up, down_low, down_mask = ctx.saved_tensors
         wide, down = ctx.wide, ctx.down
-        d_act, d_low = down.input_gradient(grad, down_low, down_mask)
-        d_gate_up, act = kernels.swiglu_backward(d_act, gate_up)
-        down.adapter_gradient(d_low, act, down_mask)
-        dx, d_low = wide.input_gradient(d_gate_up, low, mask)
-        wide.adapter_gradient(d_low, x, mask)
-        return dx, None, None, *[None] * (len(wide.parameters()) + len(down.parameters()))
+        both = down.backward(grad, down_low, down_mask)
+        d_gate_up, act = kernels.swiglu_backward(both[:, :down.in_features], gate_up)  # `act` again, for the adapter of `down`
+        down.adapter_gradient(both, act, down_mask)
+        both = wide.backward(d_gate_up, x[:, wide.in_features:], mask)
+        wide.adapter_gradient(both, x[:, :wide.in_features], mask)
+        return both, None, None, *[None] * (len(wide.parameters()) + len(down.parameters()))
 
 
 class FusedLayer:
@@ -197,24 +233,29 @@ class FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self.layer, self.attend, self.plain = layer, attend, layer.forward
         self.window = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(attention.config, "sliding_window", None)
-        self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o, self.wide, self.down = Group([attention.o_proj]), Group([mlp.gate_proj, mlp.up_proj]), Group([mlp.down_proj])
-        for group in (self.qkv, self.o, self.wide, self.down):
-            group.bind(memory)
-            group.keep()
+        self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], memory)
+        self.o, self.wide, self.down = Group([attention.o_proj], memory), Group([mlp.gate_proj, mlp.up_proj], memory), Group([mlp.down_proj], memory)
+        self.groups = [self.qkv, self.o, self.wide, self.down]
 
     def __call__(self, hidden_states, position_embeddings=None, cu_seqlens=None, max_seqlen=None, use_varlen=False, **rest):
         """hidden_states (1, T, D) -> the same shape; without cu_seqlens (generation) the layer's own forward."""
         if cu_seqlens is None:
             return self.plain(hidden_states, position_embeddings=position_embeddings, **rest)
         attention, before, after = self.layer.self_attn, self.layer.input_layernorm, self.layer.post_attention_layernorm
-        cos, sin = (table[0, :, :attention.head_dim // 2].contiguous() for table in position_embeddings)
-        x, h = AddNorm.apply(hidden_states[0], None, before.weight, before.variance_epsilon)
+        cos, sin = half_tables(position_embeddings)
+        x, h = AddNorm.apply(hidden_states[0], None, before.weight, before.variance_epsilon, self.qkv)
         q, k, v = QueriesKeysValues.apply(x, cos, sin, self.qkv, attention.head_dim, *self.qkv.parameters())
         mixed, _ = self.attend(attention, *(heads.transpose(0, 1)[None] for heads in (q, k, v)), scaling=attention.scaling, sliding_window=self.window,
                                cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, use_varlen=use_varlen)
-        x, h = AddNorm.apply(h, Output.apply(mixed[0].flatten(1), self.o, *self.o.parameters()), after.weight, after.variance_epsilon)
+        delta = Output.apply(mixed[0], self.o, *self.o.parameters())
+        x, h = AddNorm.apply(h, delta, after.weight, after.variance_epsilon, self.wide)
         return (h + GatedMLP.apply(x, self.wide, self.down, *self.wide.parameters(), *self.down.parameters()))[None]
+
+
+@functools.lru_cache(maxsize=1)
+def half_tables(position_embeddings):
+    """cos and sin (T, d/2) of transformers' (1, T, d), whose halves are equal; once for all layers of a pass."""
+    return tuple(table[0, :, :table.shape[-1] // 2].contiguous() for table in position_embeddings)
 
 
 def fits(layer):
@@ -244,13 +285,16 @@ def install(network, memory, attend):
     h = torch.randn(1, 16, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     options = dict(position_ids=positions, cu_seqlens=torch.tensor([0, 11, 16], device=device, dtype=torch.int32), max_seqlen=11, use_varlen=False)
     tables = decoder.rotary_emb(h, positions)
+    taken = []
+    fast_layers = [FusedLayer(layer, memory, attend) for layer in candidates]
+    if all(module.weight.kept is not None for fast in fast_layers for group in fast.groups for module in group.modules):
+        memory.kept = Kept([group for fast in fast_layers for group in fast.groups], memory, dtype)
     memory.refresh()
-    taken = 0
-    for layer in candidates:
-        fast = FusedLayer(layer, memory, attend)
+    for layer, fast in zip(candidates, fast_layers):
         slow_out, fast_out = (forward(h, position_embeddings=tables, attention_mask=None, **options) for forward in (layer.forward, fast))
         difference = (slow_out - fast_out).float().norm() / (slow_out - h).float().norm()
         if difference < (0.03 if dtype.itemsize == 2 else 1e-4):
             layer.forward = fast
-            taken += 1
-    return taken
+            taken.append(fast)
+    half_tables.cache_clear()
+    return len(taken)

@@ -64,7 +64,7 @@ def swiglu_backward_twin(grad, gate_up):
 
 if triton is not None:
     @triton.jit
-    def _add_rms_norm(h, delta, total, weight, out, rstd, width, eps, ADD: tl.constexpr, WIDTH: tl.constexpr):
+    def _add_rms_norm(h, delta, total, weight, out, out_row, rstd, width, eps, ADD: tl.constexpr, WIDTH: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, WIDTH)
         inside = columns < width
@@ -76,15 +76,15 @@ if triton is not None:
         r = 1 / tl.sqrt(tl.sum(values * values) / width + eps)
         tl.store(rstd + row, r)
         normed = (values * r).to(out.dtype.element_ty)
-        tl.store(out + row * width + columns, normed * tl.load(weight + columns, mask=inside, other=0), mask=inside)
+        tl.store(out + row * out_row + columns, normed * tl.load(weight + columns, mask=inside, other=0), mask=inside)
 
     @triton.jit
-    def _rms_norm_backward(grad, x, weight, rstd, grad_residual, out, width, WIDTH: tl.constexpr):
+    def _rms_norm_backward(grad, grad_row, x, weight, rstd, grad_residual, out, width, WIDTH: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, WIDTH)
         inside = columns < width
         at = row * width + columns
-        g = (tl.load(grad + at, mask=inside, other=0) * tl.load(weight + columns, mask=inside, other=0)).to(tl.float32)
+        g = (tl.load(grad + row * grad_row + columns, mask=inside, other=0) * tl.load(weight + columns, mask=inside, other=0)).to(tl.float32)
         r = tl.load(rstd + row)
         x_hat = tl.load(x + at, mask=inside, other=0).to(tl.float32) * r
         dx = r * (g - x_hat * (tl.sum(g * x_hat) / width)) + tl.load(grad_residual + at, mask=inside, other=0).to(tl.float32)
@@ -106,20 +106,20 @@ if triton is not None:
         tl.store(out + HALF, (b * c + a * s).to(target.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _swiglu(gate_up, out, width, BLOCK: tl.constexpr):
+    def _swiglu(gate_up, out, out_row, width, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
         gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
         up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0)
-        tl.store(out + row * width + column, (gate * tl.sigmoid(gate)).to(out.dtype.element_ty) * up, mask=inside)
+        tl.store(out + row * out_row + column, (gate * tl.sigmoid(gate)).to(out.dtype.element_ty) * up, mask=inside)
 
     @triton.jit
-    def _swiglu_backward(grad, gate_up, grad_gate_up, act, width, BLOCK: tl.constexpr):
+    def _swiglu_backward(grad, grad_row, gate_up, grad_gate_up, width, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
-        g = tl.load(grad + row * width + column, mask=inside, other=0).to(tl.float32)
+        g = tl.load(grad + row * grad_row + column, mask=inside, other=0).to(tl.float32)
         gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
         up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
@@ -127,10 +127,10 @@ if triton is not None:
         kind = grad_gate_up.dtype.element_ty
         tl.store(grad_gate_up + row * 2 * width + column, (g * up * (sigmoid + silu * (1 - sigmoid))).to(kind), mask=inside)
         tl.store(grad_gate_up + row * 2 * width + width + column, (g * silu).to(kind), mask=inside)
-        tl.store(act + row * width + column, (silu * up).to(kind), mask=inside)
+        tl.store(grad + row * grad_row + column, (silu * up).to(kind), mask=inside)
 
     @triton.jit
-    def _nf4(packed, codebook, codes, code_scales, scale_codebook, offset, scales, out, total, NESTED: tl.constexpr, BLOCKS: tl.constexpr):
+    def _nf4(packed, codebook, codes, code_scales, scale_codebook, offset, scales, out, out_row, width, total, NESTED: tl.constexpr, BLOCKS: tl.constexpr):
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # of 64 weights in 32 bytes
         real = block * 64 < total
         if NESTED:
@@ -142,15 +142,17 @@ if triton is not None:
         high = tl.load(codebook + (byte >> 4)) * scale[:, None]
         low = tl.load(codebook + (byte & 15)) * scale[:, None]
         both = tl.interleave(high, low).to(out.dtype.element_ty)
-        tl.store(out + block[:, None] * 64 + tl.arange(0, 64)[None, :], both, mask=real[:, None])
+        first = block * 64
+        at = (first // width) * out_row + first % width
+        tl.store(out + at[:, None] + tl.arange(0, 64)[None, :], both, mask=real[:, None])
 
     @triton.jit
-    def _int8(q, scale, out, width, BLOCK: tl.constexpr):
+    def _int8(q, scale, out, out_row, width, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
         kind = out.dtype.element_ty
-        tl.store(out + row * width + column, tl.load(q + row * width + column, mask=inside, other=0).to(kind) * tl.load(scale + row).to(kind), mask=inside)
+        tl.store(out + row * out_row + column, tl.load(q + row * width + column, mask=inside, other=0).to(kind) * tl.load(scale + row).to(kind), mask=inside)
 
     @triton.jit
     def _cross_entropy(logits, row_stride, targets, nll, correct, softcap, width: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
@@ -192,24 +194,25 @@ if triton is not None:
 
 # ------------------------------------------------------------------------------------- what the rest of the project calls
 
-def add_rms_norm(h, delta, weight, eps):
-    """(rms_norm(h + delta), h + delta, fp32 1 / rms) for h, delta (T, D); delta None: nothing to add. See rms_norm_twin."""
+def add_rms_norm(h, delta, weight, eps, out):
+    """Writes rms_norm(h + delta) to `out` and returns (h + delta, fp32 1 / rms); h, delta (T, D), delta None: nothing to add. See rms_norm_twin."""
     if not on_gpu(h):
         h = h if delta is None else h + delta
         x, rstd = rms_norm_twin(h, weight, eps)
-        return x, h, rstd
-    out, rstd, width = torch.empty_like(h), torch.empty(len(h), device=h.device, dtype=torch.float32), triton.next_power_of_2(h.shape[1])
+        out.copy_(x)
+        return h, rstd
+    rstd, width = torch.empty(len(h), device=h.device, dtype=torch.float32), triton.next_power_of_2(h.shape[1])
     total = h if delta is None else torch.empty_like(h)
-    _add_rms_norm[(len(h),)](h, delta, total, weight, out, rstd, h.shape[1], eps, delta is not None, width, num_warps=warps(width))
-    return out, total, rstd
+    _add_rms_norm[(len(h),)](h, delta, total, weight, out, out.stride(0), rstd, h.shape[1], eps, delta is not None, width, num_warps=warps(width))
+    return total, rstd
 
 
 def rms_norm_backward(grad, x, weight, rstd, grad_residual):
-    """See rms_norm_backward_twin."""
+    """See rms_norm_backward_twin. Rows of grad may lie apart."""
     if not on_gpu(x):
         return rms_norm_backward_twin(grad, x, weight, rstd, grad_residual)
     out, width = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
-    _rms_norm_backward[(len(x),)](grad.contiguous(), x, weight, rstd, grad_residual.contiguous(), out, x.shape[1], width, num_warps=warps(width))
+    _rms_norm_backward[(len(x),)](grad, grad.stride(0), x, weight, rstd, grad_residual.contiguous(), out, x.shape[1], width, num_warps=warps(width))
     return out
 
 
@@ -228,39 +231,39 @@ def rotate(heads, cos, sin, out=None, inverse=False):
     return out
 
 
-def swiglu(gate_up):
-    """See swiglu_twin."""
+def swiglu(gate_up, out):
+    """See swiglu_twin; into `out`, whose rows may lie apart."""
     if not on_gpu(gate_up):
-        return swiglu_twin(gate_up)
-    T, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(T, width, device=gate_up.device, dtype=gate_up.dtype)
-    _swiglu[(T, triton.cdiv(width, 1024))](gate_up, out, width, 1024)
+        return out.copy_(swiglu_twin(gate_up))
+    T, width = out.shape
+    _swiglu[(T, triton.cdiv(width, 1024))](gate_up, out, out.stride(0), width, 1024)
     return out
 
 
 def swiglu_backward(grad, gate_up):
-    """See swiglu_backward_twin. The second result takes the place of `grad`, which is overwritten."""
+    """See swiglu_backward_twin. The second result takes the place of `grad`, which is overwritten and whose rows may lie apart."""
     if not on_gpu(gate_up):
         return swiglu_backward_twin(grad, gate_up)
     T, width = grad.shape
     out = torch.empty_like(gate_up)
-    _swiglu_backward[(T, triton.cdiv(width, 1024))](grad, gate_up, out, grad, width, 1024)
+    _swiglu_backward[(T, triton.cdiv(width, 1024))](grad, grad.stride(0), gate_up, out, width, 1024)
     return out, grad
 
 
 def nf4_dequantize(weight, codebook, out):
-    """Dequantise a quant.NF4Weight into `out` (out_features, in_features), contiguous: block scales and values in one pass."""
+    """Dequantise a quant.NF4Weight into `out` (out_features, in_features), whose rows may lie apart: block scales and values in one pass.
+
+    in_features must be a multiple of 64, so that no block spans two rows.
+    """
     total, blocks = out.numel(), 64
-    if weight.double_quant:
-        _nf4[(triton.cdiv(total, 64 * blocks),)](weight.packed, codebook, weight.scale_codes, weight.scale_scales, weight.scale_codebook, weight.scale_offset, weight.scale_codes, out, total, True, blocks)
-    else:
-        _nf4[(triton.cdiv(total, 64 * blocks),)](weight.packed, codebook, weight.scales, weight.scales, weight.scales, weight.scales, weight.scales, out, total, False, blocks)
+    nested = [weight.scale_codes, weight.scale_scales, weight.scale_codebook, weight.scale_offset] if weight.double_quant else [weight.scales] * 4
+    _nf4[(triton.cdiv(total, 64 * blocks),)](weight.packed, codebook, *nested, nested[0] if weight.double_quant else weight.scales, out, out.stride(0), out.shape[1], total, weight.double_quant, blocks)
     return out
 
 
 def int8_dequantize(weight, out):
-    """Dequantise a quant.Int8Weight into `out` (out_features, in_features), contiguous."""
-    _int8[(out.shape[0], triton.cdiv(out.shape[1], 1024))](weight.q, weight.scale, out, out.shape[1], 1024)
+    """Dequantise a quant.Int8Weight into `out` (out_features, in_features), whose rows may lie apart."""
+    _int8[(out.shape[0], triton.cdiv(out.shape[1], 1024))](weight.q, weight.scale, out, out.stride(0), out.shape[1], 1024)
     return out
 
 

@@ -399,6 +399,7 @@ class AdapterMemory:
         self.flat = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
         self.flat.grad = torch.zeros_like(self.flat)
         self.working = self.flat.data if dtype == self.flat.dtype else torch.empty_like(self.flat, dtype=dtype)
+        self.kept = None  # fused.Kept, where weights are kept dequantised
         self.places, start = {}, 0
         for parameter in parameters:
             place = self.places[parameter] = slice(start, start := start + parameter.numel())
@@ -412,6 +413,8 @@ class AdapterMemory:
         """Bring the working copy up to date with the weights."""
         if self.working.dtype != self.flat.dtype:
             self.working.copy_(self.flat.detach())
+        if self.kept:
+            self.kept.refresh()
 
     def together(self, parameters):
         """(working copy, gradient) of neighbouring matrices of equal width as one: (sum of rows, width) each."""

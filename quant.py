@@ -34,6 +34,10 @@ class FrozenWeight(nn.Module):
         for name, tensor in tensors.items():
             setattr(self, name, nn.Parameter(tensor.detach(), requires_grad=False))
 
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
     def keep(self, dtype):
         """Keep a dequantised copy (out, in) in `dtype`: later calls skip the dequantisation, the arithmetic stays the same."""
         self.kept = self.dequantize(dtype)
@@ -47,7 +51,7 @@ class FrozenWeight(nn.Module):
         if self.kept is not None and self.kept.dtype == dtype:
             return self.kept if out is None else out.copy_(self.kept)
         if out is None:
-            out = torch.empty(self.out_features, self.in_features, device=next(self.parameters()).device, dtype=dtype)
+            out = torch.empty(self.out_features, self.in_features, device=self.device, dtype=dtype)
         self._dequantize(out)
         return out
 
@@ -138,9 +142,9 @@ class NF4Weight(FrozenWeight):
         return torch.ops.bitsandbytes.dequantize_blockwise(self.scale_codes, self.scale_scales, self.scale_codebook, SCALE_BLOCK, torch.float32) + self.scale_offset
 
     def _dequantize(self, out):
-        if kernels.on_gpu(out):
+        if self.in_features % NF4_BLOCK == 0 and kernels.on_gpu(out):
             kernels.nf4_dequantize(self, nf4_codebook(out.device), out)
-        elif self.in_features % NF4_BLOCK:  # bitsandbytes' AVX-512 code returns wrong values for rows that are not whole blocks
+        elif self.in_features % NF4_BLOCK and out.device.type == "cpu":  # bitsandbytes' AVX-512 code returns wrong values for rows that are not whole blocks
             out.copy_(nf4_dequantize(self.packed, self.block_scales(), (self.out_features, self.in_features)))
         else:
             out.copy_(torch.ops.bitsandbytes.dequantize_4bit(self.packed, self.block_scales(), NF4_BLOCK, "nf4", (self.out_features, self.in_features), out.dtype))
