@@ -27,7 +27,7 @@ import train
 TINY = {"lora": {"r": 4, "alpha": 8.0}, "train": {"micro_batch_size": 2, "accumulation": 2, "max_steps": 8},
         "schedule": {"learning_rate": 1e-2, "lr_min": 1e-3, "lr_warmup_steps": 2}, "eval": {"every_steps": 4, "samples": 1, "max_new_tokens": 3},
         "save": {"every_steps": 4}, "log": {"every_steps": 4, "tensorboard": False}}
-EVERYTHING = ["--lora.dropout=0.1", "--train.max_steps=0", "--train.epochs=3", "--schedule.batch_points=[[1,3],[5,4],[9,6]]", "--schedule.clip_percentile=40",
+EVERYTHING = ["--lora.dropout=0.1", "--train.max_steps=0", "--train.epochs=3", "--schedule.batch_points=[[1,3],[5,4],[9,6]]", "--schedule.clip_percentile=40", "--schedule.clip_norm=100",
               "--schedule.clip_window=10", "--eval.patience=5", "--eval.min_delta=0.2", "--save.every_steps=3", "--save.keep=9"]  # 15 steps, the last one of 5 samples
 WATCHED = re.compile(r"(seconds|per_second|memory_gib|^eval/.*|^adapters/.*)$")  # what depends on the clock, or on how a run is watched
 
@@ -219,7 +219,7 @@ def test_a_window_that_is_not_finite_is_skipped_with_its_rows_named(launch, tmp_
     assert all(f"train.jsonl:{r + 1}" in told for r in third)
 
 
-@pytest.mark.parametrize("watch", [[], ["--eval.every_steps=1", "--save.every_steps=1"]])
+@pytest.mark.parametrize("watch", [["--eval.every_steps=0", "--save.every_steps=0"], ["--eval.every_steps=5", "--save.every_steps=5"], ["--eval.every_steps=1", "--save.every_steps=1"]])
 def test_so_many_steps_in_a_row_that_are_not_finite_stop_the_run(launch, tmp_path, monkeypatch, capsys, watch):
     bad = {3, 4}
     real, steps = model.summed_loss, []
@@ -246,6 +246,7 @@ def test_a_window_without_a_supervised_token_is_skipped_and_does_not_stop_the_ru
 def test_evaluating_saving_and_logging_do_not_change_the_curve(launch, tmp_path):
     launch("often", *EVERYTHING, "--eval.every_steps=1", "--save.every_steps=1", "--log.every_steps=1", "--log.tensorboard=true", "--eval.patience=0")
     launch("never", *EVERYTHING, "--eval.every_steps=0", "--save.every_steps=0", "--log.every_steps=99", "--eval.samples=0", "--eval.patience=0")
+    assert len(set(column(tmp_path / "often", "train/clip_threshold"))) > 3  # the bound for 11 steps, then it follows the norms
     assert len(curve(tmp_path / "often")) == 15 and curve(tmp_path / "often") == curve(tmp_path / "never")
     for file in ("adapter_model.safetensors", "optimizer.safetensors", "generators.safetensors"):
         often, never = (newest(tmp_path / name)["tensors"][file] for name in ("often", "never"))
