@@ -346,7 +346,7 @@ def save(run_folder, step, tensors, texts, keep, best_step=None):
     """Save a checkpoint of `step` in run_folder/checkpoints; returns its folder once it is on the disk, proven and named.
 
     tensors: {"adapter_model.safetensors": {name: tensor}, …}, any device, dtype and layout, copied bit for bit.
-    texts: {"adapter_config.json": str, "state.json": str, …}; JSON without NaN, state.json with "step" equal to `step`.
+    texts: {"adapter_config.json": str, "state.json": str, …}; state.json is an object without NaN, its "step" equal to `step`.
     Afterwards the newest `keep` steps and best_step stay, and nothing goes before the new one is durable. A step saved
     again is kept if nothing differs, else replaced. Steps above `step` belong to a past that the run has left (it went on
     from an earlier checkpoint): they are set aside as step-….stale, neither read nor deleted. The caller holds lock().
@@ -361,13 +361,6 @@ def save(run_folder, step, tensors, texts, keep, best_step=None):
     for name in (*tensors, *texts):
         _file_name(name, final)
         assert name.endswith(".safetensors") == (name in tensors), name
-    for name, group in tensors.items():
-        for key in group:
-            if not TENSOR_NAME.fullmatch(key):
-                raise ValueError(f"{final / name}: {key[:100]!r} cannot be a tensor's name; they are letters, digits, '_', '.', ':' and '-'")
-    for name, text in texts.items():
-        if name.endswith(".json"):
-            _json(text, final / name)
     needed = sum(t.numel() * t.element_size() + 256 for group in tensors.values() for t in group.values()) + sum(2 * len(t) for t in texts.values()) + 8192
     temporary = folder / f".tmp-{final.name}"
     try:

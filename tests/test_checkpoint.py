@@ -121,15 +121,16 @@ def test_peft_loads_a_checkpoint_folder_and_gives_the_same_logits(tmp_path):
     assert plain["step"] is None and plain["state"] == {} and plain["tensors"]["adapter_model.safetensors"].keys() == tensors["adapter_model.safetensors"].keys()
 
 
-def test_what_could_not_be_loaded_again_is_refused_before_anything_is_written(tmp_path):
+def test_what_could_not_be_loaded_again_gets_no_name_and_is_written_nowhere_else(tmp_path):
     tensors, texts = contents(500)
     bad = [({**tensors, "../x.safetensors": {}}, texts, "cannot be a checkpoint's file"), (tensors, {**texts, "x.bin": ""}, "cannot be a checkpoint's file"),
            ({**tensors, "x.safetensors": {"../a": torch.ones(1)}}, texts, "cannot be a tensor's name"),
-           (tensors, {**texts, "state.json": '{"step": 500, "best_loss": NaN}'}, "NaN is not a finite number"),
+           (tensors, {**texts, "state.json": '{"step": 500, "best_loss": NaN}'}, "state.json: .*NaN is not a finite number"),
            (tensors, {**texts, "state.json": '{"step": 400}'}, "step 400 where"), (tensors, {"state.json": texts["state.json"]}, "needs adapter_config.json")]
     for some_tensors, some_texts, message in bad:
         with pytest.raises(ValueError, match=message):
             checkpoint.save(tmp_path, 500, some_tensors, some_texts, 1)
+        assert {path.name for path in tmp_path.rglob("*.safetensors") if ".tmp-" not in path.parent.name} == set()
         assert not (tmp_path / "checkpoints" / "step-000500").exists()
 
 
@@ -457,6 +458,9 @@ def test_higher_steps_of_a_past_that_the_run_left_are_set_aside_and_cost_no_othe
     assert names(tmp_path) == sorted([f"step-{step:06d}" for step in expected] + ["step-000300.stale", "step-000400.stale"])
     assert checkpoint.newest_valid(tmp_path) == (tmp_path / "checkpoints" / "step-000250", [])
     assert holds(tmp_path / "checkpoints" / "step-000400.stale", 400, best_step=100)
+    save(tmp_path, 300, salt=1, best_step=100)
+    save(tmp_path, 250, salt=1, best_step=100)
+    assert holds(tmp_path / "checkpoints" / "step-000300.stale", 300, salt=1, best_step=100), "of two pasts the later one is kept"
 
 
 def test_a_step_saved_again_is_kept_if_equal_and_replaced_if_not(tmp_path):
@@ -515,6 +519,18 @@ def test_a_state_of_another_step_or_not_text_is_refused_though_its_hash_is_right
         reseal(folder)
         with pytest.raises(ValueError, match=f"state.json: .*{message}"):
             checkpoint.load(folder)
+
+
+def test_a_text_of_enormous_size_is_refused_before_it_is_read(tmp_path):
+    folder = save(tmp_path, 500)
+    os.truncate(folder / "adapter_config.json", checkpoint.LARGEST_TEXT + 1)
+    reseal(folder)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="adapter_config.json: larger than"):
+        checkpoint.load(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20
 
 
 def header(text, body=b"", length=None):
@@ -634,6 +650,9 @@ def test_a_run_folder_is_held_by_one_process_until_it_dies(tmp_path):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(read_end)
+    with checkpoint.lock(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").read_text() == f"{os.getpid()}\n"
+    (tmp_path / "run" / ".lock").write_text("99999999999\n")
     with checkpoint.lock(tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").read_text() == f"{os.getpid()}\n"
     checkpoint.lock(tmp_path / "run").close()
