@@ -152,7 +152,7 @@ if triton is not None:
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
         kind = out.dtype.element_ty
-        tl.store(out + row * out_row + column, tl.load(q + row * width + column, mask=inside, other=0).to(kind) * tl.load(scale + row).to(kind), mask=inside)
+        tl.store(out + row * out_row + column, (tl.load(q + row * width + column, mask=inside, other=0).to(tl.float32) * tl.load(scale + row)).to(kind), mask=inside)
 
     @triton.jit
     def _cross_entropy(logits, row_stride, targets, nll, correct, softcap, width: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):

@@ -7,6 +7,7 @@ ours. Documents are packed one after another without padding: (tokens, ...) ever
 Leaves out: mixture-of-experts weights, models that are quantised on disk, adapters on embeddings or head, and whatever else an
 architecture asks of attention that packed_attention does not know: each is refused by name.
 """
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -76,6 +77,8 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
     sliding_window = W lets a token see itself and the W - 1 before it. softcap caps scores at c tanh(score / c).
     Raises ValueError for anything else that an architecture asks for.
     """
+    if is_causal is False:
+        raise ValueError(f"{type(module).__name__} asks packed attention to look ahead: this architecture cannot be trained here")
     asked = [name for name, value in rest.items() if value is not None and value is not False and name not in ("position_ids", "use_cache", "output_attentions", "cache_position")]
     if asked or attention_mask is not None or dropout:
         what = ", ".join(asked) or ("a mask of its own" if attention_mask is not None else "attention dropout")
@@ -213,7 +216,9 @@ def weight_files(folder):
     """{tensor name: file} of a model folder: model.safetensors, or the shards of its index. Raises ValueError for anything else."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = json.loads(index.read_text())["weight_map"]
+        shards = json.loads(index.read_text()).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{index}: has no weight_map, which says in which file each weight lies; copy the model folder again")
         for shard in set(shards.values()):
             if pathlib.PurePath(shard).name != shard or not (folder / shard).is_file():
                 raise ValueError(f"{index}: the shard {shard!r} is not a file in {folder}")
@@ -221,16 +226,22 @@ def weight_files(folder):
     single = folder / "model.safetensors"
     if not single.is_file():
         raise ValueError(f"{folder}: neither model.safetensors nor its index is there; only safetensors weights are read (convert .bin files with transformers first)")
-    from safetensors import safe_open
-    with safe_open(single, "pt") as file:
-        return {name: single for name in file.keys()}
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(single, "pt") as file:
+            return {name: single for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{single}: not a whole safetensors file ({error}); copy or fetch it again") from None
 
 
-def read_tensor(file, name, device, dtype=None):
+def read_tensor(file, name, device):
     """One tensor of a safetensors file on `device`. The file is opened for this tensor alone, so that its pages go with it."""
-    from safetensors import safe_open
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(name).to(device=device, copy=True)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: cannot read {name} ({error}); copy or fetch the file again") from None
 
 
 def architecture(folder, compute_dtype):
@@ -294,8 +305,39 @@ def load(config, device):
     network.loss_chunk = config.memory.loss_chunk
     network.use_varlen = varlen_works(device, dtype) if config.model.attention == "auto" else config.model.attention == "varlen"
     use_attention(network, ATTENTION)
+    network.train()
+    compare_with_transformers(network)
     network.fused_layers = fused.install(network, network.adapter_memory, packed_attention) if config.memory.fused else 0
-    return network.train()
+    return network
+
+
+@torch.no_grad()
+def compare_with_transformers(network):
+    """Refuse an architecture whose packed loss is not that of its own logits: state that crosses documents, scales we do not know, ...
+
+    Two short documents are run both ways, packed as in training and alone through transformers' own forward pass.
+    """
+    import types
+    name, device, vocabulary = type(network).__name__, network.device, network.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(0, vocabulary, (n,), generator=generator).to(device) for n in (9, 6)]
+    starts = [0, 9]
+    batch = types.SimpleNamespace(
+        input_ids=torch.cat(documents), position_ids=torch.cat([torch.arange(len(d), device=device) for d in documents]),
+        cu_seqlens=torch.tensor([0, 9, 15], device=device, dtype=torch.int32), max_seqlen=9,
+        rows=torch.cat([torch.arange(len(d) - 1, device=device) + start for d, start in zip(documents, starts)]), targets=torch.cat([d[1:] for d in documents]))
+    try:
+        packed = summed_loss(network, batch)[1]
+        with own_attention(network):
+            own = torch.cat([F.cross_entropy(network.eval()(input_ids=d[None], use_cache=False).logits[0, :-1].double(), d[1:], reduction="none") for d in documents])
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model.path: {name} cannot be trained on packed documents here: {error}") from error
+    finally:
+        network.train()
+    difference = ((packed - own).norm() / own.norm()).item()
+    allowed = 0.05 if network.get_input_embeddings().weight.dtype.itemsize == 2 else 1e-3
+    if not difference < allowed:
+        raise ValueError(f"model.path: {name} cannot be trained here: the loss of packed documents is not the one of transformers' own forward pass (they differ by {difference:.2g}), so something in this architecture crosses documents or is not known to rawlora")
 
 
 def inject(network, lora, device, adapter_dtype):
@@ -305,6 +347,8 @@ def inject(network, lora, device, adapter_dtype):
     """
     head = network.get_output_embeddings()
     linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    if not linear:
+        raise ValueError(f"model.path: {type(network).__name__} has no linear projections to quantise and adapt, so it cannot be trained here")
     everything = lora.targets == ["all-linear"]
     for target in () if everything else lora.targets:
         if not any(("." + name).endswith("." + target) for name in linear):
@@ -324,10 +368,23 @@ def varlen_works(device, dtype):
 
 
 def use_attention(network, name):
-    """Send the network's attention through `name`: ours for packed documents, "sdpa" for transformers' own batches (generation)."""
+    """Send the network's attention through `name` of transformers' registry."""
     from transformers import AttentionInterface
     AttentionInterface.register(ATTENTION, packed_attention)
     network.config._attn_implementation = name
+
+
+@contextlib.contextmanager
+def own_attention(network):
+    """transformers' own attention and batches inside the block (generation, comparisons), our packed documents again after it.
+
+    "eager" where scores have a soft cap, which torch's fused attention would leave out without a word.
+    """
+    use_attention(network, "eager" if getattr(network.config, "attn_logit_softcapping", None) else "sdpa")
+    try:
+        yield
+    finally:
+        use_attention(network, ATTENTION)
 
 
 def free_memory(device):

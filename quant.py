@@ -75,20 +75,28 @@ class PlainWeight(FrozenWeight):
         self.kept = self.plain.data = kept
 
 
+def pieces(rows, size=256):
+    """Slices over `rows` rows, a few at a time: an fp32 copy of a whole weight would be the largest thing in memory."""
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
 class Int8Weight(FrozenWeight):
     """W = scale * q with q in [-127, 127] and scale = max|row| / 127. A row of zeros has scale 0."""
 
     def __init__(self, weight):
         super().__init__(weight.shape)
-        scale = weight.float().abs().amax(dim=1) / 127
-        q = torch.round(weight.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).to(torch.int8)
+        scale = weight.abs().amax(dim=1).float() / 127
+        divisor, q = scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None], torch.empty(weight.shape, device=weight.device, dtype=torch.int8)
+        for rows in pieces(self.out_features):
+            q[rows] = torch.round(weight[rows].float() / divisor[rows]).to(torch.int8)
         self.store(q=q, scale=scale)  # (out, in) int8, (out,) fp32
 
     def _dequantize(self, out):
         if kernels.on_gpu(out):
             kernels.int8_dequantize(self, out)
         else:
-            torch.mul(self.q.to(out.dtype), self.scale[:, None].to(out.dtype), out=out)
+            for rows in pieces(self.out_features):
+                out[rows] = self.q[rows] * self.scale[rows, None]
 
 
 class LLMInt8Weight(FrozenWeight):
@@ -183,14 +191,14 @@ def quantize(weight, model_config, compute_dtype):
 def fingerprint(tensors):
     """A hexadecimal digest of (name, tensor) pairs: names, dtypes, shapes and every byte, computed where the tensors lie.
 
-    Each tensor's 64-bit words are summed with odd, position-dependent weights modulo 2^64: it tells changed weights from equal ones,
-    and is no defence against somebody who wants to fool it.
+    Each tensor's 32-bit words are summed with odd, position-dependent 64-bit weights modulo 2^64: it tells changed weights from equal
+    ones, and is no defence against somebody who wants to fool it.
     """
     import hashlib
     digest = hashlib.sha256()
     for name, tensor in tensors:
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        words = nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
+        words = nn.functional.pad(data, (0, -len(data) % 4)).view(torch.int32)
         total = torch.zeros((), dtype=torch.int64, device=data.device)
         for start in range(0, len(words), 1 << 24):
             part = words[start:start + (1 << 24)]

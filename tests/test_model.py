@@ -837,7 +837,6 @@ def test_a_shard_outside_the_folder_or_missing_is_refused(tmp_path, bad):
     refused(folder, "model.safetensors.index.json", repr(bad))
 
 
-@pytest.mark.xfail(strict=True, reason="a SafetensorError comes through")
 def test_a_weight_file_that_is_cut_short_is_refused_by_name(tmp_path):
     make_model(tmp_path, "llama")
     weights = tmp_path / "model.safetensors"
@@ -845,17 +844,15 @@ def test_a_weight_file_that_is_cut_short_is_refused_by_name(tmp_path):
     refused(tmp_path, "model.safetensors")
 
 
-@pytest.mark.xfail(strict=True, reason="a SafetensorError comes through")
 def test_an_index_that_names_the_wrong_shard_is_refused_by_name(tmp_path):
     make_model(tmp_path, "llama")
     files = shard(tmp_path)
     first, second = sorted(files)[:2]
     files[first], files[second] = files[second], files[first]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    refused(tmp_path, ".safetensors", "embed_tokens")
+    refused(tmp_path, ".safetensors", "cannot read")
 
 
-@pytest.mark.xfail(strict=True, reason="a KeyError comes through")
 def test_an_index_without_a_weight_map_is_refused_by_name(tmp_path):
     make_model(tmp_path, "llama")
     shard(tmp_path)
@@ -863,7 +860,6 @@ def test_an_index_without_a_weight_map_is_refused_by_name(tmp_path):
     refused(tmp_path, "model.safetensors.index.json", "weight_map")
 
 
-@pytest.mark.xfail(strict=True, reason="all-linear with nothing linear: a RuntimeError of torch.cat comes through")
 def test_a_network_without_a_linear_layer_is_refused_by_name(tmp_path):
     foreign(tmp_path, "gpt2", n_embd=64, n_head=4, n_layer=2)
     refused(tmp_path, "GPT2", lora={"targets": ["all-linear"]})
@@ -899,13 +895,7 @@ RIGHT_OR_REFUSED = {
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}, "cohere": {"logit_scale": 0.25}, "cohere2": {"logit_scale": 0.25, "head_dim": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 128}, "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.1}, "stablelm": {}, "nemotron": {}, "helium": {"head_dim": 16},
 }
-NOT_YET = {
-    "granite": "logits_scaling is left out of the loss", "cohere": "logit_scale is left out of the loss", "cohere2": "logit_scale is left out of the loss", "lfm2": "convolutions run across documents",
-    "opt": "the architecture's own dropout is on", "stablelm": "cu_seqlens does not reach attention, which crashes", "nemotron": "cu_seqlens does not reach attention, which crashes",
-}
-
-
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.xfail(strict=True, reason=NOT_YET[kind])) if kind in NOT_YET else kind for kind in RIGHT_OR_REFUSED])
+@pytest.mark.parametrize("kind", RIGHT_OR_REFUSED)
 def test_an_architecture_trains_rightly_or_is_refused_by_name(tmp_path, kind):
     """Whatever else transformers has: its packed loss is the one of its own logits, or a ValueError says why not; never a wrong number."""
     network = foreign(tmp_path, kind, **RIGHT_OR_REFUSED[kind])
@@ -1155,7 +1145,7 @@ def test_kinds_that_do_not_go_with_a_dtype_are_refused_before_anything_loads(tmp
         make_config(tmp_path, kind, dtype)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.xfail(strict=True, reason="sdpa, which generation goes through, leaves the attention's soft cap out")) if kind == "gemma2" else kind for kind in SHAPES])
+@pytest.mark.parametrize("kind", SHAPES)
 def test_generation_writes_what_transformers_writes_for_each_prompt_alone(models, kind):
     folder, network = models(kind)
     peft = with_peft(network).eval()
