@@ -64,14 +64,13 @@ def generate(network, tokenizer, prompts, max_new_tokens, end_ids):
         return []
     was_training = network.training
     network.eval()
-    model.use_attention(network, "sdpa")
     pad = end_ids[0]
     width = max(len(prompt["ids"]) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt["ids"])) + list(prompt["ids"]) for prompt in prompts], device=network.device)
     mask = torch.tensor([[0] * (width - len(prompt["ids"])) + [1] * len(prompt["ids"]) for prompt in prompts], device=network.device)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_ids, pad_token_id=pad, use_cache=True)
-    written = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
-    model.use_attention(network, model.ATTENTION)
+    with model.own_attention(network):
+        written = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
     network.train(was_training)
     samples = []
     for prompt, new in zip(prompts, written):
