@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import patheffects
 
 import config as settings
 import record
@@ -55,9 +56,10 @@ def median(values):
 
 
 def running_median(values, width):
-    """At each point the median of the `width` points around it (fewer at the ends), float64 (n,)."""
+    """At each point the median of the `width` points around it, float64 (n,). Fewer at the ends: as many after a point as before it
+    at the start, where a loss falls fast and later points would pull it down; only earlier ones at the end."""
     half = width // 2
-    return np.array([median(values[max(0, i - half):i + half + 1]) for i in range(len(values))])
+    return np.array([median(values[max(0, i - half):i + min(half, max(i, 2)) + 1]) for i in range(len(values))])
 
 
 def edge(values):
@@ -70,12 +72,8 @@ def edge(values):
 def draw_loss(axis, metrics):
     """Training loss as a thin line with its running median, evaluations as labelled points, steps without a finite loss as marks below."""
     steps, losses = series(metrics, "train/loss")
-    finite, width = np.isfinite(losses), max(5, min(101, len(losses) // 20)) | 1
-    if len(losses) < 20:
-        axis.plot(steps, losses, color=TRAIN, linewidth=1.2, marker=".", label="training, each step")
-    else:
-        axis.plot(steps, losses, color=TRAIN, alpha=0.3, linewidth=0.8, label="training, each step")
-        axis.plot(steps, running_median(losses, width), color=TRAIN, linewidth=2, label=f"training, median of {width} steps")
+    finite = np.isfinite(losses)
+    draw_steps(axis, steps, losses, "training, ")
     if not finite.all():
         axis.plot(steps[~finite], np.full((~finite).sum(), 0.02), "x", color="black", markersize=5, transform=axis.get_xaxis_transform(), label="loss not finite")
     draw_points(axis, *series(metrics, "eval/loss"), "evaluation", min)
@@ -84,24 +82,36 @@ def draw_loss(axis, metrics):
         axis.legend(loc="upper right")
 
 
+def draw_steps(axis, steps, values, what=""):
+    """Every step as a thin line with its running median; a short run as points."""
+    if len(steps) < 20:
+        axis.plot(steps, values, color=TRAIN, linewidth=1.2, marker=".", label=f"{what}each step")
+        return
+    width = max(5, min(101, len(steps) // 20)) | 1
+    axis.plot(steps, values, color=TRAIN, alpha=0.3, linewidth=0.7, label=f"{what}each step")
+    axis.plot(steps, running_median(values, width), color=TRAIN, linewidth=2, label=f"{what}median of {width} steps")
+
+
 def draw_points(axis, steps, values, label, best):
     """Evaluations as points; first, last and best carry their values, and so do all where they are few."""
     steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
     if not len(values):
         return
-    axis.plot(steps, values, "o-", color=EVAL, linewidth=1, markersize=5, label=label)
+    axis.plot(steps, values, "o:", color=EVAL, linewidth=1, markersize=6, label=label)
     labelled = range(len(values)) if len(values) <= 6 else sorted({0, values.tolist().index(best(values)), len(values) - 1})
     for i in labelled:
-        axis.annotate(f"{values[i]:.3f}", (steps[i], values[i]), xytext=(0, 7), textcoords="offset points", ha="left" if i == 0 else "center", fontsize=9, color=EVAL)
+        axis.annotate(f"{values[i]:.3f}", (steps[i], values[i]), xytext=(0, 7), textcoords="offset points", ha="left" if i == 0 else "center", fontsize=9, fontweight="bold", color=EVAL,
+                      path_effects=[patheffects.withStroke(linewidth=3, foreground="white")])
     axis.margins(y=0.12)
 
 
 def draw_norms(axis, metrics):
     """Gradient norm before clipping, with the threshold it was clipped at."""
     (steps, norms), (_, threshold) = series(metrics, "train/grad_norm"), series(metrics, "train/clip_threshold")
-    axis.plot(steps, norms, color=TRAIN, linewidth=0.9, marker="." if len(steps) < 20 else None)
+    draw_steps(axis, steps, norms)
     if np.isfinite(threshold).any():
-        axis.plot(steps, np.where(np.isfinite(threshold), threshold, np.nan), color=GREY, linestyle="--", linewidth=1, marker="_" if len(steps) == 1 else None, label="clipped above")
+        axis.plot(steps, np.where(np.isfinite(threshold), threshold, np.nan), color="black", linestyle="--", linewidth=1, marker="_" if len(steps) == 1 else None, label="clipped above")
+    if len(steps):
         axis.legend(loc="upper right", fontsize=9)
     positive = norms[np.isfinite(norms)]
     if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
@@ -123,7 +133,7 @@ def draw(metrics, title, path, loss_only=False):
             steps, rates = series(metrics, "train/learning_rate")
             axes["rate"].plot(steps, rates, color=TRAIN, marker="." if len(steps) < 20 else None)
             axes["rate"].set_ylim(bottom=0)
-            axes["rate"].ticklabel_format(axis="y", scilimits=(0, 0))
+            axes["rate"].yaxis.set_major_formatter(lambda rate, _: f"{rate:.1e}".replace("e-0", "e-") if rate else "0")
             for name, heading in (("accuracy", "token accuracy, evaluation"), ("rate", "learning rate"), ("norm", "gradient norm before clipping")):
                 axes[name].set(title=heading, xlabel="step")
             if not axes["accuracy"].has_data():
