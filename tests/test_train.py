@@ -99,7 +99,7 @@ def spoil(monkeypatch, rows, how):
 
     def loss_of(network, batch):
         loss, nll, correct = real(network, batch)
-        return (how(loss) if network.training and (rows is None or set(rows) & set(batch.samples)) else loss), nll, correct
+        return (how(loss) if torch.is_grad_enabled() and (rows is None or set(rows) & set(batch.samples)) else loss), nll, correct
 
     monkeypatch.setattr(model, "summed_loss", loss_of)
 
@@ -183,8 +183,8 @@ def test_fp16_trains_and_its_loss_scale_is_halved_by_a_step_that_overflows(launc
 
     def overflow_in_step_3(network, batch):
         loss, *rest = real(network, batch)
-        calls.append(network.training)
-        return (nan_gradient(loss) if network.training and sum(calls) == 3 else loss, *rest)
+        calls.append(network.training and torch.is_grad_enabled())
+        return (nan_gradient(loss) if calls[-1] and sum(calls) == 3 else loss, *rest)
 
     monkeypatch.setattr(model, "summed_loss", overflow_in_step_3)
     assert launch("run", "--model.compute_dtype=fp16", "--train.max_steps=30", "--train.nonfinite_limit=1", "--schedule.learning_rate=3e-2") == 0
@@ -225,7 +225,7 @@ def test_so_many_steps_in_a_row_that_are_not_finite_stop_the_run(launch, tmp_pat
     real, steps = model.summed_loss, []
     after_each = data.sample_stream
     monkeypatch.setattr(data, "sample_stream", lambda n, seed, start, count: (steps.append(start // 4 + 1), after_each(n, seed, start, count))[1])
-    monkeypatch.setattr(model, "summed_loss", lambda network, batch: (lambda loss, *rest: (loss * math.nan if network.training and steps[-1] in bad else loss, *rest))(*real(network, batch)))
+    monkeypatch.setattr(model, "summed_loss", lambda network, batch: (lambda loss, *rest: (loss * math.nan if torch.is_grad_enabled() and steps[-1] in bad else loss, *rest))(*real(network, batch)))
     assert launch("run", "--train.nonfinite_limit=2", *watch) == 4
     assert [line["step"] for line in curve(tmp_path / "run")] == [1, 2, 3, 4] and "2 steps in a row were not finite" in capsys.readouterr().out
     assert launch("other", "--train.nonfinite_limit=3", *watch) == 0
