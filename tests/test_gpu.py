@@ -1,0 +1,251 @@
+"""What only a GPU can show: each fast path against its slow twin there, with B drawn at random. Skipped without one.
+
+Also runs where TRITON_INTERPRET=1 lets Triton interpret the kernels on a CPU (the kernel tests alone, in fp32).
+"""
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_config, make_model
+
+import data
+import graphs
+import kernels
+import model
+import quant
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+kernel = pytest.mark.skipif(not (torch.cuda.is_available() or kernels.triton and kernels.INTERPRET), reason="needs a GPU, or Triton with TRITON_INTERPRET=1")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32,)
+CLOSE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def distance(ours, reference):
+    """||ours - reference|| / ||reference||, in float64."""
+    return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_kernels_equal_their_twins_with_rows_that_lie_apart(dtype):
+    h, delta, weight, grad, residual = draw(37, 96, dtype=dtype), draw(37, 96, dtype=dtype), draw(96, dtype=dtype), draw(37, 104, dtype=dtype)[:, :96], draw(37, 96, dtype=dtype)
+    room = torch.full((37, 104), math.nan, device=DEVICE, dtype=dtype)
+    total, rstd = kernels.add_rms_norm(h, delta, weight, 1e-5, out=room[:, :96])
+    x, expected_rstd = kernels.rms_norm_twin(h + delta, weight, 1e-5)
+    assert torch.equal(total, h + delta) and distance(room[:, :96], x) < CLOSE[dtype] and distance(rstd, expected_rstd) < 1e-5
+    assert room[:, 96:].isnan().all(), "the columns behind are not the norm's to write"
+    assert distance(kernels.rms_norm_backward(grad, total, weight, rstd, residual), kernels.rms_norm_backward_twin(grad, total, weight, expected_rstd, residual)) < CLOSE[dtype]
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rotation_kernel_equals_its_twin_and_its_inverse_undoes_it(dtype):
+    packed, cos, sin = draw(21, 5 * 16 + 8, dtype=dtype), draw(21, 8, dtype=dtype), draw(21, 8, dtype=dtype)
+    heads = packed[:, :48].unflatten(1, (3, 16))
+    assert distance(kernels.rotate(heads, cos, sin), kernels.rotate_twin(heads.float(), cos.float(), sin.float())) < CLOSE[dtype]
+    angle = draw(21, 8)
+    turned = kernels.rotate(heads.float(), angle.cos(), angle.sin())
+    assert distance(kernels.rotate(turned, angle.cos(), angle.sin(), inverse=True), heads) < 1e-6
+    kept = packed[:, 48:].clone()
+    kernels.rotate(heads, cos, sin, out=heads)
+    assert torch.equal(packed[:, 48:], kept), "the values behind the rotated heads stay"
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_kernels_equal_their_twins(dtype):
+    gate_up, room, grad = draw(9, 2 * 1100, dtype=dtype), torch.zeros(9, 1104, device=DEVICE, dtype=dtype), draw(9, 1104, dtype=dtype)
+    kernels.swiglu(gate_up, out=room[:, :1100])
+    assert distance(room[:, :1100], kernels.swiglu_twin(gate_up)) < CLOSE[dtype] and not room[:, 1100:].any()
+    expected, act = kernels.swiglu_backward_twin(grad[:, :1100].clone(), gate_up)
+    ours, ours_act = kernels.swiglu_backward(grad[:, :1100], gate_up)
+    assert distance(ours, expected) < CLOSE[dtype] and distance(ours_act, act) < CLOSE[dtype]
+
+
+@kernel
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cross_entropy_kernel_equals_torch(dtype, softcap):
+    logits, targets = draw(11, 5003, dtype=dtype) * 2, torch.randint(0, 5003, (11,), device=DEVICE)
+    targets[3] = -100
+    exact = logits.double().requires_grad_()
+    capped = torch.tanh(exact / softcap) * softcap if softcap else exact
+    loss = torch.nn.functional.cross_entropy(capped, targets, reduction="sum", ignore_index=-100)
+    loss.backward()
+    nll, correct = kernels.cross_entropy(logits, targets, softcap, with_grad=True)
+    assert nll.sum().item() == pytest.approx(loss.item(), rel=1e-5) and nll[3] == 0
+    assert torch.equal(correct, capped.argmax(-1) == targets) and distance(logits, exact.grad) < CLOSE[dtype]
+    assert not logits[3].any(), "a position without a target moves nothing"
+
+
+@kernel
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_nf4_kernel_equals_the_formula_and_bitsandbytes(double_quant):
+    weight = quant.NF4Weight(draw(130, 192), double_quant)
+    room = torch.zeros(130, 200, device=DEVICE)
+    kernels.nf4_dequantize(weight, quant.nf4_codebook(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")), room[:, :192])
+    assert distance(room[:, :192], quant.nf4_dequantize(weight.packed, weight.block_scales(), (130, 192))) < 1e-6 and not room[:, 192:].any()
+    reference = torch.ops.bitsandbytes.dequantize_4bit(weight.packed, weight.block_scales(), 64, "nf4", (130, 192), torch.float32)
+    assert distance(room[:, :192], reference) < 1e-6
+
+
+@kernel
+def test_the_int8_kernel_equals_the_formula():
+    weight, room = quant.Int8Weight(draw(130, 192)), torch.zeros(130, 200, device=DEVICE)
+    kernels.int8_dequantize(weight, room[:, :192])
+    assert torch.equal(room[:, :192], weight.q * weight.scale[:, None]) and not room[:, 192:].any()
+
+
+def rows_of(lengths, seed=0, supervised_share=0.5):
+    """data.Rows of random tokens in the given lengths."""
+    import numpy as np
+    generator = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    supervised = generator.random(offsets[-1]) < supervised_share
+    supervised[offsets[:-1]] = False
+    supervised[offsets[1:] - 1] = True
+    return data.Rows(generator.integers(3, 320, offsets[-1]).astype(np.int32), offsets, supervised, [str(i) for i in range(len(lengths))], {}, "")
+
+
+def gradients(network, batches, forward=None):
+    """(summed loss, flat gradient) of micro-batches, through `forward(batch, weight)` or eagerly."""
+    flat, weight, total = network.adapter_memory.flat, torch.tensor(0.01, device=network.device), 0.0
+    flat.grad.zero_()
+    for batch in batches:
+        if forward:
+            total += forward(batch, weight).item()
+        else:
+            loss = model.summed_loss(network, batch.to(network.device))[0]
+            (loss * weight).backward()
+            total += loss.item()
+    return total, flat.grad.clone()
+
+
+def random_b(network):
+    with torch.no_grad():
+        for name, parameter in model.adapters(network).items():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+    return network
+
+
+RAGGED = [3, 40, 17, 64, 9, 2, 31]
+
+
+@gpu
+@pytest.mark.parametrize("kept", ["yes", "no"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_fused_layers_on_a_gpu_equal_plain_ones(tmp_path, architecture, kind, kept):
+    make_model(tmp_path, architecture, num_hidden_layers=3)
+    results = {}
+    for dtype in ("fp32", "bf16"):
+        for fused in (True, False):
+            network = random_b(model.load(make_config(tmp_path, kind, dtype, memory={"fused": fused, "keep_dequantized": kept}), "cuda"))
+            assert network.fused_layers == (3 if fused else 0)
+            loss, gradient = gradients(network, data.pack(rows_of(RAGGED), list(range(7)), 128))
+            results[dtype, fused] = loss, {name: p.grad.clone() for name, p in model.adapters(network).items()}
+    exact_loss, exact = results["fp32", False]
+    assert results["fp32", True][0] == pytest.approx(exact_loss, rel=1e-5) and results["bf16", True][0] == pytest.approx(results["bf16", False][0], rel=1e-2)
+    for name, gradient in exact.items():
+        assert distance(results["fp32", True][1][name], gradient) < 1e-5, name
+        cosine = lambda which: torch.cosine_similarity(results["bf16", which][1][name].flatten(), gradient.flatten(), dim=0).item()
+        assert cosine(True) > min(0.999, cosine(False) - 1e-3), f"{name}: {cosine(True)} fused, {cosine(False)} plain, both in bf16 beside fp32"
+
+
+@gpu
+@pytest.mark.parametrize("lengths", [RAGGED, [32] * 4])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_varlen_and_batched_attention_equal_attention_by_documents(tmp_path, architecture, lengths):
+    make_model(tmp_path, architecture)
+    losses, grads = {}, {}
+    for attention in ("varlen", "documents"):
+        network = random_b(model.load(make_config(tmp_path, "none", "bf16", model={"attention": attention}), "cuda"))
+        losses[attention], grads[attention] = gradients(network, data.pack(rows_of(lengths), list(range(len(lengths))), 256))
+    assert losses["varlen"] == pytest.approx(losses["documents"], rel=3e-3)
+    assert torch.cosine_similarity(grads["varlen"], grads["documents"], dim=0) > 0.999
+
+
+@gpu
+def test_neighbours_do_not_move_a_document_through_varlen_attention(tmp_path):
+    make_model(tmp_path, "llama")
+    network = model.load(make_config(tmp_path, "nf4", "bf16"), "cuda")
+    rows = rows_of(RAGGED)
+    batch, = data.pack(rows, list(range(7)), 256)
+    first = model.summed_loss(network, batch.to("cuda"))[1]
+    batch.input_ids[:int(batch.cu_seqlens[1])] = 7  # another first document
+    second = model.summed_loss(network, batch.to("cuda"))[1]
+    others = (batch.document > 0).to("cuda")
+    assert torch.equal(first[others], second[others]) and not torch.equal(first[~others], second[~others])
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+def test_replayed_graphs_give_the_gradients_of_the_eager_pass(tmp_path, kind):
+    make_model(tmp_path, "llama", num_hidden_layers=3)
+    network = random_b(model.load(make_config(tmp_path, kind, "bf16"), "cuda"))
+
+    def eager(batch, weight):
+        loss = model.summed_loss(network, batch.to("cuda"))[0]
+        (loss * weight).backward()
+        return loss.detach()
+
+    assert not graphs.serves(network, 0)
+    replayed = graphs.Replayed(network, eager)
+    for seed in range(6):  # the same bucket again and again, with other documents in it
+        lengths = [10 + (seed * 7 + i * 5) % 40 for i in range(6)]
+        batches = data.pack(rows_of(lengths, seed), list(range(6)), 512)
+        loss, expected = gradients(network, batches)
+        again, gradient = gradients(network, batches, replayed)
+        assert again == pytest.approx(loss, rel=1e-3) and gradient.isfinite().all()
+        assert torch.cosine_similarity(gradient, expected, dim=0) > 0.9995
+        assert gradient.norm().item() == pytest.approx(expected.norm().item(), rel=1e-2)
+    assert 1 <= len(replayed.graphs) < 6
+
+
+@gpu
+def test_dropout_draws_anew_at_every_replay(tmp_path):
+    make_model(tmp_path, "llama")
+    network = random_b(model.load(make_config(tmp_path, "nf4", "bf16", lora={"dropout": 0.3}), "cuda"))
+
+    def eager(batch, weight):
+        loss = model.summed_loss(network, batch.to("cuda"))[0]
+        (loss * weight).backward()
+        return loss.detach()
+
+    replayed = graphs.Replayed(network, eager)
+    batches = data.pack(rows_of(RAGGED), list(range(7)), 512)
+    losses = [gradients(network, batches, replayed)[0] for _ in range(5)]
+    assert len(set(losses)) == 5 and len(replayed.graphs) == 1
+
+
+@gpu
+def test_padding_to_a_bucket_adds_nothing():
+    batch, = data.pack(rows_of(RAGGED), list(range(7)), 512)
+    fields = graphs.padded(batch, 192, 128, 32, 64)
+    assert [len(fields[name]) for name in ("input_ids", "rows", "cu_seqlens")] == [192, 128, 33]
+    assert fields["cu_seqlens"][-1] == 192 and (fields["cu_seqlens"].diff() >= 0).all() and fields["cu_seqlens"].diff().max() <= 64
+    assert (fields["targets"][len(batch.targets):] == -100).all()
+
+
+@gpu
+@pytest.mark.parametrize("kind, options", [("nf4", ()), ("llm_int8", ("--lora.dropout=0.1",)), ("nf4", ("--memory.checkpoint_layers=2", "--lora.dropout=0.1")), ("int8", ("--model.compute_dtype=fp16",))])
+def test_a_run_on_a_gpu_learns_and_goes_on_after_a_stop(tiny_inputs, tmp_path, kind, options):
+    import train
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({}))
+    where = [f"--model.path={tiny_inputs / 'model'}", f"--data.train={tiny_inputs / 'train.jsonl'}", f"--data.eval={tiny_inputs / 'eval.jsonl'}"]
+    common = [str(settings), f"--out={tmp_path / 'run'}", *where, f"--model.quant={kind}", "--train.micro_batch_size=4", "--train.accumulation=2", "--schedule.learning_rate=3e-3", "--schedule.lr_min=1e-4",
+              "--schedule.lr_warmup_steps=2", "--eval.every_steps=10", "--eval.samples=2", "--eval.max_new_tokens=4", "--save.every_steps=10", *options]
+    assert train.main([*common, "--train.max_steps=20"]) == 0
+    import record
+    losses = [line["train/loss"] for line in record.read_metrics(tmp_path / "run") if "train/loss" in line]
+    assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5]) - 0.5
+    assert train.main([*common, "--train.max_steps=30", "--resume", "--accept=train.max_steps"]) == 0
+    assert [line["step"] for line in record.read_metrics(tmp_path / "run")] == list(range(31))
