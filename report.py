@@ -87,7 +87,7 @@ def draw_steps(axis, steps, values, what=""):
     if len(steps) < 20:
         axis.plot(steps, values, color=TRAIN, linewidth=1.2, marker=".", label=f"{what}each step")
         return
-    width = max(5, min(101, len(steps) // 20)) | 1
+    width = max(9, min(101, len(steps) // 20)) | 1
     axis.plot(steps, values, color=TRAIN, alpha=0.3, linewidth=0.7, label=f"{what}each step")
     axis.plot(steps, running_median(values, width), color=TRAIN, linewidth=2, label=f"{what}median of {width} steps")
 
