@@ -19,9 +19,8 @@ class Group:
 
         y = x W^T + s drop(x) A^T B^T = [x | s drop(x) A^T] [W | B]^T
 
-    with W stacked, and B block by block, over the modules. So x comes in a buffer (T, in + ranks) whose last columns `forward` fills,
-    and [W | B] is kept or dequantised as one matrix; the backward pass gets d loss / d x and d loss / d (s drop(x) A^T) from one
-    product too. The A of all modules lie one after another in the flat buffer (model.adapters sees to that).
+    with W stacked, and B block by block, over the modules. So x comes with room for the other columns behind each row, and [W | B]
+    is kept or dequantised as one matrix. The A of all modules lie one after another in the flat buffer (model.adapters sees to that).
     """
 
     def __init__(self, modules, memory):
@@ -38,62 +37,69 @@ class Group:
         if self.adapted:
             self.working_A, self.grad_A = memory.together([module.lora_A for module in self.adapted])
 
-    def parameters(self):
-        return [parameter for module in self.adapted for parameter in (module.lora_A, module.lora_B)]
-
     def room(self, x):
-        """An empty buffer (T, width) for an input like x (T, ...)."""
-        return torch.empty(len(x), self.width, device=x.device, dtype=x.dtype)
+        """(T, in) to write an input like x (T, ...) to, with the columns that `forward` fills lying behind each row."""
+        return torch.empty(len(x), self.width, device=x.device, dtype=x.dtype)[:, :self.in_features]
 
-    def weight(self, dtype):
-        """[W | B] (out, width) in `dtype`: the kept one, or made in a scratch."""
-        if self.kept is not None and self.kept.dtype == dtype:
-            return self.kept
-        scratch = torch.empty(self.out_features, self.width, device=self.modules[0].weight.device, dtype=dtype)
-        scratch[:, self.in_features:].zero_()
-        for module in self.modules:
-            rows = scratch[self.out_bounds[module]]
-            module.weight.dequantize(dtype, out=rows[:, :self.in_features])
-            if module.r:
-                self.adapter_columns(rows, module).copy_(module.working_B)
-        return scratch
+    def behind(self, x):
+        """[x | s drop(x) A^T] (T, width) for an x from `room`."""
+        return x.data.as_strided((len(x), self.width), (self.width, 1))  # .data: autograd need not know that room behind x is written to
+
+    def low(self, x):
+        """s drop(x) A^T (T, ranks) for an x from `room`, once `forward` has filled it."""
+        return self.behind(x)[:, self.in_features:self.in_features + self.ranks]
 
     def adapter_columns(self, rows, module):
         """Where a module's B (out, r) lies in its rows of [W | B]."""
         return rows[:, self.in_features:][:, self.low_bounds[module]]
 
+    def weight(self, dtype, width):
+        """W (out, in), or for the full width [W | B], in `dtype`: kept, or made in a scratch."""
+        if self.kept is not None and self.kept.dtype == dtype:
+            return self.kept[:, :width]
+        scratch = torch.empty(self.out_features, width, device=self.modules[0].weight.device, dtype=dtype)
+        if width > self.in_features and (len(self.modules) > 1 or width > self.in_features + self.ranks):
+            scratch[:, self.in_features:].zero_()  # one module's outputs do not depend on another's A
+        for module in self.modules:
+            rows = scratch[self.out_bounds[module]]
+            module.weight.dequantize(dtype, out=rows[:, :self.in_features])
+            if width > self.in_features and module.r:
+                self.adapter_columns(rows, module).copy_(module.working_B)
+        return scratch
+
     def forward(self, x):
-        """y (T, out) for a buffer x (T, width) whose first `in` columns are the input; fills the others. Also the dropout's mask or None."""
-        inner, low, mask = x[:, :self.in_features], x[:, self.in_features:self.in_features + self.ranks], None
-        x[:, self.in_features + self.ranks:].zero_()
+        """y (T, out) for an x from `room`; fills the columns behind it. Also the dropout's mask (T, in), or None."""
+        mask, inner, whole = None, x, self.behind(x)
+        whole[:, self.in_features + self.ranks:].zero_()
         if self.adapted:
             if self.dropout and self.training():
-                inner, mask = torch.native_dropout(inner, self.dropout, True)
-            torch.addmm(low, inner, self.working_A.T, beta=0, alpha=self.scaling, out=low)
-        y = x @ self.weight(x.dtype).T
+                inner, mask = torch.native_dropout(x, self.dropout, True)
+            torch.addmm(self.low(x), inner, self.working_A.T, beta=0, alpha=self.scaling, out=self.low(x))
+        y = whole @ self.weight(x.dtype, self.width).T
         for module in self.modules:
             if module.bias is not None:
                 y[:, self.out_bounds[module]] += module.bias
         return y, mask
 
-    def backward(self, grad, low, mask, wanted=True):
-        """d loss / d [x | s drop(x) A^T] (T, width) for grad (T, out) and low (T, ranks), the second part already passed on to the first.
-
-        Adds to the gradients of all B. Not `wanted`: the first part is left wrong.
-        """
-        both = grad @ self.weight(grad.dtype)
-        dx, d_low = both[:, :self.in_features], both[:, self.in_features:self.in_features + self.ranks]
+    def backward(self, grad, low, mask):
+        """For grad (T, out) and low (T, ranks): d loss / d x (T, in), and d loss / d low (T, ranks). Adds to the gradients of all B."""
+        if self.kept is not None:  # launches are dear: one product for both
+            both = grad @ self.weight(grad.dtype, self.width)
+            dx, d_low = both[:, :self.in_features], both[:, self.in_features:self.in_features + self.ranks]
+        else:  # tiles are dear: the longer product would need another column of them
+            dx, d_low = grad @ self.weight(grad.dtype, self.in_features), torch.empty_like(low, memory_format=torch.contiguous_format)
+            for module in self.adapted:
+                torch.mm(grad[:, self.out_bounds[module]], module.working_B, out=d_low[:, self.low_bounds[module]])
         for module in self.adapted:
             accumulate(module.lora_B.grad, grad[:, self.out_bounds[module]].T, low[:, self.low_bounds[module]], 1.0)
-        if wanted and mask is None and self.adapted:
+        if self.adapted and mask is None:
             torch.addmm(dx, d_low, self.working_A, alpha=self.scaling, out=dx)
-        elif wanted and self.adapted:
+        elif self.adapted:
             dx += (d_low @ self.working_A) * mask * (self.scaling / (1 - self.dropout))
-        return both
+        return dx, d_low
 
-    def adapter_gradient(self, both, x, mask):
-        """Add to the gradients of all A, from what `backward` returned and the input x (T, in)."""
-        d_low = both[:, self.in_features:self.in_features + self.ranks]
+    def adapter_gradient(self, d_low, x, mask):
+        """Add to the gradients of all A, for the input x (T, in) and d loss / d low (T, ranks)."""
         if self.adapted and mask is None:
             accumulate(self.grad_A, d_low.T, x, self.scaling)
         elif self.adapted:
@@ -136,13 +142,29 @@ class Kept:
         self.buffer.index_copy_(0, self.targets, self.memory.working.index_select(0, self.sources))
 
 
+class Start(torch.autograd.Function):
+    """h and a scalar that requires a gradient -> h, from which on autograd keeps a graph, though embeddings are frozen.
+
+    The adapters' gradients go straight into their buffers, so autograd never sees the adapters. (It would remember on which
+    stream it met each one first, and refuse to be recorded on another.)
+    """
+
+    @staticmethod
+    def forward(ctx, h, anchor):
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
+
+
 class AddNorm(torch.autograd.Function):
-    """h, delta (T, D) or None -> (rms_norm(h + delta) in a buffer for `group`, h + delta): one kernel each way."""
+    """h, delta (T, D) or None -> (rms_norm(h + delta) in a room for `group`, h + delta): one kernel each way."""
 
     @staticmethod
     def forward(ctx, h, delta, weight, eps, group):
         x = group.room(h)
-        h, rstd = kernels.add_rms_norm(h, delta, weight, eps, out=x[:, :group.in_features])
+        h, rstd = kernels.add_rms_norm(h, delta, weight, eps, out=x)
         ctx.save_for_backward(h, weight, rstd)
         ctx.added = delta is not None
         return x, h
@@ -150,15 +172,15 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_x, grad_h):
         h, weight, rstd = ctx.saved_tensors
-        grad = kernels.rms_norm_backward(grad_x[:, :h.shape[1]], h, weight, rstd, grad_h)
+        grad = kernels.rms_norm_backward(grad_x, h, weight, rstd, grad_h)
         return grad, grad if ctx.added else None, None, None, None
 
 
 class QueriesKeysValues(torch.autograd.Function):
-    """x (T, width) -> rotated q (T, heads, d) and k (T, key_value_heads, d), and v."""
+    """x (T, D) -> rotated q (T, heads, d) and k (T, key_value_heads, d), and v."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, group, head_dim, *adapters):
+    def forward(ctx, x, cos, sin, group, head_dim):
         y, mask = group.forward(x)
         q, k, v = (y[:, group.out_bounds[module]].unflatten(1, (-1, head_dim)) for module in group.modules)
         turned = y[:, :-v.shape[1] * head_dim].unflatten(1, (-1, head_dim))
@@ -175,20 +197,20 @@ class QueriesKeysValues(torch.autograd.Function):
         kernels.rotate(grad_q, cos, sin, out=q, inverse=True)
         kernels.rotate(grad_k, cos, sin, out=k, inverse=True)
         v.copy_(grad_v)
-        both = group.backward(grad, x[:, group.in_features:], mask, wanted=ctx.needs_input_grad[0])
-        group.adapter_gradient(both, x[:, :group.in_features], mask)
-        return both, *[None] * (4 + len(group.parameters()))
+        dx, d_low = group.backward(grad, group.low(x), mask)
+        group.adapter_gradient(d_low, x, mask)
+        return dx, None, None, None, None
 
 
 class Output(torch.autograd.Function):
     """x (T, heads, d) -> the projection (T, D) of a group of one."""
 
     @staticmethod
-    def forward(ctx, x, group, *adapters):
-        wide = group.room(x)
-        wide[:, :group.in_features].unflatten(1, x.shape[1:]).copy_(x)
-        y, mask = group.forward(wide)
-        ctx.save_for_backward(wide, mask)
+    def forward(ctx, x, group):
+        flat = group.room(x)
+        flat.unflatten(1, x.shape[1:]).copy_(x)
+        y, mask = group.forward(flat)
+        ctx.save_for_backward(flat, mask)
         ctx.group, ctx.heads = group, x.shape[1:]
         return y
 
@@ -196,21 +218,20 @@ class Output(torch.autograd.Function):
     def backward(ctx, grad):
         x, mask = ctx.saved_tensors
         group = ctx.group
-        both = group.backward(grad, x[:, group.in_features:], mask)
-        group.adapter_gradient(both, x[:, :group.in_features], mask)
-        return both[:, :group.in_features].unflatten(1, ctx.heads), None, *[None] * len(group.parameters())
+        dx, d_low = group.backward(grad, group.low(x), mask)
+        group.adapter_gradient(d_low, x, mask)
+        return dx.unflatten(1, ctx.heads), None
 
 
 class GatedMLP(torch.autograd.Function):
-    """x (T, width) -> down(silu(gate(x)) * up(x)) (T, D); keeps x, gate and up."""
+    """x (T, D) -> down(silu(gate(x)) * up(x)) (T, D); keeps x, gate and up."""
 
     @staticmethod
-    def forward(ctx, x, wide, down, *adapters):
+    def forward(ctx, x, wide, down):
         gate_up, mask = wide.forward(x)
-        act = down.room(x)
-        kernels.swiglu(gate_up, out=act[:, :down.in_features])
+        act = kernels.swiglu(gate_up, out=down.room(x))
         y, down_mask = down.forward(act)
-        ctx.save_for_backward(x, mask, gate_up, act[:, down.in_features:].clone(), down_mask)
+        ctx.save_for_backward(x, mask, gate_up, down.low(act).clone(), down_mask)
         ctx.wide, ctx.down = wide, down
         return y
 
@@ -218,12 +239,12 @@ class GatedMLP(torch.autograd.Function):
     def backward(ctx, grad):
         x, mask, gate_up, down_low, down_mask = ctx.saved_tensors
         wide, down = ctx.wide, ctx.down
-        both = down.backward(grad, down_low, down_mask)
-        d_gate_up, act = kernels.swiglu_backward(both[:, :down.in_features], gate_up)  # `act` again, for the adapter of `down`
-        down.adapter_gradient(both, act, down_mask)
-        both = wide.backward(d_gate_up, x[:, wide.in_features:], mask)
-        wide.adapter_gradient(both, x[:, :wide.in_features], mask)
-        return both, None, None, *[None] * (len(wide.parameters()) + len(down.parameters()))
+        d_act, d_low = down.backward(grad, down_low, down_mask)
+        d_gate_up, act = kernels.swiglu_backward(d_act, gate_up)  # `act` again, for the adapter of `down`
+        down.adapter_gradient(d_low, act, down_mask)
+        dx, d_low = wide.backward(d_gate_up, wide.low(x), mask)
+        wide.adapter_gradient(d_low, x, mask)
+        return dx, None, None
 
 
 class FusedLayer:
@@ -244,12 +265,12 @@ class FusedLayer:
         attention, before, after = self.layer.self_attn, self.layer.input_layernorm, self.layer.post_attention_layernorm
         cos, sin = half_tables(position_embeddings)
         x, h = AddNorm.apply(hidden_states[0], None, before.weight, before.variance_epsilon, self.qkv)
-        q, k, v = QueriesKeysValues.apply(x, cos, sin, self.qkv, attention.head_dim, *self.qkv.parameters())
+        q, k, v = QueriesKeysValues.apply(x, cos, sin, self.qkv, attention.head_dim)
         mixed, _ = self.attend(attention, *(heads.transpose(0, 1)[None] for heads in (q, k, v)), scaling=attention.scaling, sliding_window=self.window,
                                cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, use_varlen=use_varlen)
-        delta = Output.apply(mixed[0], self.o, *self.o.parameters())
+        delta = Output.apply(mixed[0], self.o)
         x, h = AddNorm.apply(h, delta, after.weight, after.variance_epsilon, self.wide)
-        return (h + GatedMLP.apply(x, self.wide, self.down, *self.wide.parameters(), *self.down.parameters()))[None]
+        return (h + GatedMLP.apply(x, self.wide, self.down))[None]
 
 
 @functools.lru_cache(maxsize=1)

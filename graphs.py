@@ -5,6 +5,8 @@ supervised positions by ones without a target. What is padded adds exactly nothi
 a bucket runs eagerly, and its graph is recorded behind it. Leaves out: the optimizer step (a few kernels, launched while the
 GPU is busy), recomputed layers, sharded weights, and LLM.int8(), which waits for the GPU.
 """
+import gc
+
 import torch
 
 import model
@@ -53,6 +55,7 @@ class Replayed:
 
     def __init__(self, network, eager):
         self.network, self.eager, self.graphs, self.pool = network, eager, {}, None
+        self.stream = torch.cuda.Stream()
         self.weight = torch.zeros((), device=network.device)
 
     def __call__(self, batch, weight):
@@ -76,13 +79,13 @@ class Replayed:
         """Run one micro-batch of a new bucket eagerly, then record the graph for the next ones."""
         device = self.network.device
         static = Static(max_seqlen=sizes[-1], **{name: tensor.to(device) for name, tensor in fields.items()})
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # as recording does, so that everything is compiled and allocated once before
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # as recording does, so that everything is compiled and allocated once before
             done = self.eager(static, self.weight)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        gc.collect()  # a graph of autograd's that is still about would tie the recording to another stream
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             loss = self.eager(static, self.weight)
         self.pool = self.pool or graph.pool()
         self.graphs[sizes] = graph, static, loss

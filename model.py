@@ -178,7 +178,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def hidden_states(network, batch):
     """The last hidden states (T, width) of a packed data.MicroBatch on the network's device."""
     network.adapter_memory.refresh()
-    out = network.get_decoder()(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
+    given = {"input_ids": batch.input_ids[None]}
+    if network.fused_layers and torch.is_grad_enabled():
+        embedded = network.get_input_embeddings()(batch.input_ids[None])
+        given = {"inputs_embeds": fused.Start.apply(embedded, torch.zeros((), device=embedded.device, requires_grad=True))}
+    out = network.get_decoder()(**given, position_ids=batch.position_ids[None], use_cache=False,
                                 cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, use_varlen=network.use_varlen)
     return out.last_hidden_state[0]
 
@@ -306,6 +310,7 @@ def load(config, device):
     network.use_varlen = varlen_works(device, dtype) if config.model.attention == "auto" else config.model.attention == "varlen"
     use_attention(network, ATTENTION)
     network.train()
+    network.fused_layers = 0
     compare_with_transformers(network)
     network.fused_layers = fused.install(network, network.adapter_memory, packed_attention) if config.memory.fused else 0
     return network

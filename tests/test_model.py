@@ -377,17 +377,32 @@ def test_the_gradient_predicts_the_change_of_the_loss(tmp_path, kind, which):
     assert abs((losses[0] - losses[1]) / (2 * step * squared) - 1) < 2e-3
 
 
-def test_kept_copies_change_no_bit_of_loss_and_gradients(tmp_path):
+def kept_and_not(tmp_path, kind, dtype, fused):
+    """[(loss, {name: gradient})] with kept dequantised copies and without."""
+    results = []
+    for keep in ("yes", "no"):
+        network = model.load(make_config(tmp_path, kind, dtype, memory={"keep_dequantized": keep, "fused": fused}), "cpu")
+        assert all((module.kept is not None) == (keep == "yes") for module in network.modules() if isinstance(module, quant.FrozenWeight))
+        randomise(network)
+        results.append(our_gradients(network, [packed(DOCUMENTS, SUPERVISED)]))
+    return results
+
+
+def test_kept_copies_change_no_bit_of_loss_and_gradients_of_plain_layers(tmp_path):
     make_model(tmp_path, "llama")
     for kind, dtype in (("nf4", "bf16"), ("int8", "bf16"), ("llm_int8", "bf16"), ("nf4", "fp32")):
-        results = []
-        for keep in ("yes", "no"):
-            network = model.load(make_config(tmp_path, kind, dtype, memory={"keep_dequantized": keep}), "cpu")
-            assert all((module.kept is not None) == (keep == "yes") for module in network.modules() if isinstance(module, quant.FrozenWeight))
-            randomise(network)
-            results.append(our_gradients(network, [packed(DOCUMENTS, SUPERVISED)]))
-        assert results[0][0] == results[1][0]
-        assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+        with_copies, without = kept_and_not(tmp_path, kind, dtype, fused=False)
+        assert with_copies[0] == without[0]
+        assert all(torch.equal(with_copies[1][name], without[1][name]) for name in without[1])
+
+
+def test_kept_copies_change_fused_layers_by_rounding_alone(tmp_path):
+    """Their backward pass forms two products as one where copies are kept."""
+    make_model(tmp_path, "llama")
+    for kind in ("nf4", "int8"):
+        with_copies, without = kept_and_not(tmp_path, kind, "fp32", fused=True)
+        assert with_copies[0] == pytest.approx(without[0], rel=1e-6)
+        assert all((with_copies[1][name] - without[1][name]).norm() <= 1e-5 * without[1][name].norm() for name in without[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
