@@ -73,23 +73,23 @@ def draw_loss(axis, metrics):
     """Training loss as a thin line with its running median, evaluations as labelled points, steps without a finite loss as marks below."""
     steps, losses = series(metrics, "train/loss")
     finite = np.isfinite(losses)
-    draw_steps(axis, steps, losses, "training, ")
+    draw_steps(axis, steps, losses, "training")
     if not finite.all():
         axis.plot(steps[~finite], np.full((~finite).sum(), 0.02), "x", color="black", markersize=5, transform=axis.get_xaxis_transform(), label="loss not finite")
     draw_points(axis, *series(metrics, "eval/loss"), "evaluation", min)
     axis.set(xlabel="step", ylabel="loss (nats a token)")
     if axis.has_data():
-        axis.legend(loc="upper right")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.2, columnspacing=1.2, handlelength=1.5, fontsize=9)  # beside the title, over no point
 
 
-def draw_steps(axis, steps, values, what=""):
+def draw_steps(axis, steps, values, what):
     """Every step as a thin line with its running median; a short run as points."""
     if len(steps) < 20:
-        axis.plot(steps, values, color=TRAIN, linewidth=1.2, marker=".", label=f"{what}each step")
+        axis.plot(steps, values, color=TRAIN, linewidth=1.2, marker=".", label=what)
         return
     width = max(9, min(101, len(steps) // 20)) | 1
-    axis.plot(steps, values, color=TRAIN, alpha=0.3, linewidth=0.7, label=f"{what}each step")
-    axis.plot(steps, running_median(values, width), color=TRAIN, linewidth=2, label=f"{what}median of {width} steps")
+    axis.plot(steps, values, color=TRAIN, alpha=0.3, linewidth=0.7, label=what)
+    axis.plot(steps, running_median(values, width), color=TRAIN, linewidth=2, label=f"median of {width} steps")
 
 
 def draw_points(axis, steps, values, label, best):
@@ -108,11 +108,11 @@ def draw_points(axis, steps, values, label, best):
 def draw_norms(axis, metrics):
     """Gradient norm before clipping, with the threshold it was clipped at."""
     (steps, norms), (_, threshold) = series(metrics, "train/grad_norm"), series(metrics, "train/clip_threshold")
-    draw_steps(axis, steps, norms)
+    draw_steps(axis, steps, norms, "norm")
     if np.isfinite(threshold).any():
         axis.plot(steps, np.where(np.isfinite(threshold), threshold, np.nan), color="black", linestyle="--", linewidth=1, marker="_" if len(steps) == 1 else None, label="clipped above")
     if len(steps):
-        axis.legend(loc="upper right", fontsize=9)
+        axis.legend(loc="best", fontsize=9)
     positive = norms[np.isfinite(norms)]
     if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
         axis.set_yscale("log")
@@ -141,6 +141,7 @@ def draw(metrics, title, path, loss_only=False):
         draw_loss(loss, metrics)
         loss.set_title(title)
         for axis in figure.axes:
+            axis.set_xlim(-0.03 * max(1, metrics[-1]["step"]), 1.03 * max(1, metrics[-1]["step"]))
             axis.xaxis.get_major_locator().set_params(integer=True)
         figure.savefig(path)
         plt.close(figure)

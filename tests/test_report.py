@@ -57,7 +57,7 @@ def test_a_single_wild_step_moves_no_figure(tmp_path):
     figures = lambda run: report.first_and_last(report.read_run(run)[0])[0][1:]
     assert abs(float(figures(calm)[0]) - float(figures(wild)[0])) <= 0.051
     _, lines = drawn(wild)
-    assert lines["training, median of 9 steps"][:, 1].max() < 6 < lines["training, each step"][:, 1].max()
+    assert lines["median of 9 steps"][:, 1].max() < 6 < lines["training"][:, 1].max()
 
 
 def test_the_picture_shows_every_evaluation_with_its_value(tmp_path):
@@ -105,7 +105,7 @@ def test_steps_that_are_not_finite_are_counted_and_left_out_of_medians(tmp_path)
     assert 4.5 < first < 4.95 and 3 < last < 3.45
     _, lines = drawn(run)
     assert lines["loss not finite"][:, 0].tolist() == [2, 38]
-    assert np.isfinite(lines["training, median of 9 steps"]).all()
+    assert np.isfinite(lines["median of 9 steps"]).all()
 
 
 def test_a_record_of_nothing_but_nan_is_still_a_page(tmp_path):
