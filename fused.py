@@ -14,6 +14,9 @@ import kernels
 import quant
 
 
+SHORT = 2048  # inputs: up to here a kernel takes about as long as its launch
+
+
 class Group:
     """AdaptedLinear modules that read the same input, adapters included, as one product over a longer inner dimension:
 
@@ -83,7 +86,7 @@ class Group:
 
     def backward(self, grad, low, mask):
         """For grad (T, out) and low (T, ranks): d loss / d x (T, in), and d loss / d low (T, ranks). Adds to the gradients of all B."""
-        if self.kept is not None:  # launches are dear: one product for both
+        if self.kept is not None and self.in_features <= SHORT:  # launches are dear: one product for both
             both = grad @ self.weight(grad.dtype, self.width)
             dx, d_low = both[:, :self.in_features], both[:, self.in_features:self.in_features + self.ranks]
         else:  # tiles are dear: the longer product would need another column of them

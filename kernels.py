@@ -53,11 +53,12 @@ def swiglu_twin(gate_up):
 
 def swiglu_backward_twin(grad, gate_up):
     """((T, 2I) d loss / d gate_up, (T, I) silu(gate) * up again) for the gradient (T, I) of swiglu's output."""
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    gate, up = (half.to(wide) for half in gate_up.chunk(2, dim=-1))
-    sigmoid, g = torch.sigmoid(gate), grad.to(wide)
-    silu = gate * sigmoid
-    return torch.cat((g * up * (sigmoid + silu * (1 - sigmoid)), g * silu), dim=-1).to(grad.dtype), (silu * up).to(grad.dtype)
+    out, width = torch.empty_like(gate_up), grad.shape[1]
+    gate, up = gate_up.chunk(2, dim=-1)
+    silu = torch.nn.functional.silu(gate)
+    out[:, :width] = torch.ops.aten.silu_backward(grad * up, gate)
+    torch.mul(grad, silu, out=out[:, width:])
+    return out, silu.mul_(up)
 
 
 # ------------------------------------------------------------------------------------------------------- the kernels

@@ -93,10 +93,7 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
     if use_varlen and not softcap:
         window = (sliding_window - 1 if sliding_window else -1, 0)
         return varlen()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=window)[None], None
-    bounds, pieces = cu_seqlens.tolist(), []
-    for start, end in zip(bounds, bounds[1:]):
-        pieces.append(document_attention(q[start:end], k[start:end], v[start:end], scaling, sliding_window, softcap))
-    return torch.cat(pieces)[None], None
+    return attention_by_documents(q, k, v, cu_seqlens.tolist(), scaling, sliding_window, softcap)[None], None
 
 
 @functools.cache
@@ -107,21 +104,44 @@ def varlen():
     return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in takes else varlen_attn
 
 
-def document_attention(q, k, v, scaling, sliding_window=None, softcap=None):
-    """Causal attention of one document: q (n, heads, d), k and v (n, key_value_heads, d) -> (n, heads, d)."""
-    n, heads = q.shape[:2]
-    q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (heads, n, d)
-    if k.shape[0] != heads:
-        k, v = (t.repeat_interleave(heads // t.shape[0], dim=0) for t in (k, v))
+def attention_by_documents(q, k, v, bounds, scaling, sliding_window, softcap):
+    """Causal attention within documents bounds[i]:bounds[i + 1], anywhere: q (T, heads, d), k, v (T, key_value_heads, d) -> (T, heads, d).
+
+    Documents of about one length are padded into a batch: what is padded lies behind, where causal attention never looks.
+    """
+    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    pieces, batch = [None] * len(lengths), []
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for position, i in enumerate(by_length):
+        batch.append(i)
+        following = by_length[position + 1:position + 2]
+        if following and lengths[following[0]] * 5 >= lengths[batch[0]] * 4:
+            continue
+        padded = (nn.utils.rnn.pad_sequence([t[bounds[i]:bounds[i + 1]] for i in batch], batch_first=True).transpose(1, 2) for t in (q, k, v))
+        for i, out in zip(batch, causal_attention(*padded, scaling, sliding_window, softcap).transpose(1, 2)):
+            pieces[i] = out[:lengths[i]]
+        batch = []
+    return torch.cat(pieces)
+
+
+def causal_attention(q, k, v, scaling, sliding_window=None, softcap=None):
+    """q (documents, heads, n, d), k and v (documents, key_value_heads, n, d) -> (documents, heads, n, d)."""
+    heads, n = q.shape[1:3]
+    if k.shape[1] != heads:
+        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+    window = sliding_window if sliding_window and sliding_window < n else 0
+    by_hand = softcap or q.device.type == "cpu" and q.dtype.itemsize == 2 and n <= 256  # torch's own kernel is several times slower there
     mask = None
-    if softcap or (sliding_window and n > sliding_window):
-        ahead = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]  # how far back a key lies
-        mask = (ahead >= 0) & (ahead < (sliding_window or n))
-    if not softcap:
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scaling)[0].transpose(0, 1)
-    scores = softcap * torch.tanh(q @ k.transpose(1, 2) * scaling / softcap)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
-    return (weights.to(v.dtype) @ v).transpose(0, 1)
+    if window or by_hand:
+        behind = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]  # how far back a key lies
+        mask = (behind >= 0) & (behind < (window or n))
+    if not by_hand:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    scores = q @ k.transpose(2, 3) * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill_(~mask, -math.inf).softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32) if softcap else None)
+    return weights.to(v.dtype) @ v
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -305,7 +325,7 @@ def load(config, device):
         parameter.requires_grad_(True)
     draw_adapters(network, config.train.seed)
     network.adapter_memory = AdapterMemory(network, dtype)
-    keep_dequantized(network, config.memory.keep_dequantized, dtype)
+    keep_dequantized(network, config.memory, dtype)
     network.loss_chunk = config.memory.loss_chunk
     network.use_varlen = varlen_works(device, dtype) if config.model.attention == "auto" else config.model.attention == "varlen"
     use_attention(network, ATTENTION)
@@ -400,15 +420,15 @@ def free_memory(device):
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def keep_dequantized(network, wish, dtype):
-    """Keep dequantised copies of all quantised weights: asked for, or (auto) where they take a quarter of the free memory at most."""
+def keep_dequantized(network, memory, dtype):
+    """Keep dequantised copies of all quantised weights: asked for, or (auto) where nothing need be recomputed and they take a quarter of the free memory at most."""
     weights = [module for module in network.modules() if isinstance(module, quant.FrozenWeight)]
     for weight in weights:
         if isinstance(weight, quant.PlainWeight):
             weight.keep(dtype)
     weights = [weight for weight in weights if not isinstance(weight, quant.PlainWeight)]
     size = sum(weight.in_features * weight.out_features * dtype.itemsize for weight in weights)
-    if wish == "yes" or wish == "auto" and size < free_memory(network.device) / 4:
+    if memory.keep_dequantized == "yes" or memory.keep_dequantized == "auto" and memory.checkpoint_layers <= 0 and size < free_memory(network.device) / 4:
         for weight in weights:
             weight.keep(dtype)
 

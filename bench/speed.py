@@ -84,11 +84,12 @@ def measure(case, steps, work, npz, overrides):
     make_rows(kind, SHAPES[shape]["vocab_size"], samples * steps, rows, npz)
     held_out = work / "eval.jsonl"
     held_out.write_text("".join(open(rows).readlines()[:4]))
+    given = dict(override.lstrip("-").split("=", 1) for override in overrides)
     keys = {"model.path": folder, "data.train": rows, "data.eval": held_out, "data.max_length": 8192, "train.micro_batch_size": 1, "train.accumulation": samples, "train.max_steps": steps,
-            "schedule.lr_warmup_steps": 2, "eval.samples": 0, "eval.every_steps": 0, "save.every_steps": 0, "log.every_steps": 25} | settings
+            "schedule.lr_warmup_steps": 2, "eval.samples": 0, "eval.every_steps": 0, "save.every_steps": 0, "log.every_steps": 25} | settings | given
     base = work / "base.json"
     base.write_text("{}")
-    command = [sys.executable, str(PROJECT / "train.py"), str(base), f"--out={run}", "--overwrite", *(f"--{key}={value}" for key, value in keys.items()), *overrides]
+    command = [sys.executable, str(PROJECT / "train.py"), str(base), f"--out={run}", "--overwrite", *(f"--{key}={value}" for key, value in keys.items())]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -105,7 +106,7 @@ def measure(case, steps, work, npz, overrides):
             "supervised_tokens_per_second": round(statistics.mean(line["train/supervised_tokens"] for line in lines) / s), "step_seconds": round(s, 5),
             "step_seconds_quartiles": [round(quartiles[0], 5), round(quartiles[-1], 5)], "timed_steps": len(timed), "first_steps_seconds": [round(x, 2) for x in seconds[:3]],
             "peak_memory_gib": round(max(line["train/peak_memory_gib"] for line in lines), 2), "process_seconds": round(time.perf_counter() - began, 1),
-            "settings": {key: value for key, value in keys.items() if key in settings} | dict(o.lstrip("-").split("=", 1) for o in overrides), "device": (environment["devices"] or [{"name": environment["cpu"]}])[0]["name"], "versions": environment["packages"]}
+            "settings": settings | given, "device": (environment["devices"] or [{"name": environment["cpu"]}])[0]["name"], "versions": environment["packages"]}
 
 
 def real_token_count(rows):

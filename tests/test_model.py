@@ -519,13 +519,14 @@ def test_attention_refuses_by_name_what_it_does_not_know():
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
-def test_attention_of_a_document_is_its_formula_in_float64(window, softcap):
-    n, heads, kv_heads, d = 9, 4, 2, 8
-    q, k, v = (torch.randn(n, h, d, dtype=torch.float64, generator=torch.Generator().manual_seed(h)) for h in (heads, kv_heads, kv_heads))
-    got = model.document_attention(q, k, v, 0.4, window, softcap)
+def test_attention_by_documents_is_its_formula_in_float64(window, softcap):
+    bounds, heads, kv_heads, d = [0, 9, 11, 19, 20], 4, 2, 8  # two of about one length, so padded into one batch
+    q, k, v = (torch.randn(20, h, d, dtype=torch.float64, generator=torch.Generator().manual_seed(h)) for h in (heads, kv_heads, kv_heads))
+    got = model.attention_by_documents(q, k, v, bounds, 0.4, window, softcap)
     for head in range(heads):
-        for i in range(n):
-            seen = range(max(0, i - (window or n) + 1), i + 1)
+        for i in range(20):
+            start = max(bound for bound in bounds if bound <= i)
+            seen = range(max(start, i - (window or 20) + 1), i + 1)
             scores = torch.stack([0.4 * q[i, head] @ k[j, head // 2] for j in seen])
             weights = (softcap * torch.tanh(scores / softcap) if softcap else scores).softmax(0)
             assert torch.allclose(got[i, head], sum(w * v[j, head // 2] for w, j in zip(weights, seen)), atol=1e-12)
