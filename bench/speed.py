@@ -9,8 +9,10 @@
 
 Weights are random in the models' real shapes, made once under --work; D and E take token ids of real rows from .npz files (ids flat,
 row offsets `off`, prompt lengths `prompt`). The first steps (compilation, graph recording) are reported apart; the others give
-median, quartiles, tokens/s (real tokens, no padding), samples/s and the peak of GPU memory. One JSON line a case, appended to
-bench/results/h100.json where --write is given.
+median, quartiles, tokens/s (real tokens, no padding), samples/s and the peak of GPU memory. One JSON line a case, added to the
+list in --write=FILE where given.
+
+    python bench/speed.py --table=bench/results/h100.json       the rows of such a file as a Markdown table
 """
 import json
 import pathlib
@@ -118,8 +120,21 @@ def real_token_count(rows):
     return total
 
 
+def table(path):
+    """The rows of a results file as a Markdown table."""
+    lines = ["| case | tokens/s | samples/s | median step, s (quartiles) | peak GiB | settings |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in json.loads(pathlib.Path(path).read_text()):
+        settings = ", ".join(f"{key}={value}" for key, value in row["settings"].items()) or "defaults"
+        low, high = row["step_seconds_quartiles"]
+        lines.append(f"| {row['case']} | {row['tokens_per_second']:,} | {row['samples_per_second']:,} | {row['step_seconds']:.4g} ({low:.4g}-{high:.4g}), {row['timed_steps']} steps | {row['peak_memory_gib']} | {settings} |")
+    return "\n".join(lines)
+
+
 def main(argv):
     options = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--") and "=" in arg and "." not in arg.split("=")[0])
+    if "table" in options:
+        print(table(options["table"]))
+        return
     overrides = [arg for arg in argv if arg.startswith("--") and "." in arg.split("=")[0]]
     npz = {"gsm8k": options.get("gsm8k", "gsm8k-train-ids.npz"), "tldr": options.get("tldr", "tldr-train-ids.npz")}
     for case in (arg for arg in argv if not arg.startswith("--")):

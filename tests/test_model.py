@@ -269,7 +269,7 @@ def dequantised(weight, kind, double_quant=True):
     state.dtype = torch.float32
     if weight.shape[1] % 64 == 0:
         return bnb.dequantize_4bit(packed_codes, state)
-    scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if double_quant else state.absmax  # PITFALLS 21: not its kernel at these widths
+    scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if double_quant else state.absmax  # not its kernel, which is wrong at these widths
     codes = torch.stack((packed_codes >> 4, packed_codes & 15), dim=-1).reshape(-1).long()
     return (bnb.get_4bit_type("nf4", device="cpu")[codes] * scales.repeat_interleave(64)[:len(codes)])[:weight.numel()].reshape(weight.shape)
 
@@ -305,7 +305,7 @@ def test_nf4_trains_rightly_at_widths_that_are_not_whole_blocks(tmp_path, double
 
 
 def with_linear4bit(network, double_quant):
-    """A copy of transformers' model in bf16 on bitsandbytes' Linear4bit, in training mode and never in another (PITFALLS 25)."""
+    """A copy of transformers' model in bf16 on bitsandbytes' Linear4bit, in training mode and never in another: an evaluation would take its gradients away."""
     import bitsandbytes as bnb
     network = copy.deepcopy(network).train()
     for name, module in list(network.named_modules()):
@@ -346,7 +346,7 @@ def test_nf4_in_bf16_is_no_further_from_exact_arithmetic_than_peft_on_linear4bit
 @pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
 @choose("llama", "gemma2")
 def test_gradients_are_the_same_after_an_evaluation(shape, kind):
-    """PITFALLS 25: in bitsandbytes' own layer an evaluation silently takes gradients away."""
+    """In bitsandbytes' own layer an evaluation silently takes gradients away."""
     folder, original, which = shape
     network = model.load(make_config(folder, kind, "bf16", memory=layers(which)), "cpu")
     randomise(network)
