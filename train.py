@@ -328,7 +328,7 @@ def open_record(run, config, state, resume, owed):
         (run / f".{name}.tmp").write_text(json.dumps(tree, indent=1), encoding="utf-8")
         os.replace(run / f".{name}.tmp", run / name)
     recorder = record.Recorder(run, config.log.tensorboard, state["step"] - owed if resume else None)
-    recorder.hyperparameters(config.flat())
+    recorder.hyperparameters({name: value for name, value in config.flat().items() if name.startswith(("model.", "lora.", "train.", "schedule."))})
     if owed and state["line"]:
         recorder.write(state["step"], state["line"])
     return recorder
