@@ -296,6 +296,9 @@ def load(config, device):
     Never holds more than the quantised model and one tensor. Raises ValueError naming what is missing, does not fit or is not known.
     """
     device, dtype = torch.device(device), quant.DTYPES[config.model.compute_dtype]
+    use_varlen = config.model.attention != "documents" and varlen_works(device, dtype)
+    if config.model.attention == "varlen" and not use_varlen:
+        raise ValueError(f"model.attention: varlen needs a GPU of compute capability 8.0 or more and bf16 or fp16, got {device} and {config.model.compute_dtype}; choose auto")
     folder = local_folder(config.model.path, config.model.revision)
     network = architecture(folder, dtype)
     files = weight_files(folder)
@@ -327,7 +330,7 @@ def load(config, device):
     network.adapter_memory = AdapterMemory(network, dtype)
     keep_dequantized(network, config.memory, dtype)
     network.loss_chunk = config.memory.loss_chunk
-    network.use_varlen = varlen_works(device, dtype) if config.model.attention == "auto" else config.model.attention == "varlen"
+    network.use_varlen = use_varlen
     use_attention(network, ATTENTION)
     network.train()
     network.fused_layers = 0

@@ -517,6 +517,12 @@ def test_attention_refuses_by_name_what_it_does_not_know():
         model.packed_attention(module, q, k, v, torch.zeros(6, 6), **ends)
 
 
+def test_varlen_attention_is_refused_where_it_does_not_work(tmp_path):
+    make_model(tmp_path, "llama")
+    with pytest.raises(ValueError, match="model.attention: varlen needs a GPU"):
+        model.load(make_config(tmp_path, "none", "bf16", model={"attention": "varlen"}), "cpu")
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
 def test_attention_by_documents_is_its_formula_in_float64(window, softcap):
