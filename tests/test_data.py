@@ -419,8 +419,9 @@ def test_a_tokenizer_that_is_missing_or_broken_is_refused_with_the_remedy(tmp_pa
     assert data.load_tokenizer(str(tmp_path / "good"), template).chat_template == LLAMA3
     with pytest.raises(ValueError, match="data.chat_template: .*none.jinja"):
         data.load_tokenizer(str(tmp_path / "good"), str(tmp_path / "none.jinja"))
-    with pytest.raises(ValueError, match="model.path: no tokenizer could be loaded .*make setup"):
-        data.load_tokenizer(str(tmp_path / "none"))
+    for missing in (str(tmp_path / "none"), "tests/none", "./none"):  # and no hub is asked for what can only be a folder
+        with pytest.raises(ValueError, match="model.path: there is no folder .*make setup"):
+            data.load_tokenizer(missing)
     write(tmp_path / "good" / "tokenizer.json", "{")
     with pytest.raises(ValueError, match="model.path: no tokenizer could be loaded"):
         data.load_tokenizer(str(tmp_path / "good"))

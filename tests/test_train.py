@@ -174,7 +174,7 @@ def test_the_norm_is_logged_before_clipping_and_what_is_applied_is_clipped(launc
     lines = curve(tmp_path / "run")
     logged, thresholds = [line["train/grad_norm"] for line in lines], [line["train/clip_threshold"] for line in lines]
     assert applied == pytest.approx([min(norm, threshold) for norm, threshold in zip(logged, thresholds)], rel=1e-4)
-    assert max(applied) <= 0.3 < max(logged) and [line["train/clipped"] for line in lines] == [float(norm > threshold) for norm, threshold in zip(logged, thresholds)]
+    assert max(applied) <= 0.3 * (1 + 1e-6) < max(logged) and [line["train/clipped"] for line in lines] == [float(norm > threshold) for norm, threshold in zip(logged, thresholds)]
     assert set(thresholds[:11]) == {0.3}
 
 
