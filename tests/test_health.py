@@ -1,0 +1,314 @@
+"""Each rule fires on a record made sick in its way, and none on healthy noisy ones; the forecast's figures against arithmetic by hand."""
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import PROJECT
+
+import config
+import health
+
+FAILED_RUN = PROJECT / "docs" / "examples" / "failed-run" / "trainer_state.json"
+
+
+def healthy(seed, steps=400, **changes):
+    """Lines of a healthy noisy run under our own names: an exponential fall, heavy-tailed norms, five evaluations."""
+    rng, lines = random.Random(seed), []
+    for step in range(1, steps + 1):
+        lines.append({"step": step, "train/loss": 2 + 1.5 * math.exp(-step / (steps / 5)) + rng.gauss(0, 0.25), "train/grad_norm": 0.7 * math.exp(rng.gauss(0, 0.3)),
+                      "train/learning_rate": 1e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2), "train/clip_threshold": 1.0, "train/samples": 32, "train/epoch": 1.4 * step / steps,
+                      "adapters/lora_A_norm": 3 + step / 1e4, "adapters/lora_B_norm": step / 1e3})
+        if step % (steps // 5) == 0:
+            lines[-1] |= {"eval/loss": 2.1 + math.exp(-step / (steps / 5)) + rng.gauss(0, 0.004), "eval/adapter_digest": f"{step:x}"}
+    for line in lines:
+        line |= {tag: change(line) for tag, change in changes.items() if tag in line}
+    return lines
+
+
+def found(lines, **known):
+    """{name: finding} of what a record of `lines` shows, what could not be judged left out."""
+    return {f.name: f for f in health.diagnose(health.to_record("test", lines, **known)) if f.severity != "unjudged"}
+
+
+def alarms(lines, **known):
+    return {name for name, finding in found(lines, **known).items() if finding.severity in ("fault", "warning")}
+
+
+def with_tag(tag, change, **arguments):
+    """A healthy run with `tag` replaced by change(line) wherever it stands."""
+    lines = healthy(1, **arguments)
+    for line in lines:
+        if tag in line:
+            line[tag] = change(line)
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+@pytest.mark.parametrize("seed", range(12))
+def test_healthy_noisy_runs_raise_no_alarm(seed):
+    assert alarms(healthy(seed)) == set()
+    assert alarms(healthy(seed, steps=2000)) == set()
+    assert alarms(healthy(seed)[9::10]) == set()  # logged every ten steps
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_plateau_then_progress_and_a_loss_falling_to_almost_nothing_are_healthy(seed):
+    rng = random.Random(seed)
+    plateau, rote = healthy(seed), healthy(seed)
+    for line, other in zip(plateau, rote):
+        line["train/loss"] = 3 - max(0, line["step"] - 300) / 100 + rng.gauss(0, 0.05)
+        other["train/loss"] = 3 * math.exp(-other["step"] / 80 + rng.gauss(0, 0.1))
+    assert alarms(plateau) == set() and alarms(rote) == set()
+
+
+def test_norms_of_zero_are_dead_gradients_from_the_step_where_they_begin():
+    flat = [line | {"train/grad_norm": 0.0, "train/loss": 2.5 + 0.01 * (line["step"] % 3)} for line in healthy(1)]
+    late = with_tag("train/grad_norm", lambda line: 0.0 if line["step"] > 250 else 0.5 + 0.001 * line["step"])
+    for line in flat:
+        line.pop("eval/loss", None)
+    assert found(flat)["dead gradients"].severity == "fault" and found(flat)["dead gradients"].figures["zero_norms"] == 400
+    assert found(late)["dead gradients"].figures["from_step"] == 251
+    assert "From step 251 on" in health.headline(health.to_record("test", late), health.diagnose(health.to_record("test", late)))
+
+
+def test_norms_of_zero_beside_a_falling_loss_are_a_wrong_record_and_not_a_dead_run():
+    findings = found(with_tag("train/grad_norm", lambda line: 0.0))
+    assert findings["gradient norm wrongly recorded"].severity == "warning" and "dead gradients" not in findings
+
+
+def test_single_zero_norms_point_at_steps_without_supervised_tokens():
+    findings = found(with_tag("train/grad_norm", lambda line: 0.0 if line["step"] in (50, 90) else 0.5))
+    assert "steps 50, 90" in findings["steps without gradient"].evidence and "dead gradients" not in findings
+
+
+@pytest.mark.parametrize("tag, what", [("train/loss", "training loss"), ("train/grad_norm", "gradient norm"), ("eval/loss", "evaluation loss")])
+@pytest.mark.parametrize("value", ["nan", math.inf])
+def test_non_finite_values_are_a_fault_and_name_their_first_step(tag, what, value):
+    findings = found(with_tag(tag, lambda line: value if line["step"] >= 320 else line[tag]))
+    assert findings[f"non-finite {what}"].severity == "fault" and "320" in findings[f"non-finite {what}"].evidence
+
+
+def test_the_first_overflows_of_fp16_are_a_note():
+    assert found(with_tag("train/grad_norm", lambda line: math.inf if line["step"] < 4 else 0.5 + line["step"] % 7 / 10))["non-finite gradient norm"].severity == "note"
+
+
+def test_a_loss_of_exactly_zero_is_a_fault():
+    assert found(with_tag("train/loss", lambda line: 0.0))["loss of zero"].severity == "fault"
+
+
+def test_identical_evaluations_are_a_fault_and_similar_ones_are_not():
+    def same(value):
+        return found(with_tag("eval/loss", value))
+    assert same(lambda line: 2.5)["evaluation frozen (loss)"].severity == "fault"
+    assert "other weights" in same(lambda line: 2.5)["evaluation frozen (loss)"].cause  # the digests do move
+    assert "evaluation frozen (loss)" not in same(lambda line: 2.5 + line["step"] / 1e6)
+    assert same(lambda line: 2.31 if line["step"] < 200 else 2.2 - line["step"] / 1e5)["evaluation frozen (loss)"].severity == "warning"  # two decimals may agree by chance
+    assert same(lambda line: 2.3124567 if line["step"] < 200 else 2.2 - line["step"] / 1e5)["evaluation frozen (loss)"].severity == "fault"
+    assert found(with_tag("eval/adapter_digest", lambda line: "abc"))["evaluation frozen (adapter digest)"].severity == "fault"
+
+
+def test_evaluations_that_agree_because_the_rate_was_nothing_say_so():
+    lines = with_tag("eval/loss", lambda line: 2.2345678 if line["step"] >= 240 else line["eval/loss"])
+    for line in lines:
+        line["train/learning_rate"] = 1e-4 if line["step"] <= 240 else 0.0
+    finding = found(lines)["evaluation frozen (loss)"]
+    assert finding.severity == "warning" and "rate was next to nothing" in finding.cause
+
+
+@pytest.mark.parametrize("threshold, name, severity", [(0.1, "always clipped", "note"), (1e-6, "always clipped", "warning"), (50.0, "never clipped", "note")])
+def test_clipping_always_or_never_is_told_by_its_factor(threshold, name, severity):
+    assert found(with_tag("train/clip_threshold", lambda line: threshold))[name].severity == severity
+    trainer = [{"step": line["step"], "grad_norm": line["train/grad_norm"]} for line in healthy(1)]
+    assert found(trainer, clip=threshold)[name].severity == severity  # a Trainer's file does not hold it
+    assert name not in found(trainer)
+
+
+@pytest.mark.parametrize("tag, what", [("train/loss", "training loss"), ("train/grad_norm", "gradient norm")])
+def test_spikes_are_found_at_their_steps(tag, what):
+    findings = found(with_tag(tag, lambda line: line[tag] * (9 if line["step"] in (77, 300) else 1)))
+    assert "steps 77, 300" in findings[f"spikes of the {what}"].evidence
+
+
+def test_a_loss_that_climbs_or_loses_its_fall_again_diverges():
+    rng = random.Random(3)
+    assert found(with_tag("train/loss", lambda line: 4.6 + line["step"] / 130 + rng.gauss(0, 0.3)))["divergence"].severity == "fault"
+    assert "divergence" in found(with_tag("train/loss", lambda line: 2 + abs(line["step"] - 250) / 100 + rng.gauss(0, 0.1)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_loss_that_only_jitters_is_flat_and_never_called_diverging(seed):
+    rng = random.Random(seed)
+    names = alarms(with_tag("train/loss", lambda line: 2.7 + rng.gauss(0, 0.1)))
+    assert "divergence" not in names and names <= {"training loss flat"}
+    steady = alarms(with_tag("train/loss", lambda line: 2.7 + 0.1 * (-1) ** line["step"]))
+    assert steady == {"training loss flat"}
+
+
+def test_a_rate_of_zero_is_a_fault_and_one_that_ends_at_nothing_is_weighed():
+    zero = found(with_tag("train/learning_rate", lambda line: 0.0))
+    linear = found(with_tag("train/learning_rate", lambda line: 1e-4 * (1 - line["step"] / 400)))
+    early = found(with_tag("train/learning_rate", lambda line: 1e-4 * max(0, 1 - line["step"] / 200)))
+    assert zero["learning rate of zero"].severity == "fault"
+    assert linear["rate ends at nothing"].severity == "note"  # the Trainer's default, after all rows were seen
+    assert early["rate ends at nothing"].severity == "warning" and abs(early["rate ends at nothing"].figures["negligible_from"] - 199) <= 1
+
+
+def test_figures_of_the_rate_are_the_sum_over_steps_even_where_few_were_recorded():
+    rates = [(step, 1e-4 * step / 50 if step <= 50 else 1e-4 * (350 - step) / 300) for step in range(1, 351)]
+    every, some = health.rate_figures(rates), health.rate_figures([rates[0], *rates[49::50]])
+    assert every["area"] == pytest.approx(sum(rate for _, rate in rates)) and some["area"] == pytest.approx(every["area"])
+    assert every["negligible_from"] == some["negligible_from"] == 348  # the rate of step 347 is just 1 % of the peak
+    assert health.rate_figures([(1, 0.0), (10**12, 1e-4)])["peak"] == 1e-4  # a wild step number costs no time
+
+
+def test_coverage_comes_from_the_epoch_or_from_samples_and_rows():
+    short = [line | {"train/epoch": line["step"] / 4000} for line in healthy(1)]
+    assert found(short)["coverage below one epoch"].figures["coverage"] == pytest.approx(0.1)
+    for line in short:
+        del line["train/epoch"]
+    assert "coverage below one epoch" not in found(short)
+    assert found(short, rows=25_600)["coverage below one epoch"].figures["coverage"] == pytest.approx(0.5)
+    assert "coverage below one epoch" not in found(short, rows=12_800)
+
+
+def test_an_evaluation_that_rises_while_the_training_loss_falls_is_a_growing_gap():
+    rising = {80: 2.4, 160: 2.2, 240: 2.3, 320: 2.5, 400: 2.8}
+    lines = with_tag("eval/loss", lambda line: rising[line["step"]])
+    for line in lines:
+        line["train/loss"] = 3 - line["step"] / 200
+    assert "step 160" in found(lines)["growing gap"].evidence
+
+
+@pytest.mark.parametrize("matrix, value", [("A", 3.25), ("B", 0.0)])
+def test_adapters_whose_norm_repeats_never_moved(matrix, value):
+    assert found(with_tag(f"adapters/lora_{matrix}_norm", lambda line: value))[f"lora_{matrix} never moved"].severity == "fault"
+
+
+# -------------------------------------------------------------------------------------------------------- the failed run
+
+def test_the_failed_run_is_diagnosed_as_dead_gradients_and_not_as_low_coverage(capsys):
+    assert health.main([str(FAILED_RUN), "--rows=45000"]) == 0
+    printed = capsys.readouterr().out
+    text = " ".join(printed.split())
+    assert max(map(len, printed.splitlines())) <= max(80, len(str(FAILED_RUN)))
+    assert text.index("Dead gradients.") < text.index("FAULT: dead gradients") < text.index("FAULT: evaluation frozen") < text.index("WARNING: coverage below one epoch")
+    for fact in ("Other rates, batch sizes or bits would not have cured it", "exactly 0.0 in 20 of 20", "2.9310, 3 times", "steps 0, 250, 500", "8.9% of its training rows: 4,000 of 45,000",
+                 "explains weak learning; it does not explain a gradient norm of exactly 0.0 or identical evaluations", "add up to 0.0125", "use_reentrant", "training loss flat"):
+        assert fact in text, fact
+
+
+def test_the_failed_runs_file_says_that_it_is_synthetic_and_holds_the_reported_figures():
+    state = json.loads(FAILED_RUN.read_text(encoding="utf-8"))
+    losses = [line["loss"] for line in state["log_history"] if "loss" in line]
+    assert "made up" in state["synthetic"] and (losses[0], losses[-1]) == (2.7335, 2.7150)
+    assert [line["eval_loss"] for line in state["log_history"] if "eval_loss" in line] == [2.9310] * 3
+
+
+# ------------------------------------------------------------------------------------------------------------- forecast
+
+def figures_of(name, rows=45_000):
+    findings = health.forecast(config.read(PROJECT / "configs" / f"{name}.json"), rows, 4_000_000, 1_000_000)
+    return {f.name: f.severity for f in findings}, next(f.figures for f in findings if f.name == "forecast")
+
+
+def test_the_forecast_of_the_failed_runs_settings_warns_and_does_not_refuse():
+    names, figures = figures_of("seed-failure")
+    assert names == {"small rate area": "warning", "rate ends at nothing": "warning", "coverage below one epoch": "warning", "forecast": "note"}
+    assert figures["samples"] == 4000 and figures["coverage"] == pytest.approx(0.0889, abs=5e-5) and figures["area"] == pytest.approx(500 * 5e-5 / 2)
+    assert figures["full_rate_steps"] == pytest.approx(250) and figures["negligible_from"] == 469  # cos² (pi/2 · 468/499) > 0.01 > cos² (pi/2 · 469/499)
+
+
+@pytest.mark.parametrize("name, coverage, area", [("approach1", 1.422, 1e-4 * 100.5 + 1800 * 5.5e-5), ("approach2", 7.111, 2e-4 * 250.5 + 4500 * 1.1e-4), ("approach3", 1.422, 1e-4 * 100.5 + 1800 * 5.5e-5)])
+def test_the_forecast_of_the_approaches_passes(name, coverage, area):
+    names, figures = figures_of(name)
+    assert names == {"forecast": "note"} and figures["coverage"] == pytest.approx(coverage, abs=5e-4)
+    assert figures["area"] == pytest.approx(area, rel=1e-3) and figures["warmup_share"] == pytest.approx(0.1) and figures["supervised_share"] == 0.25
+
+
+@pytest.mark.parametrize("schedule, counts, name, severity", [
+    ({}, (100, 5000, 0), "nothing supervised", "fault"),
+    ({}, (0, 0, 0), "nothing supervised", "fault"),
+    ({"learning_rate": 0.0, "lr_min": 0.0}, (100, 5000, 900), "rate of zero", "fault"),
+    ({"lr_warmup_steps": 300}, (100, 5000, 900), "warm-up as long as the run", "fault"),
+    ({"lr_warmup_steps": 10}, (100, 5000, 149), "few supervised tokens", "warning"),
+    ({"lr_warmup_steps": 10}, (1_000_000, 5000, 900), "coverage below one epoch", "warning")])
+def test_the_forecast_refuses_what_cannot_learn_and_warns_of_what_learns_less(schedule, counts, name, severity):
+    settings = config.from_dict({"train": {"max_steps": 300, "epochs": 0}, "schedule": schedule})
+    findings = {f.name: f for f in health.forecast(settings, *counts)}
+    assert findings[name].severity == severity and findings[name].remedy
+
+
+# ------------------------------------------------------------------------------------------------------ formats, bad input
+
+def test_three_formats_of_one_run_give_the_same_diagnosis(tmp_path):
+    pytest.importorskip("tensorboard")
+    import record
+    lines, trainer = healthy(2, steps=100), []
+    lines = [line | {"train/grad_norm": 0.0} for line in lines]
+    recorder = record.Recorder(tmp_path / "run", True, None)
+    for line in lines:
+        recorder.write(line["step"], {tag: value for tag, value in line.items() if tag != "step"})
+        trainer.append({tag.removeprefix("train/"): value for tag, value in line.items() if tag == "step" or tag.startswith("train/")})
+        trainer += [{"step": line["step"], "eval_loss": line["eval/loss"]}] if "eval/loss" in line else []
+    recorder.close()
+    (tmp_path / "out" / "checkpoint-100").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-100" / "trainer_state.json").write_text(json.dumps({"log_history": trainer, "max_steps": 100}))
+    (tmp_path / "events").mkdir()
+    for file in (tmp_path / "run").glob("events*"):
+        file.rename(tmp_path / "events" / file.name)
+    names = [{f.name for f in health.diagnose(health.read(tmp_path / folder)) if f.severity in ("fault", "warning")} for folder in ("run", "out", "events")]
+    assert names[0] == names[1] == names[2] == {"gradient norm wrongly recorded"}
+    assert len(health.read(tmp_path / "events").steps) == 100
+
+
+@pytest.mark.parametrize("content, says", [("", "not valid JSON"), ("{\"log_history\": [{\"step\"", "cut off"), ("[1, 2]", "no log_history"), ("{\"log_history\": [3]}", "log_history entry 1"),
+                                          ("{\"log_history\": [{\"loss\": 1.0}]}", "whole number as step"), ("[" * 100_000, "not valid JSON")])
+def test_an_unreadable_file_is_refused_with_what_is_wrong(tmp_path, content, says):
+    (tmp_path / "trainer_state.json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        health.read(tmp_path)
+
+
+def test_what_is_not_there_or_not_text_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "weights.json").write_bytes(b"\xff\xfe\x00\x80")
+    for path, says in ((tmp_path / "none.json", "cannot be read"), (tmp_path, "holds neither"), (tmp_path / "weights.json", "not text")):
+        with pytest.raises(ValueError, match=says):
+            health.read(path)
+    for wrong in (["--rows=-3"], ["--rows=many"], ["--clip=nan"], ["more"]):
+        with pytest.raises(ValueError, match="above 0|usage"):
+            health.main([str(FAILED_RUN), *wrong])
+
+
+@pytest.mark.parametrize("entries", [[], [{"step": 1, "loss": 2.5, "grad_norm": 0.7, "learning_rate": 1e-4, "epoch": 0.5}], [{"step": 0, "eval_loss": math.nan}],
+                                     [{"step": s, "loss": math.nan, "grad_norm": None, "learning_rate": math.nan, "epoch": math.nan} for s in range(1, 30)],
+                                     [{"step": s, "loss": 10**400, "grad_norm": "big", "learning_rate": -1e-4, "epoch": 0} for s in (5, 3, 5)], [{"step": 10**12, "loss": 1, "learning_rate": 1e-4}]])
+def test_records_that_hold_little_are_answered_with_what_cannot_be_judged(tmp_path, capsys, entries):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    assert health.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Not judged, for lack of data" in printed and ("record is empty" in printed) == (not entries)
+
+
+def test_a_killed_runs_unfinished_last_line_is_left_out(tmp_path):
+    lines = [json.dumps({"step": step, "train/loss": 2.0}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines)[:-5])
+    assert [line["step"] for line in health.read(tmp_path).steps] == [1, 2]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(["{broken"] + lines))
+    with pytest.raises(ValueError, match="line 1"):
+        health.read(tmp_path)
+
+
+def test_the_command_answers_in_a_second_without_torch_and_exits_2_where_it_cannot_read():
+    script = "import sys, time; start = time.time(); import health; health.main(sys.argv[1:]); assert time.time() - start < 1; assert not {'torch', 'numpy', 'tensorboard'} & set(sys.modules)"
+    start = time.time()
+    done = subprocess.run([sys.executable, "-c", script, str(FAILED_RUN)], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Dead gradients" in done.stdout, done.stderr
+    assert time.time() - start < 10
+    missing = subprocess.run([sys.executable, "health.py", "no/such.json"], cwd=PROJECT, capture_output=True, text=True)
+    assert missing.returncode == 2 and missing.stderr.startswith("error: no/such.json") and "Traceback" not in missing.stderr
