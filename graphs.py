@@ -9,7 +9,6 @@ import gc
 
 import torch
 
-import model
 import quant
 
 LARGEST = 16384  # tokens of a micro-batch: beyond, kernels are long enough for their launches

@@ -12,7 +12,6 @@ import json
 import math
 import pathlib
 import re
-import sys
 
 import matplotlib
 matplotlib.use("Agg")
