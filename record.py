@@ -61,6 +61,37 @@ def read_metrics(run_folder):
     return [values for _, values in _whole_lines(path)]
 
 
+def save_evaluation(run_folder, name, per_row, metadata):
+    """Write what each evaluation row came to: evaluations/NAME.safetensors, whole or not at all. Returns its path.
+
+    name: "step-000500", or "unquantised" for the untouched model in 16 or 32 bits. per_row: {"nll": summed nats, "tokens",
+    "correct"}, float64 (rows,) each, one entry an evaluation row. metadata: {name: text}; which rows, tokenizer and adapter.
+    """
+    from safetensors.numpy import save
+    folder = pathlib.Path(run_folder) / "evaluations"
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.tmp"
+    temporary.write_bytes(save(per_row, metadata))
+    os.replace(temporary, folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
+
+
+def read_evaluations(run_folder):
+    """{step or "unquantised": ({"nll", "tokens", "correct"}, metadata)} of a run. ValueError names a file that is damaged."""
+    from safetensors import SafetensorError, safe_open
+    found = {}
+    for path in sorted((pathlib.Path(run_folder) / "evaluations").glob("*.safetensors")):
+        try:
+            with safe_open(path, "np") as file:
+                arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); delete it, and evaluate again with eval.py") from None
+        if set(arrays) != {"nll", "tokens", "correct"} or len({array.shape for array in arrays.values()}) > 1:
+            raise ValueError(f"{path}: must hold nll, tokens and correct, one value a row each; it holds {', '.join(arrays) or 'nothing'}")
+        found[int(path.stem[5:]) if path.stem.startswith("step-") and path.stem[5:].isdigit() else path.stem] = arrays, metadata
+    return found
+
+
 class Recorder:
     """Writes a run's metrics.jsonl and, if `tensorboard`, event files in the same folder.
 

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,3 +219,16 @@ def test_the_environment_names_versions_and_hardware_and_nobody(tmp_path, monkey
     assert len(found["devices"]) == torch.cuda.device_count()
     words = re.findall(r"[\w.+-]+", text)
     assert "hf_do_not" not in text and socket.gethostname() not in words and not {str(tmp_path.home()), tmp_path.home().name, os.getcwd()} & set(words)
+
+
+def test_evaluations_come_back_by_step_with_their_metadata_and_a_cut_file_is_named(tmp_path):
+    rows = {name: np.array([1.5, 0.25 * i, 3.0]) for i, name in enumerate(("nll", "tokens", "correct"))}
+    record.save_evaluation(tmp_path, "step-000500", rows, {"step": "500", "rows_digest": "abc"})
+    record.save_evaluation(tmp_path, "unquantised", rows, {})
+    read = record.read_evaluations(tmp_path)
+    assert set(read) == {500, "unquantised"} and read[500][1] == {"step": "500", "rows_digest": "abc"}
+    assert all(np.array_equal(read[500][0][name], rows[name]) for name in rows)
+    path = tmp_path / "evaluations" / "step-000500.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="step-000500.safetensors: not a whole"):
+        record.read_evaluations(tmp_path)
