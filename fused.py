@@ -18,12 +18,13 @@ SHORT = 2048  # inputs: up to here a kernel takes about as long as its launch
 
 
 class Group:
-    """AdaptedLinear modules that read the same input, adapters included, as one product over a longer inner dimension:
+    """AdaptedLinear modules that read the same input, adapters included, as one product over a longer inner dimension, each way:
 
-        y = x W^T + s drop(x) A^T B^T = [x | s drop(x) A^T] [W | B]^T
+        y = x W^T + s drop(x) A^T B^T = [x | s drop(x) A^T] [W | B]^T         d x = [d y | d y B] [W ; s A]   (without dropout)
 
-    with W stacked, and B block by block, over the modules. So x comes with room for the other columns behind each row, and [W | B]
-    is kept or dequantised as one matrix. The A of all modules lie one after another in the flat buffer (model.adapters sees to that).
+    with W and A stacked, and B block by block, over the modules. So x and d y come with room for the other columns behind each row,
+    and W is kept or dequantised with B beside it and s A below it. The A of all modules lie one after another in the flat buffer
+    (model.adapters sees to that). Small layers, whose kernels take as long as their launches, get d x and d y B as one product.
     """
 
     def __init__(self, modules, memory):
@@ -34,71 +35,96 @@ class Group:
             self.out_bounds[module] = slice(out, out := out + module.out_features)
             self.low_bounds[module] = slice(low, low := low + module.r)
         self.out_features, self.in_features, self.ranks = out, modules[0].in_features, low
-        self.width = self.in_features + -(-low // 8) * 8  # rows of both buffers start at 16 bytes, as matrix units want them
+        self.short = self.in_features <= SHORT
+        self.width, self.height = self.in_features + self.room_for(low), self.out_features + self.room_for(low)
         self.scaling, self.dropout, self.training = modules[0].scaling, modules[0].dropout, lambda: modules[0].training
-        self.kept = None  # [W | B] (out, width), where the copies of all modules' weights are kept
+        self.kept = None  # [W | B; s A] (out + ranks, width), where the copies of all modules' weights are kept
         if self.adapted:
             self.working_A, self.grad_A = memory.together([module.lora_A for module in self.adapted])
 
-    def room(self, x):
-        """(T, in) to write an input like x (T, ...) to, with the columns that `forward` fills lying behind each row."""
-        return torch.empty(len(x), self.width, device=x.device, dtype=x.dtype)[:, :self.in_features]
+    def room_for(self, ranks):
+        """Columns behind a row: rows begin at 128 bytes, as matrix units like it, or at 16 where every column counts."""
+        step = 8 if self.short else 64
+        return -(-ranks // step) * step
+
+    def room(self, x, width=None):
+        """(T, in) to write an input like x (T, ...) to, with the columns that `forward` fills lying behind each row; or rows of `width`."""
+        return torch.empty(len(x), width or self.width, device=x.device, dtype=x.dtype)[:, :self.in_features]
 
     def behind(self, x):
-        """[x | s drop(x) A^T] (T, width) for an x from `room`."""
-        return x.data.as_strided((len(x), self.width), (self.width, 1))  # .data: autograd need not know that room behind x is written to
+        """[x | s drop(x) A^T] (T, in + ranks) for an x from `room`."""
+        return x.data.as_strided((len(x), self.in_features + self.ranks), (self.width, 1))  # .data: autograd need not know that room behind x is written to
 
     def low(self, x):
         """s drop(x) A^T (T, ranks) for an x from `room`, once `forward` has filled it."""
-        return self.behind(x)[:, self.in_features:self.in_features + self.ranks]
+        return self.behind(x)[:, self.in_features:]
+
+    def grad_room(self, x):
+        """(T, out) to write d y to, for an input x (T, in), with room behind each row."""
+        return torch.empty(len(x), self.height, device=x.device, dtype=x.dtype)[:, :self.out_features]
+
+    def grad_behind(self, grad):
+        """[d y | room for d y B] (T, out + ranks) for d y (T, out): where it lies if it came from a grad_room, else in a copy."""
+        if grad.stride() != (self.height, 1):  # rows so far apart are ours: nobody else's are
+            grad = self.grad_room(grad).copy_(grad)
+        return grad.as_strided((len(grad), self.out_features + self.ranks), (self.height, 1))
 
     def adapter_columns(self, rows, module):
         """Where a module's B (out, r) lies in its rows of [W | B]."""
         return rows[:, self.in_features:][:, self.low_bounds[module]]
 
-    def weight(self, dtype, width):
-        """W (out, in), or for the full width [W | B], in `dtype`: kept, or made in a scratch."""
+    def weight(self, dtype, width, height):
+        """W (out, in) in `dtype`, or with B beside it (width in + ranks) or s A below it (height out + ranks): kept, or made in a scratch."""
         if self.kept is not None and self.kept.dtype == dtype:
-            return self.kept[:, :width]
-        scratch = torch.empty(self.out_features, width, device=self.modules[0].weight.device, dtype=dtype)
-        if width > self.in_features and (len(self.modules) > 1 or width > self.in_features + self.ranks):
+            return self.kept[:height, :width]
+        scratch = torch.empty(height, self.width if width > self.in_features else width, device=self.modules[0].weight.device, dtype=dtype)
+        if width > self.in_features and len(self.modules) > 1:
             scratch[:, self.in_features:].zero_()  # one module's outputs do not depend on another's A
         for module in self.modules:
             rows = scratch[self.out_bounds[module]]
             module.weight.dequantize(dtype, out=rows[:, :self.in_features])
             if width > self.in_features and module.r:
                 self.adapter_columns(rows, module).copy_(module.working_B)
-        return scratch
+        if height > self.out_features:
+            torch.mul(self.working_A, self.scaling, out=scratch[self.out_features:, :self.in_features])
+        return scratch[:, :width]
 
     def forward(self, x):
         """y (T, out) for an x from `room`; fills the columns behind it. Also the dropout's mask (T, in), or None."""
-        mask, inner, whole = None, x, self.behind(x)
-        whole[:, self.in_features + self.ranks:].zero_()
-        if self.adapted:
-            if self.dropout and self.training():
-                inner, mask = torch.native_dropout(x, self.dropout, True)
-            torch.addmm(self.low(x), inner, self.working_A.T, beta=0, alpha=self.scaling, out=self.low(x))
-        y = whole @ self.weight(x.dtype, self.width).T
+        mask = self.fill(x)
+        y = self.behind(x) @ self.weight(x.dtype, self.in_features + self.ranks, self.out_features).T
         for module in self.modules:
             if module.bias is not None:
                 y[:, self.out_bounds[module]] += module.bias
         return y, mask
 
-    def backward(self, grad, low, mask):
-        """For grad (T, out) and low (T, ranks): d loss / d x (T, in), and d loss / d low (T, ranks). Adds to the gradients of all B."""
-        if self.kept is not None and self.in_features <= SHORT:  # launches are dear: one product for both
-            both = grad @ self.weight(grad.dtype, self.width)
-            dx, d_low = both[:, :self.in_features], both[:, self.in_features:self.in_features + self.ranks]
-        else:  # tiles are dear: the longer product would need another column of them
-            dx, d_low = grad @ self.weight(grad.dtype, self.in_features), torch.empty_like(low, memory_format=torch.contiguous_format)
+    def fill(self, x):
+        """Write s drop(x) A^T behind x. Returns the dropout's mask (T, in), or None."""
+        mask, inner = None, x
+        if self.adapted:
+            if self.dropout and self.training():
+                inner, mask = torch.native_dropout(x, self.dropout, True)
+            torch.addmm(self.low(x), inner, self.working_A.T, beta=0, alpha=self.scaling, out=self.low(x))
+        return mask
+
+    def backward(self, grad, low, mask, B_too=True):
+        """For grad (T, out) and low (T, ranks): d loss / d x (T, in), and d loss / d low (T, ranks). Adds to the gradients of all B, unless told not to."""
+        if self.short and self.kept is not None:  # launches are dear: one product for both
+            both = grad @ self.weight(grad.dtype, self.in_features + self.ranks, self.out_features)
+            dx, d_low = both[:, :self.in_features], both[:, self.in_features:]
+            if self.adapted and mask is None:
+                torch.addmm(dx, d_low, self.working_A, alpha=self.scaling, out=dx)
+        else:
+            whole = self.grad_behind(grad)
+            grad, d_low = whole[:, :self.out_features], whole[:, self.out_features:]
             for module in self.adapted:
                 torch.mm(grad[:, self.out_bounds[module]], module.working_B, out=d_low[:, self.low_bounds[module]])
-        for module in self.adapted:
-            accumulate(module.lora_B.grad, grad[:, self.out_bounds[module]].T, low[:, self.low_bounds[module]], 1.0)
-        if self.adapted and mask is None:
-            torch.addmm(dx, d_low, self.working_A, alpha=self.scaling, out=dx)
-        elif self.adapted:
+            inner = self.out_features + (self.ranks if mask is None else 0)
+            dx = whole[:, :inner] @ self.weight(grad.dtype, self.in_features, inner)
+        if self.adapted and mask is not None:
             dx += (d_low @ self.working_A) * mask * (self.scaling / (1 - self.dropout))
+        for module in self.adapted if B_too else ():
+            accumulate(module.lora_B.grad, grad[:, self.out_bounds[module]].T, low[:, self.low_bounds[module]], 1.0)
         return dx, d_low
 
     def adapter_gradient(self, d_low, x, mask):
@@ -120,29 +146,34 @@ def accumulate(total, a, b, alpha):
 
 
 class Kept:
-    """The kept [W | B] of all groups in one buffer, whose B are brought up to date by one gather and one scatter."""
+    """The kept [W | B; s A] of all groups in one buffer, whose A and B are brought up to date by one gather and one scatter."""
 
     def __init__(self, groups, memory, dtype):
         first = memory.flat
-        self.memory, sizes = memory, [group.out_features * group.width for group in groups]
+        heights = [group.out_features + group.ranks for group in groups]
+        self.memory, sizes = memory, [height * group.width for group, height in zip(groups, heights)]
         self.buffer = torch.zeros(sum(sizes), device=first.device, dtype=dtype)
-        positions = torch.arange(len(first), device=first.device)
+        positions, factors = torch.arange(len(first), device=first.device), torch.ones(len(first), device=first.device, dtype=dtype)
         sources, targets, start = [], [], 0
-        for group, size in zip(groups, sizes):
-            group.kept = self.buffer[start:start + size].view(group.out_features, group.width)
-            places = torch.arange(start, start + size, device=first.device).view(group.out_features, group.width)
+        for group, height, size in zip(groups, heights, sizes):
+            group.kept = self.buffer[start:start + size].view(height, group.width)
+            places = torch.arange(start, start + size, device=first.device).view(height, group.width)
             for module in group.modules:
                 rows = group.kept[group.out_bounds[module]]
                 rows[:, :group.in_features] = module.weight.kept
                 module.weight.share(rows[:, :group.in_features])
                 if module.r:
-                    sources.append(positions[memory.places[module.lora_B]])
-                    targets.append(group.adapter_columns(places[group.out_bounds[module]], module).reshape(-1))
+                    B, A = memory.places[module.lora_B], memory.places[module.lora_A]
+                    sources += positions[B], positions[A]
+                    factors[A] = group.scaling
+                    below = places[group.out_features:, :group.in_features]
+                    targets += group.adapter_columns(places[group.out_bounds[module]], module).reshape(-1), below[group.low_bounds[module]].reshape(-1)
             start += size
         self.sources, self.targets = (torch.cat(parts) if parts else positions[:0] for parts in (sources, targets))
+        self.factors = factors[self.sources]
 
     def refresh(self):
-        self.buffer.index_copy_(0, self.targets, self.memory.working.index_select(0, self.sources))
+        self.buffer.index_copy_(0, self.targets, self.memory.working.index_select(0, self.sources).mul_(self.factors))
 
 
 class Start(torch.autograd.Function):
@@ -162,21 +193,26 @@ class Start(torch.autograd.Function):
 
 
 class AddNorm(torch.autograd.Function):
-    """h, delta (T, D) or None -> (rms_norm(h + delta) in a room for `group`, h + delta): one kernel each way."""
+    """h, delta (T, D) or None -> (rms_norm(h + delta) in a room for `group`, h + delta): one kernel each way.
+
+    before: the group that made the input, which its gradient then comes with room for; or None.
+    """
 
     @staticmethod
-    def forward(ctx, h, delta, weight, eps, group):
+    def forward(ctx, h, delta, weight, eps, group, before):
         x = group.room(h)
         h, rstd = kernels.add_rms_norm(h, delta, weight, eps, out=x)
         ctx.save_for_backward(h, weight, rstd)
         ctx.added = delta is not None
+        ctx.before = before
         return x, h
 
     @staticmethod
     def backward(ctx, grad_x, grad_h):
         h, weight, rstd = ctx.saved_tensors
-        grad = kernels.rms_norm_backward(grad_x, h, weight, rstd, grad_h)
-        return grad, grad if ctx.added else None, None, None, None
+        out = ctx.before.grad_room(h) if ctx.before else torch.empty_like(h)
+        grad = kernels.rms_norm_backward(grad_x, h, weight, rstd, grad_h, out)
+        return grad, grad if ctx.added else None, None, None, None, None
 
 
 class QueriesKeysValues(torch.autograd.Function):
@@ -195,7 +231,7 @@ class QueriesKeysValues(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_q, grad_k, grad_v):
         x, mask, cos, sin = ctx.saved_tensors
-        group, grad = ctx.group, torch.empty(len(x), ctx.group.out_features, device=x.device, dtype=x.dtype)
+        group, grad = ctx.group, ctx.group.grad_room(x)
         q, k, v = (grad[:, group.out_bounds[module]].unflatten(1, (-1, ctx.head_dim)) for module in group.modules)
         kernels.rotate(grad_q, cos, sin, out=q, inverse=True)
         kernels.rotate(grad_k, cos, sin, out=k, inverse=True)
@@ -243,9 +279,17 @@ class GatedMLP(torch.autograd.Function):
         x, mask, gate_up, down_low, down_mask = ctx.saved_tensors
         wide, down = ctx.wide, ctx.down
         d_act, d_low = down.backward(grad, down_low, down_mask)
-        d_gate_up, act = kernels.swiglu_backward(d_act, gate_up)  # `act` again, for the adapter of `down`
-        down.adapter_gradient(d_low, act, down_mask)
-        dx, d_low = wide.backward(d_gate_up, wide.low(x), mask)
+        d_gate_up, ranks = wide.grad_room(x), {module.r for module in (*wide.modules, *down.modules)}
+        one_pass = mask is None and not wide.short and len(ranks) == 1 and 0 < max(ranks) <= 32
+        if one_pass:
+            gate, up, act = kernels.swiglu_backward_sums(d_act, gate_up, wide.low(x), d_low, out=d_gate_up)
+            for module, total in zip(wide.modules, (gate, up)):
+                module.lora_B.grad += total.T
+            down.grad_A.add_(act, alpha=down.scaling)
+        else:
+            act = kernels.swiglu_backward(d_act, gate_up, out=d_gate_up)  # `act` again, for the adapter of `down`
+            down.adapter_gradient(d_low, act, down_mask)
+        dx, d_low = wide.backward(d_gate_up, wide.low(x), mask, B_too=not one_pass)
         wide.adapter_gradient(d_low, x, mask)
         return dx, None, None
 
@@ -267,12 +311,12 @@ class FusedLayer:
             return self.plain(hidden_states, position_embeddings=position_embeddings, **rest)
         attention, before, after = self.layer.self_attn, self.layer.input_layernorm, self.layer.post_attention_layernorm
         cos, sin = half_tables(position_embeddings)
-        x, h = AddNorm.apply(hidden_states[0], None, before.weight, before.variance_epsilon, self.qkv)
+        x, h = AddNorm.apply(hidden_states.squeeze(0), None, before.weight, before.variance_epsilon, self.qkv, self.down)  # the layer before has such a one
         q, k, v = QueriesKeysValues.apply(x, cos, sin, self.qkv, attention.head_dim)
         mixed, _ = self.attend(attention, *(heads.transpose(0, 1)[None] for heads in (q, k, v)), scaling=attention.scaling, sliding_window=self.window,
                                cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, use_varlen=use_varlen)
-        delta = Output.apply(mixed[0], self.o)
-        x, h = AddNorm.apply(h, delta, after.weight, after.variance_epsilon, self.wide)
+        delta = Output.apply(mixed.squeeze(0), self.o)
+        x, h = AddNorm.apply(h, delta, after.weight, after.variance_epsilon, self.wide, self.o)
         return (h + GatedMLP.apply(x, self.wide, self.down))[None]
 
 

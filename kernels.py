@@ -51,14 +51,22 @@ def swiglu_twin(gate_up):
     return torch.nn.functional.silu(gate) * up
 
 
-def swiglu_backward_twin(grad, gate_up):
-    """((T, 2I) d loss / d gate_up, (T, I) silu(gate) * up again) for the gradient (T, I) of swiglu's output."""
-    out, width = torch.empty_like(gate_up), grad.shape[1]
+def swiglu_backward_twin(grad, gate_up, out=None):
+    """((T, 2I) d loss / d gate_up, (T, I) silu(gate) * up again) for the gradient (T, I) of swiglu's output; the first in `out`, where given."""
+    out, width = torch.empty_like(gate_up) if out is None else out, grad.shape[1]
     gate, up = gate_up.chunk(2, dim=-1)
     silu = torch.nn.functional.silu(gate)
     out[:, :width] = torch.ops.aten.silu_backward(grad * up, gate)
     torch.mul(grad, silu, out=out[:, width:])
     return out, silu.mul_(up)
+
+
+def swiglu_backward_sums_twin(grad, gate_up, low, d_low):
+    """(d gate_up, (3, r, I)): the slow twin of swiglu_backward_sums."""
+    r = d_low.shape[1]
+    d_gate_up, act = swiglu_backward_twin(grad, gate_up)
+    d_gate, d_up = d_gate_up.chunk(2, dim=1)
+    return d_gate_up, torch.stack((low[:, :r].T @ d_gate, low[:, r:].T @ d_up, d_low.T @ act))
 
 
 # ------------------------------------------------------------------------------------------------------- the kernels
@@ -80,7 +88,7 @@ if triton is not None:
         tl.store(out + row * out_row + columns, normed * tl.load(weight + columns, mask=inside, other=0), mask=inside)
 
     @triton.jit
-    def _rms_norm_backward(grad, grad_row, x, weight, rstd, grad_residual, out, width, WIDTH: tl.constexpr):
+    def _rms_norm_backward(grad, grad_row, x, weight, rstd, grad_residual, residual_row, out, out_row, width, WIDTH: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, WIDTH)
         inside = columns < width
@@ -88,8 +96,8 @@ if triton is not None:
         g = (tl.load(grad + row * grad_row + columns, mask=inside, other=0) * tl.load(weight + columns, mask=inside, other=0)).to(tl.float32)
         r = tl.load(rstd + row)
         x_hat = tl.load(x + at, mask=inside, other=0).to(tl.float32) * r
-        dx = r * (g - x_hat * (tl.sum(g * x_hat) / width)) + tl.load(grad_residual + at, mask=inside, other=0).to(tl.float32)
-        tl.store(out + at, dx.to(out.dtype.element_ty), mask=inside)
+        dx = r * (g - x_hat * (tl.sum(g * x_hat) / width)) + tl.load(grad_residual + row * residual_row + columns, mask=inside, other=0).to(tl.float32)
+        tl.store(out + row * out_row + columns, dx.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _rotate(source, source_row, source_head, target, target_row, target_head, cos, sin, heads, HALF: tl.constexpr, HEADS: tl.constexpr, SIGN: tl.constexpr):
@@ -116,7 +124,7 @@ if triton is not None:
         tl.store(out + row * out_row + column, (gate * tl.sigmoid(gate)).to(out.dtype.element_ty) * up, mask=inside)
 
     @triton.jit
-    def _swiglu_backward(grad, grad_row, gate_up, grad_gate_up, width, BLOCK: tl.constexpr):
+    def _swiglu_backward(grad, grad_row, gate_up, grad_gate_up, out_row, width, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
@@ -126,9 +134,48 @@ if triton is not None:
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         kind = grad_gate_up.dtype.element_ty
-        tl.store(grad_gate_up + row * 2 * width + column, (g * up * (sigmoid + silu * (1 - sigmoid))).to(kind), mask=inside)
-        tl.store(grad_gate_up + row * 2 * width + width + column, (g * silu).to(kind), mask=inside)
+        tl.store(grad_gate_up + row * out_row + column, (g * up * (sigmoid + silu * (1 - sigmoid))).to(kind), mask=inside)
+        tl.store(grad_gate_up + row * out_row + width + column, (g * silu).to(kind), mask=inside)
         tl.store(grad + row * grad_row + column, (silu * up).to(kind), mask=inside)
+
+    @triton.jit
+    def _swiglu_backward_sums(grad, grad_row, gate_up, low, low_row, d_low, d_low_row, out, out_row, sums, tokens, width, part,
+                              RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        there = column < width
+        r = tl.arange(0, RANKS)
+        real = r < RANK
+        gate_sum = tl.zeros((RANKS, COLUMNS), tl.float32)
+        up_sum = tl.zeros((RANKS, COLUMNS), tl.float32)
+        down_sum = tl.zeros((RANKS, COLUMNS), tl.float32)
+        kind = out.dtype.element_ty
+        first = tl.program_id(1) * part
+        for start in range(first, tl.minimum(first + part, tokens), ROWS):
+            row = start + tl.arange(0, ROWS).to(tl.int64)
+            inside = (row < tokens)[:, None] & there[None, :]
+            narrow = real[:, None] & (row < tokens)[None, :]
+            at = row[:, None] * (2 * width) + column[None, :]
+            gate = tl.load(gate_up + at, mask=inside, other=0).to(tl.float32)
+            up = tl.load(gate_up + at + width, mask=inside, other=0).to(tl.float32)
+            g = tl.load(grad + row[:, None] * grad_row + column[None, :], mask=inside, other=0).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            d_gate = (g * up * (sigmoid + silu * (1 - sigmoid))).to(kind)
+            d_up = (g * silu).to(kind)
+            target = out + row[:, None] * out_row + column[None, :]
+            tl.store(target, d_gate, mask=inside)
+            tl.store(target + width, d_up, mask=inside)
+            low_gate = tl.load(low + row[None, :] * low_row + r[:, None], mask=narrow, other=0)  # (r, rows): transposed as it is read
+            low_up = tl.load(low + row[None, :] * low_row + RANK + r[:, None], mask=narrow, other=0)
+            low_down = tl.load(d_low + row[None, :] * d_low_row + r[:, None], mask=narrow, other=0)
+            gate_sum += tl.dot(low_gate, d_gate, input_precision="ieee")
+            up_sum += tl.dot(low_up, d_up, input_precision="ieee")
+            down_sum += tl.dot(low_down, (silu * up).to(kind), input_precision="ieee")
+        at = sums + tl.program_id(1) * 3 * RANK * width + r[:, None] * width + column[None, :]
+        inside = real[:, None] & there[None, :]
+        tl.store(at, gate_sum, mask=inside)
+        tl.store(at + RANK * width, up_sum, mask=inside)
+        tl.store(at + 2 * RANK * width, down_sum, mask=inside)
 
     @triton.jit
     def _nf4(packed, codebook, codes, code_scales, scale_codebook, offset, scales, out, out_row, width, total, NESTED: tl.constexpr, BLOCKS: tl.constexpr):
@@ -208,12 +255,12 @@ def add_rms_norm(h, delta, weight, eps, out):
     return total, rstd
 
 
-def rms_norm_backward(grad, x, weight, rstd, grad_residual):
-    """See rms_norm_backward_twin. Rows of grad may lie apart."""
+def rms_norm_backward(grad, x, weight, rstd, grad_residual, out):
+    """See rms_norm_backward_twin; into `out`. Rows of grad, grad_residual and out may lie apart."""
     if not on_gpu(x):
-        return rms_norm_backward_twin(grad, x, weight, rstd, grad_residual)
-    out, width = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
-    _rms_norm_backward[(len(x),)](grad, grad.stride(0), x, weight, rstd, grad_residual.contiguous(), out, x.shape[1], width, num_warps=warps(width))
+        return out.copy_(rms_norm_backward_twin(grad, x, weight, rstd, grad_residual))
+    width = triton.next_power_of_2(x.shape[1])
+    _rms_norm_backward[(len(x),)](grad, grad.stride(0), x, weight, rstd, grad_residual, grad_residual.stride(0), out, out.stride(0), x.shape[1], width, num_warps=warps(width))
     return out
 
 
@@ -241,14 +288,34 @@ def swiglu(gate_up, out):
     return out
 
 
-def swiglu_backward(grad, gate_up):
-    """See swiglu_backward_twin. The second result takes the place of `grad`, which is overwritten and whose rows may lie apart."""
+def swiglu_backward(grad, gate_up, out):
+    """Writes d gate_up to `out` and returns silu(gate) * up, in the place of `grad`. Rows of grad and out may lie apart. See swiglu_backward_twin."""
     if not on_gpu(gate_up):
-        return swiglu_backward_twin(grad, gate_up)
+        return swiglu_backward_twin(grad, gate_up, out)[1]
     T, width = grad.shape
-    out = torch.empty_like(gate_up)
-    _swiglu_backward[(T, triton.cdiv(width, 1024))](grad, grad.stride(0), gate_up, out, width, 1024)
-    return out, grad
+    _swiglu_backward[(T, triton.cdiv(width, 1024))](grad, grad.stride(0), gate_up, out, out.stride(0), width, 1024)
+    return grad
+
+
+def swiglu_backward_sums(grad, gate_up, low, d_low, out, tiles=(64, 64, 4, 3, 7)):
+    """SwiGLU's backward pass and, from the same read of its tiles, the adapter gradients that are sums over tokens.
+
+    grad (T, I): d loss / d act; gate_up (T, 2I); low (T, 2r): s x A^T of gate and up; d_low (T, r): d loss / d low of down; rows of
+    all may lie apart. Writes d gate_up to `out` (T, 2I) and returns fp32 (3, r, I): low_gate^T d_gate, low_up^T d_up, d_low^T act.
+    Sums are made in a fixed order, so the same input gives the same bits. See swiglu_backward_sums_twin.
+    """
+    if not on_gpu(gate_up):
+        d_gate_up, sums = swiglu_backward_sums_twin(grad, gate_up, low, d_low)
+        out.copy_(d_gate_up)
+        return sums
+    rows, columns, num_warps, stages, parts = tiles
+    (T, I), r = grad.shape, d_low.shape[1]
+    part = triton.cdiv(triton.cdiv(T, parts), rows) * rows
+    parts = triton.cdiv(T, part)
+    sums = torch.empty(parts, 3, r, I, device=grad.device)
+    _swiglu_backward_sums[(triton.cdiv(I, columns), parts)](grad, grad.stride(0), gate_up, low, low.stride(0), d_low, d_low.stride(0), out, out.stride(0), sums, T, I, part,
+                                                            r, max(16, triton.next_power_of_2(r)), rows, columns, num_warps=num_warps, num_stages=stages)
+    return sums.sum(0)
 
 
 def nf4_dequantize(weight, codebook, out):
