@@ -263,14 +263,24 @@ class Output(torch.autograd.Function):
 
 
 class GatedMLP(torch.autograd.Function):
-    """x (T, D) -> down(silu(gate(x)) * up(x)) (T, D); keeps x, gate and up."""
+    """x (T, D) -> down(silu(gate(x)) * up(x)) (T, D); keeps x, gate and up.
+
+    lows: a list that gets the narrow s act A^T of `down`, (T, r). A list that holds it already means that only the backward pass
+    is wanted: the product of `down`, which no gradient needs, is left out, and the output is a placeholder.
+    """
 
     @staticmethod
-    def forward(ctx, x, wide, down):
+    def forward(ctx, x, wide, down, lows):
         gate_up, mask = wide.forward(x)
-        act = kernels.swiglu(gate_up, out=down.room(x))
-        y, down_mask = down.forward(act)
-        ctx.save_for_backward(x, mask, gate_up, down.low(act).clone(), down_mask)
+        y, down_mask, again = x.new_empty(()).expand(len(x), down.out_features), None, bool(lows)
+        if not again or down.dropout and down.training():  # a dropout's mask is drawn again
+            act = kernels.swiglu(gate_up, out=down.room(x))
+            if again:
+                down_mask = down.fill(act)
+            else:
+                y, down_mask = down.forward(act)
+                lows.append(down.low(act).clone())
+        ctx.save_for_backward(x, mask, gate_up, lows[0], down_mask)
         ctx.wide, ctx.down = wide, down
         return y
 
@@ -291,7 +301,74 @@ class GatedMLP(torch.autograd.Function):
             down.adapter_gradient(d_low, act, down_mask)
         dx, d_low = wide.backward(d_gate_up, wide.low(x), mask, B_too=not one_pass)
         wide.adapter_gradient(d_low, x, mask)
-        return dx, None, None
+        return dx, None, None, None
+
+
+class Recomputed(torch.autograd.Function):
+    """A fused layer that keeps its input alone, and runs again in the backward pass (Chen et al. 2016), without what no gradient needs."""
+
+    @staticmethod
+    def forward(ctx, h, layer, options):
+        ctx.layer, ctx.options, ctx.lows = layer, options, []
+        ctx.generators = (torch.get_rng_state(), torch.cuda.get_rng_state() if h.is_cuda else None) if layer.qkv.dropout else None
+        ctx.input = layer.store.put(layer, h) if layer.store else h
+        between, y = layer.run(h, options, ctx.lows)
+        return between + y
+
+    @staticmethod
+    def backward(ctx, grad):
+        layer = ctx.layer
+        h = (layer.store.get(ctx.input) if layer.store else ctx.input).detach().requires_grad_()
+        with torch.random.fork_rng(devices=[h.device] if h.is_cuda else [], enabled=bool(ctx.generators)), torch.enable_grad():
+            if ctx.generators:
+                torch.set_rng_state(ctx.generators[0])
+                if h.is_cuda:
+                    torch.cuda.set_rng_state(ctx.generators[1])
+            between, y = layer.run(h, ctx.options, ctx.lows)
+        return *torch.autograd.grad((between, y), h, (grad, grad)), None, None
+
+
+class HostStore:
+    """Inputs of recomputed layers, kept in the host's memory between forward and backward pass: copies run beside the products.
+
+    The backward pass asks for them in the opposite order, so while one layer works the next one's input is on its way.
+    """
+
+    def __init__(self, device):
+        self.stream, self.pinned, self.order, self.coming = torch.cuda.Stream(device), {}, [], {}
+
+    def put(self, layer, h):
+        """Start copying h (T, D) to the host. Returns the ticket that `get` takes."""
+        if layer not in self.pinned or self.pinned[layer].numel() < h.numel():
+            self.pinned[layer] = torch.empty(h.numel(), dtype=h.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.pinned[layer][:h.numel()].copy_(h.flatten(), non_blocking=True)
+        h.record_stream(self.stream)  # its memory is not given to others before the copy is done
+        ticket = layer, h.shape
+        self.order.append(ticket)
+        return ticket
+
+    def fetch(self, ticket):
+        layer, shape = ticket
+        h = torch.empty(shape, dtype=self.pinned[layer].dtype, device=self.stream.device)
+        self.stream.wait_stream(torch.cuda.current_stream())  # what used this memory before
+        with torch.cuda.stream(self.stream):
+            h.view(-1).copy_(self.pinned[layer][:h.numel()], non_blocking=True)
+        h.record_stream(self.stream)
+        self.coming[ticket] = h, self.stream.record_event()
+
+    def get(self, ticket):
+        """What `put` took, on the device; the one put before it is sent for."""
+        del self.order[self.order.index(ticket) + 1:]  # a forward pass without a backward pass leaves tickets behind
+        if ticket not in self.coming:
+            self.fetch(ticket)
+        h, arrived = self.coming.pop(ticket)
+        torch.cuda.current_stream().wait_event(arrived)
+        self.order.pop()
+        if self.order:
+            self.fetch(self.order[-1])
+        return h
 
 
 class FusedLayer:
@@ -304,20 +381,29 @@ class FusedLayer:
         self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], memory)
         self.o, self.wide, self.down = Group([attention.o_proj], memory), Group([mlp.gate_proj, mlp.up_proj], memory), Group([mlp.down_proj], memory)
         self.groups = [self.qkv, self.o, self.wide, self.down]
+        self.recomputed, self.store = False, None  # see model.recompute
 
     def __call__(self, hidden_states, position_embeddings=None, cu_seqlens=None, max_seqlen=None, use_varlen=False, **rest):
         """hidden_states (1, T, D) -> the same shape; without cu_seqlens (generation) the layer's own forward."""
         if cu_seqlens is None:
             return self.plain(hidden_states, position_embeddings=position_embeddings, **rest)
+        h = hidden_states.squeeze(0)  # [0] would copy in the backward pass
+        options = (*half_tables(position_embeddings), dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, use_varlen=use_varlen))
+        if self.recomputed and torch.is_grad_enabled():
+            return Recomputed.apply(h, self, options)[None]
+        h, y = self.run(h, options, [])
+        return (h + y)[None]
+
+    def run(self, h, options, lows):
+        """h (T, D) -> the residual stream after attention and what the MLP adds to it, (T, D) each. lows: see GatedMLP."""
         attention, before, after = self.layer.self_attn, self.layer.input_layernorm, self.layer.post_attention_layernorm
-        cos, sin = half_tables(position_embeddings)
-        x, h = AddNorm.apply(hidden_states.squeeze(0), None, before.weight, before.variance_epsilon, self.qkv, self.down)  # the layer before has such a one
+        cos, sin, documents = options
+        x, h = AddNorm.apply(h, None, before.weight, before.variance_epsilon, self.qkv, self.down)  # made by the layer before, whose `down` is like ours
         q, k, v = QueriesKeysValues.apply(x, cos, sin, self.qkv, attention.head_dim)
-        mixed, _ = self.attend(attention, *(heads.transpose(0, 1)[None] for heads in (q, k, v)), scaling=attention.scaling, sliding_window=self.window,
-                               cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, use_varlen=use_varlen)
+        mixed, _ = self.attend(attention, *(heads.transpose(0, 1)[None] for heads in (q, k, v)), scaling=attention.scaling, sliding_window=self.window, **documents)
         delta = Output.apply(mixed.squeeze(0), self.o)
         x, h = AddNorm.apply(h, delta, after.weight, after.variance_epsilon, self.wide, self.o)
-        return (h + GatedMLP.apply(x, self.wide, self.down))[None]
+        return h, GatedMLP.apply(x, self.wide, self.down, lows)
 
 
 @functools.lru_cache(maxsize=1)

@@ -437,14 +437,22 @@ def keep_dequantized(network, memory, dtype):
             weight.keep(dtype)
 
 
-def recompute(network, layers):
-    """Recompute the activations of the first `layers` decoder layers in the backward pass instead of storing them.
+def recompute(network, layers, offload=False):
+    """Recompute the activations of the first `layers` decoder layers, and no others, in the backward pass instead of storing them.
 
-    Non-reentrant checkpointing (Chen et al. 2016): the gradients are the same, and frozen embeddings do not cut the graph.
+    Non-reentrant checkpointing (Chen et al. 2016): the gradients are the same, and frozen embeddings do not cut the graph. Fused layers
+    have their own, which leaves out what no gradient needs and, with `offload`, keeps the layers' inputs in the host's memory.
     """
-    for layer in network.get_decoder().layers[:layers]:
-        plain = layer.forward
-        layer.forward = lambda *args, plain=plain, **kwargs: checkpoint(plain, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs)
+    store = fused.HostStore(network.device) if offload else None
+    for number, layer in enumerate(network.get_decoder().layers):
+        if isinstance(layer.forward, fused.FusedLayer):
+            layer.forward.recomputed, layer.forward.store = number < layers, store
+            continue
+        plain = layer.__dict__.pop("stored", layer.forward)
+        layer.forward = plain
+        if number < layers:
+            layer.stored = plain
+            layer.forward = lambda *args, plain=plain, **kwargs: checkpoint(plain, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
