@@ -123,6 +123,42 @@ class Log:
     tensorboard: bool = key(True, "write TensorBoard events beside metrics.jsonl")
 
 
+FORECAST_WARNINGS = ("coverage below one epoch", "many epochs", "small rate area", "rate ends at nothing", "high rate", "long warm-up",
+                     "few supervised tokens", "heavy truncation", "rows lost", "memory nearly full")
+ALERTS = ("dead gradients", "steps without gradient", "steps not applied", "non-finite training loss", "non-finite gradient norm",
+          "non-finite evaluation loss", "loss of zero", "nothing left to learn", "wrong gradients", "always clipped", "never clipped",
+          "spikes of the training loss", "spikes of the gradient norm", "plateau", "training loss flat", "divergence", "loss above guessing",
+          "training and evaluation disagree", "rate ends at nothing", "adapters never moved", "adapters do not start at zero",
+          "evaluation frozen", "evaluation worse than before training", "growing gap", "damage by quantisation", "samples never stop",
+          "samples repeat themselves", "samples do not follow the loss", "noisy gradients")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    strict: bool = key(False, "refuse a run for the warnings of its forecast too (exit code 3)")
+    acknowledge: list = key([], "warnings of the forecast that are known and accepted, by name: shown, and no ground for refusing")
+
+
+@dataclass(frozen=True)
+class Alerts:
+    stop: list = key(["dead gradients"], "alerts that end the run with exit code 4, by name")
+    ignore: list = key([], "alerts that are not raised, by name")
+    window: int = key(50, "steps that a step is compared with", low=10, high=1000)
+    zero_norms: int = key(3, "dead gradients: steps in a row with a gradient norm of exactly 0.0", low=1)
+    nonfinite_steps: int = key(3, "a fault after so many non-finite steps in a row, a warning before", low=1)
+    spike_deviations: float = key(8.0, "spikes: robust standard deviations of the logarithm above the window's median", above=0)
+    loss_spike: float = key(1.5, "spikes: so many times the window's median loss", above=1)
+    norm_spike: float = key(3.0, "spikes: so many times the window's median gradient norm", above=1)
+    clip_factor: float = key(100.0, "always clipped is a warning where the median norm is so many times the threshold, a note before", above=1)
+    negligible_rate: float = key(0.01, "rate ends at nothing: below this share of the highest rate so far", low=0.0, high=1.0)
+    divergence: float = key(0.1, "divergence: the training loss rises by this share above its start", above=0)
+    gap: float = key(0.02, "growing gap: the evaluation loss rises by this share above its lowest", above=0)
+    worse: float = key(0.01, "evaluation worse than before training: by this share", above=0)
+    guessing: float = key(12.5, "loss above guessing, in nats: evenly among 262,144 tokens would cost 12.5", above=0)
+    quantisation_damage: float = key(1.5, "damage by quantisation, in nats of evaluation loss before training", above=0)
+    repetition: float = key(0.5, "samples repeat themselves: this share of four-word sequences stood before", above=0, high=1.0)
+
+
 @dataclass(frozen=True)
 class Config:
     model: Model = Model()
@@ -134,6 +170,8 @@ class Config:
     save: Save = Save()
     memory: Memory = Memory()
     log: Log = Log()
+    forecast: Forecast = Forecast()
+    alerts: Alerts = Alerts()
 
     def to_dict(self):
         """The resolved settings as plain JSON-ready dictionaries; `from_dict` reads them back."""
@@ -223,6 +261,9 @@ def _contradictions(c, errors):
     for name in c.lora.targets:
         if str(name).rpartition(".")[2] in ("embed_tokens", "lm_head"):
             errors.append(f"lora.targets: {name} cannot be adapted: embeddings and head stay frozen, so that the vocabulary stays the base model's; remove it")
+    for name, given, known in (("forecast.acknowledge", c.forecast.acknowledge, FORECAST_WARNINGS), ("alerts.stop", c.alerts.stop, ALERTS),
+                               ("alerts.ignore", c.alerts.ignore, ALERTS)):
+        errors += [f"{name}: there is no {json.dumps(rule)}; there are {', '.join(known)}" for rule in given if rule not in known]
     if not c.data.train:
         errors.append("data.train: name a file or a hub data set")
     if not c.model.path:

@@ -254,9 +254,9 @@ def origin(config, tokenizer, rows, eval_rows, network, plan):
 
     Evaluating, saving and logging do not shape it, nor does memory but for the packing; files may move, with their content.
     """
-    free = ("eval.", "save.", "log.", "memory.checkpoint_layers", "memory.keep_dequantized", "model.path", "data.train", "data.eval", "data.chat_template")
+    free = ("eval.", "save.", "log.", "forecast.", "alerts.", "memory.checkpoint_layers", "memory.keep_dequantized", "model.path", "data.train", "data.eval", "data.chat_template")
     sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
-    shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(free[:3])}
+    shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(free[:5])}
     contents = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
                 "chat template": sha(tokenizer.chat_template or ""), "base weights": quant.fingerprint(model.frozen(network))}
     return shaping | {name: digest[:16] for name, digest in contents.items()} | {"memory.max_tokens": plan["max_tokens"]}

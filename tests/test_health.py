@@ -1,4 +1,4 @@
-"""Each rule fires on a record made sick in its way, and none on healthy noisy ones; the forecast's figures against arithmetic by hand."""
+"""Each rule fires on a record made sick in its way, and none on healthy noisy ones; every format gives the same record."""
 import json
 import math
 import random
@@ -10,8 +10,8 @@ import time
 import pytest
 from conftest import PROJECT
 
-import config
 import health
+import rules
 
 FAILED_RUN = PROJECT / "docs" / "examples" / "failed-run" / "trainer_state.json"
 
@@ -105,20 +105,20 @@ def test_a_loss_of_exactly_zero_is_a_fault():
 def test_identical_evaluations_are_a_fault_and_similar_ones_are_not():
     def same(value):
         return found(with_tag("eval/loss", value))
-    assert same(lambda line: 2.5)["evaluation frozen (loss)"].severity == "fault"
-    assert "other weights" in same(lambda line: 2.5)["evaluation frozen (loss)"].cause  # the digests do move
-    assert "evaluation frozen (loss)" not in same(lambda line: 2.5 + line["step"] / 1e6)
-    assert same(lambda line: 2.31 if line["step"] < 200 else 2.2 - line["step"] / 1e5)["evaluation frozen (loss)"].severity == "warning"  # two decimals may agree by chance
-    assert same(lambda line: 2.3124567 if line["step"] < 200 else 2.2 - line["step"] / 1e5)["evaluation frozen (loss)"].severity == "fault"
-    assert found(with_tag("eval/adapter_digest", lambda line: "abc"))["evaluation frozen (adapter digest)"].severity == "fault"
+    assert same(lambda line: 2.5)["evaluation frozen"].severity == "fault"
+    assert "other weights" in same(lambda line: 2.5)["evaluation frozen"].cause  # the digests do move
+    assert "evaluation frozen" not in same(lambda line: 2.5 + line["step"] / 1e6)
+    assert same(lambda line: 2.31 if line["step"] < 200 else 2.2 - line["step"] / 1e5)["evaluation frozen"].severity == "warning"  # two decimals may agree by chance
+    assert same(lambda line: 2.3124567 if line["step"] < 200 else 2.2 - line["step"] / 1e5)["evaluation frozen"].severity == "fault"
+    assert found(with_tag("eval/adapter_digest", lambda line: "abc"))["adapters never moved"].severity == "fault"
 
 
 def test_evaluations_that_agree_because_the_rate_was_nothing_say_so():
     lines = with_tag("eval/loss", lambda line: 2.2345678 if line["step"] >= 240 else line["eval/loss"])
     for line in lines:
         line["train/learning_rate"] = 1e-4 if line["step"] <= 240 else 0.0
-    finding = found(lines)["evaluation frozen (loss)"]
-    assert finding.severity == "warning" and "rate was next to nothing" in finding.cause
+    finding = found(lines)["evaluation frozen"]
+    assert finding.severity == "note" and "rate was next to nothing" in finding.cause
 
 
 @pytest.mark.parametrize("threshold, name, severity", [(0.1, "always clipped", "note"), (1e-6, "always clipped", "warning"), (50.0, "never clipped", "note")])
@@ -138,7 +138,7 @@ def test_spikes_are_found_at_their_steps(tag, what):
 def test_a_loss_that_climbs_or_loses_its_fall_again_diverges():
     rng = random.Random(3)
     assert found(with_tag("train/loss", lambda line: 4.6 + line["step"] / 130 + rng.gauss(0, 0.3)))["divergence"].severity == "fault"
-    assert "divergence" in found(with_tag("train/loss", lambda line: 2 + abs(line["step"] - 250) / 100 + rng.gauss(0, 0.1)))
+    assert "divergence" in found(with_tag("train/loss", lambda line: 2 + abs(line["step"] - 200) / 100 + rng.gauss(0, 0.1)))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -161,10 +161,10 @@ def test_a_rate_of_zero_is_a_fault_and_one_that_ends_at_nothing_is_weighed():
 
 def test_figures_of_the_rate_are_the_sum_over_steps_even_where_few_were_recorded():
     rates = [(step, 1e-4 * step / 50 if step <= 50 else 1e-4 * (350 - step) / 300) for step in range(1, 351)]
-    every, some = health.rate_figures(rates), health.rate_figures([rates[0], *rates[49::50]])
+    every, some = rules.rate_figures(rates), rules.rate_figures([rates[0], *rates[49::50]])
     assert every["area"] == pytest.approx(sum(rate for _, rate in rates)) and some["area"] == pytest.approx(every["area"])
     assert every["negligible_from"] == some["negligible_from"] == 348  # the rate of step 347 is just 1 % of the peak
-    assert health.rate_figures([(1, 0.0), (10**12, 1e-4)])["peak"] == 1e-4  # a wild step number costs no time
+    assert rules.rate_figures([(1, 0.0), (10**12, 1e-4)])["peak"] == 1e-4  # a wild step number costs no time
 
 
 def test_coverage_comes_from_the_epoch_or_from_samples_and_rows():
@@ -187,7 +187,7 @@ def test_an_evaluation_that_rises_while_the_training_loss_falls_is_a_growing_gap
 
 @pytest.mark.parametrize("matrix, value", [("A", 3.25), ("B", 0.0)])
 def test_adapters_whose_norm_repeats_never_moved(matrix, value):
-    assert found(with_tag(f"adapters/lora_{matrix}_norm", lambda line: value))[f"lora_{matrix} never moved"].severity == "fault"
+    assert found(with_tag(f"adapters/lora_{matrix}_norm", lambda line: value))["adapters never moved"].severity == "fault"
 
 
 # -------------------------------------------------------------------------------------------------------- the failed run
@@ -208,40 +208,6 @@ def test_the_failed_runs_file_says_that_it_is_synthetic_and_holds_the_reported_f
     losses = [line["loss"] for line in state["log_history"] if "loss" in line]
     assert "made up" in state["synthetic"] and (losses[0], losses[-1]) == (2.7335, 2.7150)
     assert [line["eval_loss"] for line in state["log_history"] if "eval_loss" in line] == [2.9310] * 3
-
-
-# ------------------------------------------------------------------------------------------------------------- forecast
-
-def figures_of(name, rows=45_000):
-    findings = health.forecast(config.read(PROJECT / "configs" / f"{name}.json"), rows, 4_000_000, 1_000_000)
-    return {f.name: f.severity for f in findings}, next(f.figures for f in findings if f.name == "forecast")
-
-
-def test_the_forecast_of_the_failed_runs_settings_warns_and_does_not_refuse():
-    names, figures = figures_of("seed-failure")
-    assert names == {"small rate area": "warning", "rate ends at nothing": "warning", "coverage below one epoch": "warning", "forecast": "note"}
-    assert figures["samples"] == 4000 and figures["coverage"] == pytest.approx(0.0889, abs=5e-5) and figures["area"] == pytest.approx(500 * 5e-5 / 2)
-    assert figures["full_rate_steps"] == pytest.approx(250) and figures["negligible_from"] == 469  # cos² (pi/2 · 468/499) > 0.01 > cos² (pi/2 · 469/499)
-
-
-@pytest.mark.parametrize("name, coverage, area", [("approach1", 1.422, 1e-4 * 100.5 + 1800 * 5.5e-5), ("approach2", 7.111, 2e-4 * 250.5 + 4500 * 1.1e-4), ("approach3", 1.422, 1e-4 * 100.5 + 1800 * 5.5e-5)])
-def test_the_forecast_of_the_approaches_passes(name, coverage, area):
-    names, figures = figures_of(name)
-    assert names == {"forecast": "note"} and figures["coverage"] == pytest.approx(coverage, abs=5e-4)
-    assert figures["area"] == pytest.approx(area, rel=1e-3) and figures["warmup_share"] == pytest.approx(0.1) and figures["supervised_share"] == 0.25
-
-
-@pytest.mark.parametrize("schedule, counts, name, severity", [
-    ({}, (100, 5000, 0), "nothing supervised", "fault"),
-    ({}, (0, 0, 0), "nothing supervised", "fault"),
-    ({"learning_rate": 0.0, "lr_min": 0.0}, (100, 5000, 900), "rate of zero", "fault"),
-    ({"lr_warmup_steps": 300}, (100, 5000, 900), "warm-up as long as the run", "fault"),
-    ({"lr_warmup_steps": 10}, (100, 5000, 149), "few supervised tokens", "warning"),
-    ({"lr_warmup_steps": 10}, (1_000_000, 5000, 900), "coverage below one epoch", "warning")])
-def test_the_forecast_refuses_what_cannot_learn_and_warns_of_what_learns_less(schedule, counts, name, severity):
-    settings = config.from_dict({"train": {"max_steps": 300, "epochs": 0}, "schedule": schedule})
-    findings = {f.name: f for f in health.forecast(settings, *counts)}
-    assert findings[name].severity == severity and findings[name].remedy
 
 
 # ------------------------------------------------------------------------------------------------------ formats, bad input

@@ -1,0 +1,395 @@
+"""What counts as sick, and why: each rule once, over a few figures that a record (health.py) or a running run (alerts.py) gives it.
+
+A rule yields Findings. A fault: this run cannot learn, or its figures cannot be trusted. A warning: it learns less than it could.
+A note: worth knowing. "unjudged": what was lacking. Statistics are medians and median absolute deviations, so that a few wild
+steps decide nothing. docs/HEALTH.md has every rule with its reasoning. Leaves out: reading records, and the forecast.
+"""
+import bisect
+import json
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+SEVERITIES = ("fault", "warning", "note", "unjudged")
+ROTE = 1e-3        # nats: a loss below this has been learnt by heart, and its gradient may vanish in rounding
+MOVES = 1e-6       # sum of rates after which an evaluation in 16 bits differs in some digit: Adam moves a weight by about the rate a step
+CUT = ("Train ten steps on ten rows and look at the gradients. With gradient checkpointing set gradient_checkpointing_kwargs="
+       "{'use_reentrant': False}, or call model.enable_input_require_grads(). Then check that the adapters have requires_grad=True, that the "
+       "optimizer holds them, and that labels are not all -100. After the first backward pass every lora_B gradient must be non-zero.")
+WHOLE = "Look at the rows of those steps. If they are in order, lower the rate, lengthen the warm-up, or clip lower."
+ADVICE = {  # name: (cause, remedy)
+    "dead gradients": (
+        "The path from the loss to the adapters is cut (gradient checkpointing over frozen embeddings does it), nothing trainable lies on it, or no "
+        "token is supervised. Another learning rate, batch size or number of bits would not have cured it: an update made from a zero gradient is "
+        "zero at any of them.", CUT),
+    "steps without gradient": (
+        "Those steps held no supervised token: answers cut off by the maximum length, or labels masked throughout.",
+        "Count supervised tokens row by row; raise the maximum length or drop the rows without any."),
+    "equal rewards": (
+        "Every completion of a prompt got the same reward, so none was better than another.", "Harder or easier prompts, or a finer reward."),
+    "gradient norm wrongly recorded": (
+        "Something learnt, so gradients existed; the figure was taken after they were cleared, or by a backend that does not report it.",
+        "Compute the norm yourself between the backward pass and the optimizer step."),
+    "nothing left to learn": (
+        "The rows are known by heart, and what is left of the gradient vanishes in rounding.", "Stop, or train on more rows."),
+    "steps not applied": (
+        "Their loss or gradient was not finite, or their windows held no supervised token.",
+        "The rows of such steps are named on the console; mend or drop them, compute in bf16, or lower the rate."),
+    "non-finite": (
+        "Overflow in fp16, a rate that is far too high, or a row without a supervised token (0/0).",
+        "Compute in bf16, lower the rate, clip at 1.0, and look at the rows of the first bad step."),
+    "fp16 search": (
+        "A few such norms are how fp16 finds its loss scale; those steps are skipped.", "Nothing, if it stays at a few."),
+    "loss of zero": (
+        "No token is supervised (labels all -100, a response template that is not in the text), or the loss was not a number and was written as 0: "
+        "the Trainer's logging_nan_inf_filter does so.",
+        "Print one row's labels; the answer and its end-of-turn token must not be -100. Set logging_nan_inf_filter=False and look again."),
+    "wrong gradients": (
+        "The gradients are not those of the loss: a backward pass through the base is missing or wrong (a 4-bit layer's inference kernel, a detached "
+        "tensor, an in-place change), or the loss was scaled and the gradient was not.",
+        "Try another quantisation (model.quant=none) and memory.fused=false, and see which of them has true gradients. No setting of the schedule helps."),
+    "always clipped": (
+        "The threshold lies below the usual norm, so that it sets the size of every gradient.",
+        "Nothing need be done: Adam cancels a constant factor."),
+    "always clipped by far": (
+        "The threshold lies so far below the usual norm that Adam's epsilon is no longer small beside the gradient, or the gradient is too large by "
+        "the number of micro-batches.", "Clip near the usual norm. If that is above 100, see that the loss is divided by the tokens of the window."),
+    "never clipped": ("The run was calm.", "Nothing need be done."),
+    "spikes of the training loss": ("Broken or very long rows, or a rate at the edge of what the run bears.", WHOLE),
+    "spikes of the gradient norm": ("Broken or very long rows, or a rate at the edge of what the run bears.", WHOLE),
+    "plateau": (
+        "It may be a plateau that ends, or all that this rate and these adapters can learn.",
+        "Compare the evaluations. If they stand still too, stop here or try three times the rate."),
+    "training loss flat": (
+        "Nothing was learnt, the rate is far too low, or the model knew it already.",
+        "See to faults first; then compare a rate ten times as high over the same steps."),
+    "divergence": (
+        "The rate is too high, or the gradients are wrong although they are not zero.",
+        "Try a tenth of the rate. If the loss still climbs, the gradients are wrong: check the change of the loss along them by two forward passes."),
+    "loss above guessing": (
+        "The loss is not divided by what it was summed over (micro-batches, tokens), the labels are shifted or belong to another tokenizer, or the "
+        "weights were damaged while loading.", "Compute the loss of one row by hand, and let the untrained model write an answer to one prompt."),
+    "training and evaluation disagree": (
+        "Before anything is learnt both are the same model's loss. They differ where one is not divided by the micro-batches, where one counts prompts "
+        "and the other only answers, or where the rows are of another kind.",
+        "Evaluate on a few training rows: the two must then agree. Else divide the loss by the supervised tokens of the whole window."),
+    "rate ends at nothing": (
+        "The schedule falls to zero, and the steps near its end teach next to nothing.", "Give the rate a floor of a tenth of its peak."),
+    "learning rate of zero": ("The schedule or the optimizer got no rate.", "Set a learning rate above 0."),
+    "small rate area": ("Few steps or a low rate.", "For adapters: more steps, or a peak of 1e-4 to 2e-4."),
+    "coverage below one epoch": ("Too few steps or too few samples a step for this many rows. This explains weak learning.", ""),
+    "adapters never moved": (
+        "No update reached these matrices: no gradient, a rate of zero, or an optimizer that does not hold them.", CUT),
+    "adapters do not start at zero": (
+        "B is not 0 before training, so the model starts from a random change of what it knew.",
+        "Initialise lora_B with zeros; only A is random (Hu et al. 2021, section 4.1)."),
+    "evaluation frozen": (
+        "Nothing changed the weights between these evaluations, or they were made on a stale copy of them. Little data or a low rate makes "
+        "evaluations alike, not identical.",
+        "Cure dead gradients first if there are any; then print one lora_B before and after a step, and evaluate the very model that the optimizer updates."),
+    "evaluation worse than before training": (
+        "The rate is too high, the evaluation rows are of another kind than the training rows, or the training rows were learnt by heart.",
+        "Look whether the training loss fell: if not, lower the rate; if so, train on fewer epochs, or on rows like those of the evaluation."),
+    "growing gap": ("The adapters learn the training rows by heart.", "Train on fewer epochs, more rows, or with dropout."),
+    "damage by quantisation": (
+        "Quantisation changed the model by far more than it usually does, or the untrained adapters are not at zero.",
+        "Compare --model.quant=int8 or none; see that the weights are those that the quantisation was made for."),
+    "samples never stop": (
+        "The token that ends an answer is not supervised, is masked as padding, or is not the one that generation stops at.",
+        "Print one row's labels: the last supervised token must be the template's end-of-turn token, and generation must stop at it."),
+    "samples repeat themselves": (
+        "A rate that is too high, a template that differs between training and generation, or very few steps.",
+        "Compare the samples before training. If those were fine, lower the rate; then compare the rendered prompt with a training row's."),
+    "samples do not follow the loss": (
+        "The loss is measured on other targets than what is written: labels shifted, or another template in training than in generation.",
+        "Print one row's input and label side by side: each label is the next input token. Compare the rendered prompt with a training row's."),
+    "noisy gradients": (
+        "The gradients of single samples point in very different directions, so a step of few samples follows mostly noise.",
+        "A larger batch (schedule.batch_points lets it grow) buys nearly as much as it costs; or keep it and go on longer."),
+}
+
+
+@dataclass
+class Finding:
+    severity: str                                 # one of SEVERITIES
+    name: str                                     # what it is, in a few words
+    evidence: str                                 # what was seen, in numbers; unjudged: what was lacking
+    cause: str = ""
+    remedy: str = ""
+    figures: dict = field(default_factory=dict)   # the numbers, for programs
+
+
+def finding(severity, name, evidence, advice="", **figures):
+    """A Finding with the cause and remedy that ADVICE holds under its name, or under `advice`."""
+    return Finding(severity, name, evidence, *ADVICE[advice or name], figures)
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+def spread(values):
+    """Robust standard deviation: the median absolute deviation x 1.4826."""
+    middle = statistics.median(values)
+    return 1.4826 * statistics.median(abs(value - middle) for value in values)
+
+
+def noise(values):
+    """Standard deviation of one value, from differences of neighbours, which a trend hardly touches; 0 below two values."""
+    return 1.4826 * statistics.median(abs(b - a) for a, b in zip(values, values[1:])) / math.sqrt(2) if len(values) > 1 else 0.0
+
+
+def block(step, values, deviation):
+    """(last step, median, its standard error) of n values in a row. The error is the larger of 1.2533 deviation / sqrt n, as for normal noise, and
+    half the distance of the values sqrt(n) / 2 ranks below and above the median, which holds for any distribution, also one with two humps."""
+    ordered, half = sorted(values), math.sqrt(len(values)) / 2
+    middle = (len(values) - 1) / 2
+    ranks = ordered[math.ceil(min(len(values) - 1, middle + half))] - ordered[math.floor(max(0, middle - half))]
+    return step, statistics.median(ordered), max(1.2533 * deviation / math.sqrt(len(values)), ranks / 2)
+
+
+def rate_figures(points, negligible=0.01):
+    """Of [(step, rate)], straight lines between them, the first rate before them: peak, area (sum over all steps), full_rate_steps
+    (area / peak), and negligible_from, the step from which on every rate is below `negligible` x the peak (0: never)."""
+    peak, low, pairs = max(rate for _, rate in points), negligible, list(zip(points, points[1:]))
+    area = points[0][0] * points[0][1] + math.fsum((b - a) * (start + end) / 2 + (end - start) / 2 for (a, start), (b, end) in pairs)  # steps a+1 to b
+    falls = [a + 1 + int((b - a) * (start - low * peak) / (start - end)) for (a, start), (b, end) in pairs if start >= low * peak > end]
+    last = falls[-1] if falls and points[-1][1] < low * peak else 0
+    return {"peak": peak, "area": area, "full_rate_steps": area / peak if peak else 0.0, "negligible_from": last}
+
+
+def listed(steps):
+    """Up to four step numbers in words."""
+    return f"step{'s' * (len(steps) > 1)} {', '.join(f'{step:,}' for step in steps[:4])}" + (f" and {len(steps) - 4:,} more" if len(steps) > 4 else "")
+
+
+def repeated(text):
+    """Share of the four-word sequences of a text that stood in it before; 0 below eight words."""
+    words = text.split()
+    grams = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+    return 1 - len(set(grams)) / len(grams) if len(words) >= 8 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+class Spikes:
+    """Values far above the ones before them. Heavy tails are healthy: single rows are hard, and single gradients large.
+
+    A spike is above the window's median by `deviations` robust deviations of the logarithm and `ratio` times, and above the
+    level that the run began with: late in a run that learns by heart, one hard row is far above the rest and no harm. A huge
+    one (3 times the beginning's loss, or 10 times its norm) is told at once, smaller ones where three fall into 200 steps.
+    """
+
+    def __init__(self, what, alerts):
+        self.name, self.deviations, self.size = f"spikes of the {what}", alerts.spike_deviations, alerts.window
+        self.ratio, self.huge = (alerts.loss_spike, 3.0) if what == "training loss" else (alerts.norm_spike, 10.0)
+        self.recent, self.ordered, self.start, self.seen = deque(), [], [], 0
+        self.spikes, self.largest, self.alarming = [], 0.0, False
+
+    def add(self, step, value):
+        """True where `value` (finite, above 0) is a spike; its window then holds it too."""
+        logarithm, spike, self.seen = math.log(value), False, self.seen + 1
+        if self.seen > 20:
+            middle = self.ordered[len(self.ordered) // 2]
+            above = logarithm - middle
+            if above > math.log(self.ratio) and logarithm > self.begin and above > self.deviations * spread(self.recent):
+                spike = True
+                self.spikes.append(step)
+                self.largest = max(self.largest, math.exp(above))
+                close = len(self.spikes) > 2 and step - self.spikes[-3] <= 200
+                self.alarming |= close or logarithm - max(middle, self.begin) > math.log(self.huge)
+        else:
+            self.start.append(logarithm)
+            self.begin = statistics.median(self.start)
+        self.recent.append(logarithm)
+        bisect.insort(self.ordered, logarithm)
+        if len(self.recent) > self.size:
+            del self.ordered[bisect.bisect_left(self.ordered, self.recent.popleft())]
+        return spike
+
+    def found(self):
+        if self.spikes:
+            many = f"{len(self.spikes):,} of {self.seen:,} values, at {listed(self.spikes)}"
+            yield finding("warning" if self.alarming else "note", self.name, f"{many}; the largest is {self.largest:.3g} times the median before it.",
+                          spikes=len(self.spikes), largest=self.largest)
+
+
+def clipping(ratios, threshold, alerts):
+    """Adam divides by the gradient's own size, so clipping every step by a constant factor changes nothing: a note. By clip_factor or more, Adam's
+    epsilon (1e-8) comes near what is left of a gradient spread over millions of weights. Never clipped is fine, and says that the threshold
+    guards from outliers alone. ratios: norm / threshold of steps in a row."""
+    share, factor = sum(ratio > 1 for ratio in ratios) / len(ratios), statistics.median(ratios)
+    if share >= 0.95:
+        far = factor >= alerts.clip_factor
+        yield finding("warning" if far else "note", "always clipped", f"{share:.0%} of {len(ratios):,} steps were clipped at {threshold:.3g}; the median norm "
+                      f"is {factor:.3g} times that.", "always clipped by far" if far else "", share=share, factor=factor)
+    elif share == 0:
+        yield finding("note", "never clipped", f"None of {len(ratios):,} norms reached the threshold of {threshold:.3g}; the largest was {max(ratios):.2g} of it.",
+                      share=0.0)
+
+
+def diverged(blocks, alerts):
+    """The training loss climbs. blocks: (step, median, error) in a row, three at least; the two newest must agree.
+
+    Above the start by `divergence` (a tenth) and four standard errors: a fault, since learning does not raise the loss of its own rows. More than
+    half of the fall lost again, by six errors and a tenth of the lowest: a warning, since harder rows or a high rate may do that for a while.
+    """
+    first, lowest = blocks[0], min(blocks, key=lambda entry: entry[1])
+    newest = min(blocks[-2:], key=lambda entry: entry[1])
+    error = math.hypot(newest[2], first[2])
+    told = f"The median training loss went from {first[1]:.4f} to {blocks[-1][1]:.4f} (standard error {error:.4f}); its lowest was {lowest[1]:.4f}."
+    numbers = {"first": first[1], "last": blocks[-1][1], "lowest": lowest[1], "error": error}
+    if newest[1] - first[1] > max(4 * error, alerts.divergence * abs(first[1])):
+        yield finding("fault", "divergence", told, **numbers)
+    elif newest[1] - lowest[1] > max(6 * math.hypot(newest[2], lowest[2]), 0.5 * (first[1] - lowest[1]), 0.1 * abs(lowest[1])):
+        yield finding("warning", "divergence", told, **numbers)
+
+
+def guessing(loss, where, alerts):
+    """Guessing evenly among V tokens costs ln V nats, 12.5 for the largest vocabularies; a trained model does not begin above that."""
+    if loss > alerts.guessing:
+        yield finding("warning", "loss above guessing", f"{where} is {loss:.2f} nats a token; guessing evenly among 262,144 tokens costs 12.5.", loss=loss)
+
+
+def disagreement(train, evaluated):
+    """Before learning, the loss on training rows and on evaluation rows is the same model's. Twice as much is no matter of luck.
+
+    train: median of the first losses, at rates that could not yet have taught much; evaluated: the evaluation before training.
+    """
+    if evaluated > 0.1 and train > 2 * evaluated or 0.1 < train < evaluated / 2:
+        times = train / evaluated
+        whole = f", close to the whole number {round(times)}: are there {round(times)} micro-batches?" if times > 1.5 and abs(times - round(times)) < 0.06 * times else "."
+        yield finding("warning" if times > 1 else "note", "training and evaluation disagree",
+                      f"Before training the evaluation loss is {evaluated:.4f}; the first training losses are {train:.4f}, {times:.2f} times that{whole}", times=times)
+
+
+def frozen(evals, alerts):
+    """Weights that moved change an evaluation in some digit. The same loss twice to five digits, or three times, is no chance.
+
+    evals: dictionaries in a row with step, loss, and, where known, digest, area and top (sum and highest of the rates since the evaluation
+    before), peak. Looks at the evaluations that end the list.
+    """
+    same = [evals[-1]]
+    for entry in evals[-2::-1]:
+        if entry["loss"] != same[0]["loss"]:
+            break
+        same.insert(0, entry)
+    if len(same) < 2:
+        return
+    areas, loss = [entry.get("area") for entry in same[1:]], same[0]["loss"]
+    idle = all(entry.get("top") is not None and entry["top"] < alerts.negligible_rate * entry["peak"] for entry in same[1:])
+    if None not in areas and sum(areas) < MOVES and not idle:
+        return
+    digests = {entry["digest"] for entry in same if "digest" in entry}
+    certain = len(same) > 2 or len(str(loss).partition(".")[2]) > 4
+    shown = f"{loss:.4f}" if round(loss, 4) == loss else f"{loss:.8g}"
+    found = finding("note" if idle else "fault" if certain else "warning", "evaluation frozen", f"The same loss, {shown}, {len(same)} times, to the last digit: steps "
+                    + ", ".join(f"{entry['step']:,}" for entry in same[:6]) + ("…" if len(same) > 6 else "") + ".", times=len(same))
+    if idle:
+        found.cause = "The learning rate was next to nothing in between."
+    elif len(digests) > 1:
+        found.cause = "The adapters did change, so the evaluation looks at other weights than the training."
+    yield found
+
+
+def unmoved(evals):
+    """B starts at 0 and any update changes it: the same digest, or a change of the weights of exactly 0, means that there was none."""
+    last, before = evals[-1], evals[-2] if len(evals) > 1 else {}
+    area = last.get("area")
+    if not last["step"] and last.get("delta_ratio", 0) > 0 and not last.get("initial"):
+        yield finding("fault", "adapters do not start at zero", f"Before training the adapters already change the weights, by {last['delta_ratio']:.2g} of their norm.")
+    if len(evals) < 2 or area is not None and area < MOVES:
+        return
+    if last.get("digest") and last.get("digest") == before.get("digest"):
+        yield finding("fault", "adapters never moved", f"Their digest is {last['digest']} at step {before['step']:,} and at step {last['step']:,}.")
+    elif last.get("delta_ratio") == 0:
+        yield finding("fault", "adapters never moved", f"At step {last['step']:,} they change the weights by exactly 0.")
+    else:
+        still = [name for name, value in last.get("modules", {}).items() if value == 0]
+        if still:
+            yield finding("fault", "adapters never moved", f"At step {last['step']:,} {len(still)} of {len(last['modules'])} adapters change their weight by exactly 0: "
+                          + ", ".join(still[:3]) + ("…" if len(still) > 3 else "") + ".", modules=still)
+
+
+def worsened(evals, alerts):
+    """Evaluations above the one before training: by a tenth at once, by `worse` where the two newest agree. The rows are the same, so no luck is in it."""
+    first, losses = evals[0], [entry["loss"] for entry in evals[1:]]
+    if first["step"] > 0 or not losses or first["loss"] <= 0:
+        return
+    far, twice = losses[-1] > 1.1 * first["loss"], len(losses) > 1 and min(losses[-2:]) > (1 + alerts.worse) * first["loss"] + 0.01
+    if far or twice:
+        yield finding("warning", "evaluation worse than before training", f"The evaluation loss was {first['loss']:.4f} before training and is {losses[-1]:.4f} at step "
+                      f"{evals[-1]['step']:,}.", rise=losses[-1] / first["loss"] - 1)
+
+
+def gap(evals, alerts):
+    """Learning by heart: the evaluation loss rose by `gap` above its lowest, in all of two or more later evaluations, while the training loss went
+    on falling. A gap that widens while both fall is what training looks like. evals with train and error, the training loss near each."""
+    best = min(evals, key=lambda entry: entry["loss"])
+    after = [entry for entry in evals if entry["step"] > best["step"]]
+    if len(after) < 2 or best["loss"] <= 0 or "train" not in best or "train" not in after[-1]:
+        return
+    rise = min(entry["loss"] for entry in after[-2:]) / best["loss"] - 1
+    if rise > alerts.gap and best["train"] - after[-1]["train"] > 2 * math.hypot(best["error"], after[-1]["error"]):
+        found = finding("warning", "growing gap", f"The evaluation loss rose from {best['loss']:.4f} at step {best['step']:,} to {after[-1]['loss']:.4f}, while the training "
+                        f"loss fell from {best['train']:.4f} to {after[-1]['train']:.4f}.", rise=rise)
+        found.remedy = f"Keep the checkpoint of step {best['step']:,}. " + found.remedy
+        yield found
+
+
+def damage(entry, alerts):
+    """NF4 costs an 8B model some hundredths of a nat, and one of 135M parameters 0.7; twice the worst that was seen is something else."""
+    harm = entry["loss"] - entry.get("unquantised_loss", math.inf)
+    if harm > alerts.quantisation_damage:
+        yield finding("warning", "damage by quantisation", f"Before training the loss is {entry['loss']:.4f}, and {entry['unquantised_loss']:.4f} unquantised: "
+                      f"{harm:.2f} nats worse.", harm=harm)
+
+
+def coherence(evals, alerts):
+    """Whether the newest evaluation's samples stop, repeat themselves, and follow the loss. Asked from half of the run on.
+
+    Never stopping is judged by samples that ran on past one and a half times their reference: others were cut off by eval.max_new_tokens.
+    Repetition is compared with the references' own. Overlap that stays where it was while the loss falls by half a nat: other targets.
+    """
+    last, first = evals[-1], evals[0]
+    samples = last.get("samples") or []
+    known = [sample for sample in samples if sample.get("reference")]
+    overrun = [sample for sample in known if len(sample["text"]) > 1.5 * len(sample["reference"]) + 10]
+    stopped = [sample for sample in samples if sample.get("stopped")]
+    if not stopped and len(overrun) > 1:
+        yield finding("warning", "samples never stop", f"None of {len(samples)} samples at step {last['step']:,} ended by itself, though {len(overrun)} are longer than "
+                      "one and a half times their reference.")
+    elif not known and last.get("stop_rate") == 0 and max((entry.get("stop_rate", 0) for entry in evals), default=0) > 0:
+        yield finding("warning", "samples never stop", f"No sample at step {last['step']:,} ended by itself, and earlier ones did.")
+    share = statistics.mean(repeated(sample["text"]) for sample in samples) if samples else last.get("repetition", 0)
+    usual = statistics.mean(repeated(sample["reference"]) for sample in known) if known else 0
+    if share > max(alerts.repetition, usual + 0.3):
+        yield finding("warning", "samples repeat themselves", f"At step {last['step']:,} {share:.0%} of the samples' four-word sequences stood in them before"
+                      + (f" ({usual:.0%} in the references)." if known else "."), share=share)
+    if "overlap" in last and "overlap" in first and first["step"] == 0 and last["overlap"] <= min(0.05, first["overlap"]) and first["loss"] - last["loss"] > 0.5:
+        yield finding("warning", "samples do not follow the loss", f"The evaluation loss fell from {first['loss']:.4f} to {last['loss']:.4f}, and the samples' overlap with "
+                      f"their references is {last['overlap']:.2f} ({first['overlap']:.2f} before training).")
+
+
+def proved(ratio, tolerance, step):
+    """The measured change of the loss along the gradient over the predicted one is 1, up to the rounding that the tolerance states."""
+    if not math.isfinite(ratio) or abs(ratio - 1) > tolerance:
+        yield finding("fault", "wrong gradients", f"At step {step:,} the loss changes along the gradient by {ratio:.3f} times what the gradient predicts (1 +- {tolerance:.2g}).",
+                      ratio=ratio)
+
+
+def evaluation_entry(line):
+    """What the rules on evaluations read, from a line with the names of logs.NAMES; None without a finite evaluation loss."""
+    if not math.isfinite(line.get("eval_loss", math.nan)):
+        return None
+    entry = {"step": line["step"], "loss": line["eval_loss"]}
+    entry |= {name: line[name] for name in ("digest", "delta_ratio", "stop_rate", "repetition", "overlap", "unquantised_loss") if name in line}
+    for name in ("modules", "written"):
+        try:
+            value = json.loads(line.get(name, "null"))
+        except ValueError:
+            value = None  # a text that something else wrote there: it then counts as absent
+        if name == "modules" and isinstance(value, dict):
+            entry["modules"] = {module: figures[0] for module, figures in value.items() if isinstance(figures, list) and figures}
+        if name == "written" and isinstance(value, list):
+            entry["samples"] = [sample for sample in value if isinstance(sample, dict) and isinstance(sample.get("text"), str)]
+    return entry
