@@ -60,7 +60,7 @@ demo: setup
 	@$(RUN) eval.py --ckpt runs/quickstart
 	@$(RUN) report.py runs/quickstart
 	@echo; echo "Where to look:"
-	@echo "    runs/quickstart/report.md                 the run on one page, with curves.png and samples"
+	@echo "    runs/quickstart/report.md                 the run on one page, with plots and samples"
 	@echo "    runs/quickstart/metrics.jsonl             every step: loss, gradient norm, rate, tokens"
 	@echo "    $(VENV)/bin/tensorboard --logdir runs       the same as curves, with generation samples"
 	@echo "    runs/quickstart/checkpoints               adapters in PEFT's format"

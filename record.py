@@ -31,7 +31,7 @@ def _line(data, where):
 
     try:
         values = json.loads(data, object_pairs_hook=once, parse_constant=strict)
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
         raise ValueError(f"{where}: must be an object with a whole number as step, got {data[:100]!r}")
@@ -42,23 +42,31 @@ def _line(data, where):
     return values
 
 
-def _whole_lines(path):
+def _whole_lines(path, problems=None):
     """[(bytes, values)] of the finished lines of a metrics file. An unfinished last line is what a kill leaves, and is not read."""
     lines = []
     for number, data in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        values = _line(data, f"{path}, line {number}")
-        if lines and values["step"] <= lines[-1][1]["step"]:
-            raise ValueError(f"{path}, line {number}: step {values['step']} after step {lines[-1][1]['step']}; steps must rise, each once")
-        lines.append((data, values))
+        try:
+            values = _line(data, f"{path}, line {number}")
+            if lines and values["step"] <= lines[-1][1]["step"]:
+                raise ValueError(f"{path}, line {number}: step {values['step']} after step {lines[-1][1]['step']}; steps must rise, each once")
+            lines.append((data, values))
+        except ValueError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
     return lines
 
 
-def read_metrics(run_folder):
-    """The steps of a run, oldest first: [{"step": int, tag: float, …}], NaN and infinities as floats. ValueError names a broken line."""
+def read_metrics(run_folder, problems=None):
+    """The steps of a run, oldest first: [{"step": int, tag: float, …}], NaN and infinities as floats.
+
+    ValueError names a broken line; given a list of `problems`, such lines are left out and told there instead.
+    """
     path = pathlib.Path(run_folder) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {run_folder} is not the folder of a run that has begun")
-    return [values for _, values in _whole_lines(path)]
+    return [values for _, values in _whole_lines(path, problems)]
 
 
 def save_evaluation(run_folder, name, per_row, metadata):

@@ -1,51 +1,112 @@
-"""What a run's record says, as a page: RUN/report.md with RUN/curves.png.
+"""A run as a page for someone who was not there: RUN/report.md, with its pictures in RUN/plots/.
 
-    python report.py runs/approach1                          report.md and curves.png in that folder
+    python report.py runs/approach1                          report.md and plots/ in that folder
     python report.py runs/approach1 --picture loss.png       only a picture of the loss
 
-Reads metrics.jsonl, config.json and environment.json, and nothing else: it can be made of a run that is still going, was
-interrupted, or lies on another machine. First and last figures are medians over several steps, since single steps are
-noise. Leaves out: whether the run did well (it states figures, no verdict), and comparing runs.
+Every run makes one at its end. It is made of what the folder holds: metrics.jsonl, verdict.json, forecast.json,
+config.json, environment.json, any of them absent, cut off or strange; the page says what it can, and names what it
+cannot say. So it can be made of a run that is still going, was killed, or lies on another machine. First and last
+figures are medians over several steps, since single steps are noise. Leaves out: judging (verdict.py and health.py,
+whose words it repeats), drawing (plots.py), wording (words.py), and comparing runs (compare.py).
 """
-import html
 import json
 import math
 import pathlib
 import re
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import patheffects
 
 import config as settings
+import health
 import record
+from words import code, count, duration, listed, moved, number, paragraphs, plain, prose, short, side_by_side, table
 
-TRAIN, EVAL, GREY = "#2f6db3", "#d1622b", "#666666"
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.labelcolor": "#333333",
-         "axes.grid": True, "grid.color": "#e8e8e8", "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 130}
-ALWAYS = ("model.path", "model.quant", "model.compute_dtype", "lora.r", "lora.alpha", "lora.dropout", "lora.targets", "data.train", "data.eval", "train.seed", "train.micro_batch_size",
-          "train.accumulation", "train.max_steps", "schedule.learning_rate", "schedule.lr_min", "schedule.lr_kind", "schedule.lr_warmup_steps", "schedule.clip_norm")
+PATHS = ("model.path", "data.train", "data.eval", "data.chat_template", "eval.prompts", "lora.init_from")
+ALWAYS = ("model.path", "model.quant", "model.compute_dtype", "lora.r", "lora.alpha", "lora.dropout", "lora.targets", "data.train",
+          "data.eval", "train.seed", "train.micro_batch_size", "train.accumulation", "train.max_steps", "schedule.learning_rate",
+          "schedule.lr_min", "schedule.lr_kind", "schedule.lr_warmup_steps", "schedule.clip_norm")
+FORECAST = {  # figures of a forecast: what each is, and how it is written
+    "rows": ("training rows", "{:,.0f}"), "steps": ("steps", "{:,.0f}"), "samples": ("samples", "{:,.0f}"),
+    "coverage": ("passes over the training rows", "{:.3g}"), "supervised_share": ("share of the tokens that are supervised", "{:.1%}"),
+    "peak": ("peak learning rate", "{:.3g}"), "area": ("learning rates, summed over all steps", "{:.4g}"),
+    "full_rate_steps": ("steps at the peak rate worth as much", "{:,.0f}"), "warmup_share": ("share of the steps that warm up", "{:.1%}"),
+    "negligible_from": ("step from which on the rate is below 1 % of its peak (0: none)", "{:,.0f}")}
+EVALUATION = {  # columns of the table of evaluations: tag, heading, how it is written, what it means
+    "eval/loss": ("loss", ".4f", ""), "eval/perplexity": ("perplexity", "#.4g", ""),
+    "eval/token_accuracy": ("accuracy", ".4f", "share of the supervised tokens that the model puts first"),
+    "eval/stop_rate": ("stop rate", ".2f", "share of the samples that end by themselves"),
+    "eval/repetition": ("repetition", ".3f", "share of a sample's four-token sequences that occur in it before"),
+    "eval/overlap": ("overlap", ".3f", "with the reference; 1: the same tokens")}
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+def attempt(problems, what, make, *args):
+    """make(*args). No record may fail a report: what goes wrong becomes a sentence in `problems`, and the answer is None."""
+    try:
+        return make(*args)
+    except (ValueError, OSError) as error:
+        problems.append(f"{what}: {error}")
+    except Exception as error:
+        problems.append(f"{what}: what the record holds could not be used ({type(error).__name__}: {error})")
+    return None
+
+
+def read_json(path):
+    """The object in a JSON file, {} where there is none. ValueError for anything else."""
+    if not path.exists():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"must be an object, got {json.dumps(tree)[:60]}")
+    return tree
+
+
+def entries(text):
+    """The objects in a JSON list given as text."""
+    values = json.loads(text)
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise ValueError(f"must be a list of objects, got {text[:60]}")
+    return values
 
 
 def read_run(run):
-    """(metrics, settings by "section.key", environment) of a run folder. Raises ValueError naming the file that cannot be read."""
-    metrics, trees = record.read_metrics(run), []
-    if not metrics:
-        raise ValueError(f"{run}: metrics.jsonl holds no finished step yet, so there is nothing to report; wait for the first one")
-    for path in (pathlib.Path(run) / "config.json", pathlib.Path(run) / "environment.json"):
-        try:
-            trees.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error}); the run wrote it, restore it or remove it") from None
-    return metrics, {f"{section}.{key}": value for section, values in trees[0].items() for key, value in values.items()}, trees[1]
+    """What a run's folder says: {"name", "metrics", "config" by "section.key", "environment", "verdict", "forecast",
+    "alerts": [(step, alert)], "problems"}. What is not there is empty; what cannot be read is told in "problems".
+
+    Raises ValueError if the folder is none of a run.
+    """
+    run = pathlib.Path(run)
+    if not any((run / name).is_file() for name in ("metrics.jsonl", "config.json", "forecast.json", "verdict.json")):
+        raise ValueError(f"{run}: holds no metrics.jsonl, so it is not the folder of a run that has begun; name one, as runs/approach1")
+    found = {"name": run.resolve().name, "metrics": [], "config": {}, "alerts": [], "problems": []}
+    problems, broken = found["problems"], []
+    if (run / "metrics.jsonl").is_file():
+        found["metrics"] = attempt(problems, "metrics.jsonl", record.read_metrics, run, broken) or []
+        problems += broken[:3] + [f"metrics.jsonl: {len(broken) - 3:,} more lines like these"] * (len(broken) > 3)
+    for name in ("config", "environment", "verdict", "forecast"):
+        found[name] = attempt(problems, f"{name}.json", read_json, run / f"{name}.json") or {}
+    sections = [(section, values) for section, values in found["config"].items() if isinstance(values, dict)]
+    found["config"] = {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
+    for line in found["metrics"]:
+        if "alerts" in line:
+            raised = attempt(problems, f"alerts of step {line['step']}", entries, line["alerts"]) or []
+            found["alerts"] += [(line["step"], alert) for alert in raised]
+    return found
+
+
+def is_number(value):
+    return type(value) in (int, float)
 
 
 def series(metrics, tag):
-    """(steps, values) of the lines that hold `tag`, NaN and infinities among them: int64 (n,) and float64 (n,)."""
-    points = [(line["step"], line[tag]) for line in metrics if tag in line]
-    return np.array([step for step, _ in points], np.int64), np.array([value for _, value in points], np.float64)
+    """(steps, values) of the lines where `tag` is a number, NaN and infinities among them: int64 (n,) and float64 (n,)."""
+    points = [(line["step"], line[tag]) for line in metrics if is_number(line.get(tag))]
+    values = [math.copysign(math.inf, value) if abs(value) > 1e300 else value for _, value in points]  # whole numbers can be longer than a float
+    return np.array([step for step, _ in points], np.int64), np.array(values, np.float64)
 
 
 def median(values):
@@ -54,234 +115,453 @@ def median(values):
     return float(np.median(finite)) if len(finite) else math.nan
 
 
-def running_median(values, width):
-    """At each point the median of the `width` points around it, float64 (n,). Fewer at the ends: as many after a point as before it
-    at the start, where a loss falls fast and later points would pull it down; only earlier ones at the end."""
-    half = width // 2
-    return np.array([median(values[max(0, i - half):i + min(half, max(i, 2)) + 1]) for i in range(len(values))])
-
-
 def edge(values):
     """How many points at each end a first or last median is taken over: 25, or a quarter of a short run."""
     return min(25, len(values) // 4) or 1
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-def draw_loss(axis, metrics):
-    """Training loss as a thin line with its running median, evaluations as labelled points, steps without a finite loss as marks below."""
-    steps, losses = series(metrics, "train/loss")
-    finite = np.isfinite(losses)
-    draw_steps(axis, steps, losses, "training")
-    if not finite.all():
-        axis.plot(steps[~finite], np.full((~finite).sum(), 0.02), "x", color="black", markersize=5, transform=axis.get_xaxis_transform(), label="loss not finite")
-    draw_points(axis, *series(metrics, "eval/loss"), "evaluation", min)
-    axis.set(xlabel="step", ylabel="loss (nats a token)")
-    if axis.has_data():
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.2, columnspacing=1.2, handlelength=1.5, fontsize=9)  # beside the title, over no point
+def last_value(metrics, tag):
+    """The last finite value of `tag`, or None."""
+    values = series(metrics, tag)[1]
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else None
 
 
-def draw_steps(axis, steps, values, what):
-    """Every step as a thin line with its running median; a short run as points."""
-    if len(steps) < 20:
-        axis.plot(steps, values, color=TRAIN, linewidth=1.2, marker=".", label=what)
+def last_modules(metrics):
+    """(step, text) of the last adapters/modules, or None."""
+    return next(((line["step"], line["adapters/modules"]) for line in reversed(metrics) if isinstance(line.get("adapters/modules"), str)), None)
+
+
+def module_grid(text):
+    """(delta ratio, effective rank, step ratio, layers, projections) of an adapters/modules text.
+
+    The first three are float64 (projections, layers): NaN where there is no such module, the mean where there are several
+    (experts). Modules without a layer number are in layer "–".
+    """
+    values = {name: [float(v) if is_number(v) else math.nan for v in [*figures, None, None, None][:3]] for name, figures in json.loads(text).items()}
+    place = {name: ((re.search(r"\.(\d+)\.", name) or ["", "–"])[1], name.rpartition(".")[2]) for name in values}
+    layers = sorted({layer for layer, _ in place.values()}, key=lambda layer: (not layer.isdigit(), int(layer) if layer.isdigit() else 0))
+    projections = sorted({name for _, name in place.values()}, key=lambda name: (settings.PROJECTIONS + (name,)).index(name))
+    cells = {}
+    for name, where in place.items():
+        cells.setdefault(where, []).append(values[name])
+    grid = np.array([[np.mean(cells.get((layer, name), [[math.nan] * 3]), axis=0) for layer in layers] for name in projections])
+    return *(grid[:, :, i] for i in range(3)), layers, projections
+
+
+# -------------------------------------------------------------------------------------------------------- what happened
+
+def title_of(found):
+    """What was trained, in a few words."""
+    config, last = found["config"], found["metrics"][-1]["step"] if found["metrics"] else 0
+    model = pathlib.PurePath(str(config.get("model.path") or "model not recorded")).name
+    return ", ".join(filter(None, [model, str(config.get("model.quant", "")), count(last, "step")]))
+
+
+def summary(found):
+    """The run in some sentences, each only where the record holds what it takes."""
+    metrics, config = found["metrics"], found["config"]
+    if not metrics:
+        yield "The record holds no finished step: the run was stopped before its first, or has not come to it yet."
         return
-    width = max(9, min(101, len(steps) // 20)) | 1
-    axis.plot(steps, values, color=TRAIN, alpha=0.3, linewidth=0.7, label=what)
-    axis.plot(steps, running_median(values, width), color=TRAIN, linewidth=2, label=f"median of {width} steps")
-
-
-def draw_points(axis, steps, values, label, best):
-    """Evaluations as points; first, last and best carry their values, and so do all where they are few."""
-    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-    if not len(values):
-        return
-    axis.plot(steps, values, "o:", color=EVAL, linewidth=1, markersize=6, label=label)
-    labelled = range(len(values)) if len(values) <= 6 else sorted({0, values.tolist().index(best(values)), len(values) - 1})
-    for i in labelled:
-        axis.annotate(f"{values[i]:.3f}", (steps[i], values[i]), xytext=(0, 7), textcoords="offset points", ha="left" if i == 0 else "center", fontsize=9, fontweight="bold", color=EVAL,
-                      path_effects=[patheffects.withStroke(linewidth=3, foreground="white")])
-    axis.margins(y=0.12)
-
-
-def draw_norms(axis, metrics):
-    """Gradient norm before clipping, with the threshold it was clipped at."""
-    (steps, norms), (_, threshold) = series(metrics, "train/grad_norm"), series(metrics, "train/clip_threshold")
-    draw_steps(axis, steps, norms, "norm")
-    if np.isfinite(threshold).any():
-        axis.plot(steps, np.where(np.isfinite(threshold), threshold, np.nan), color="black", linestyle="--", linewidth=1, marker="_" if len(steps) == 1 else None, label="clipped above")
-    if len(steps):
-        axis.legend(loc="best", fontsize=9)
-    positive = norms[np.isfinite(norms)]
-    if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
-        axis.set_yscale("log")
-    else:
-        axis.set_ylim(bottom=0)
-
-
-def draw(metrics, title, path, loss_only=False):
-    """Write curves.png, or only its loss, to `path`."""
-    with plt.rc_context(STYLE):
-        if loss_only:
-            figure, loss = plt.subplots(figsize=(8, 4), layout="constrained")
-        else:
-            figure, axes = plt.subplot_mosaic([["loss"] * 3, ["accuracy", "rate", "norm"]], figsize=(11, 7.2), height_ratios=[1.5, 1], layout="constrained")
-            loss = axes["loss"]
-            draw_points(axes["accuracy"], *series(metrics, "eval/token_accuracy"), "evaluation", max)
-            draw_norms(axes["norm"], metrics)
-            steps, rates = series(metrics, "train/learning_rate")
-            axes["rate"].plot(steps, rates, color=TRAIN, marker="." if len(steps) < 20 else None)
-            axes["rate"].set_ylim(bottom=0)
-            axes["rate"].yaxis.set_major_formatter(lambda rate, _: f"{rate:.1e}".replace("e-0", "e-") if rate else "0")
-            for name, heading in (("accuracy", "token accuracy, evaluation"), ("rate", "learning rate"), ("norm", "gradient norm before clipping")):
-                axes[name].set(title=heading, xlabel="step")
-            if not axes["accuracy"].has_data():
-                axes["accuracy"].text(0.5, 0.5, "no evaluation recorded", transform=axes["accuracy"].transAxes, ha="center", color=GREY)
-        draw_loss(loss, metrics)
-        loss.set_title(title)
-        for axis in figure.axes:
-            axis.set_xlim(-0.03 * max(1, metrics[-1]["step"]), 1.03 * max(1, metrics[-1]["step"]))
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        figure.savefig(path)
-        plt.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
-
-def short(name):
-    """A file or model name without the folders of the machine it lay on."""
-    return "/".join(pathlib.PurePath(name).parts[-2:]) if name else "none"
-
-
-def title_of(config, metrics):
-    model = [pathlib.PurePath(config["model.path"]).name, config["model.quant"]] if config else ["model not recorded"]
-    return ", ".join([*model, f"{metrics[-1]['step']:,} step" + "s" * (metrics[-1]["step"] != 1)])
-
-
-def cell(text, longest=500):
-    """Text a model wrote as one table cell: cut, and nothing in it taken for Markdown or HTML."""
-    text = html.escape(text.strip()[:longest] + (" …" if len(text.strip()) > longest else ""), quote=False)
-    return re.sub(r"([\\`*_\[\]~$#])", r"\\\1", text).replace("|", "&#124;").replace("\r", "").replace("\n", "<br>") or "(nothing)"
-
-
-def table(head, rows):
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
-def remarks(metrics, config):
-    """What the record shows of the run's end and of its gaps, as sentences."""
-    steps, losses = series(metrics, "train/loss")
-    eval_steps, eval_losses = series(metrics, "eval/loss")
-    last, planned, epochs = metrics[-1]["step"], config.get("train.max_steps", 0), config.get("train.epochs", 0)
-    passed = series(metrics, "train/epoch")[1]
-    if planned:
-        yield f"{last:,} of {planned:,} planned steps are recorded." + ("" if last >= planned else " The run is not at its end: it goes on, was interrupted, or stopped early.")
-    elif epochs and len(passed):
-        yield f"{passed[-1]:.2f} of {epochs:g} planned epochs are recorded, in {last:,} steps."
-    else:
-        yield f"{last:,} steps are recorded; how many were planned is not."
-    if len(steps) < last:
-        yield f"{last - len(steps):,} of these steps have no line in the record."
+    if config.get("model.path"):
+        bits = {"none": "not quantised", "nf4": "in 4 bits (nf4)", "int8": "in 8 bits (int8)", "llm_int8": "in 8 bits (llm_int8)"}
+        rank = f" of rank {config['lora.r']}" if "lora.r" in config else ""
+        yield f"{pathlib.PurePath(str(config['model.path'])).name}, {bits.get(str(config.get('model.quant')), 'its bits not recorded')}, got LoRA adapters{rank}."
+    yield from extent(found)
+    (steps, losses), n = series(metrics, "train/loss"), edge(series(metrics, "train/loss")[1])
     if len(steps) < 8:
-        yield f"{len(steps)} training steps are too few to say whether the loss falls." if len(steps) != 1 else "One training step says nothing about whether the loss falls."
-    if not np.isfinite(losses).all():
-        bad = steps[~np.isfinite(losses)]
-        yield f"The training loss is not finite in {len(bad):,} of {len(steps):,} steps ({', '.join(map(str, bad[:5]))}{', …' if len(bad) > 5 else ''}); medians leave them out."
+        yield f"{count(len(steps), 'training step').capitalize()} cannot show whether the loss falls."
+    elif np.isfinite(losses).any():
+        yield f"The training loss {moved(median(losses[:n]), median(losses[-n:]))} nats a token (medians of the first and last {count(n, 'step')})."
+    yield from bad_steps(metrics)
+    yield from evaluated(metrics)
+    if found["alerts"]:
+        names = list(dict.fromkeys(str(alert.get("name")) for _, alert in found["alerts"]))
+        yield f"{count(len(found['alerts']), 'alert')} {'were' if len(found['alerts']) > 1 else 'was'} raised: {listed(names)}."
+    seconds, peak = np.nansum(series(metrics, "train/seconds")[1]), series(metrics, "train/peak_memory_gib")[1]
+    if seconds:
+        yield f"Its steps took {duration(seconds)}" + (f", with at most {np.nanmax(peak):.2f} GiB in use." if np.isfinite(peak).any() else ".")
+
+
+def extent(found):
+    """How long the run was, and how much of what was planned."""
+    metrics, config = found["metrics"], found["config"]
+    planned, epochs, samples = config.get("train.max_steps"), config.get("train.epochs"), series(metrics, "train/samples")[1]
+    last, epoch = metrics[-1]["step"], last_value(metrics, "train/epoch")
+    seen = "" if not epoch else f", {epoch:.2f} passes over the training rows" if epoch >= 0.9995 else f", {epoch:.1%} of the training rows"
+    yield f"{count(last, 'step')} of training " + (f"consumed {samples.sum():,.0f} samples" if len(samples) == last > 0 else "are recorded") + seen + "."
+    short_of = f"{planned:,} steps" if planned and is_number(planned) and last < planned else ""
+    if not planned and epochs and is_number(epochs) and (epoch or 0) < 0.999 * epochs:
+        short_of = f"{epochs:g} passes"
+    if short_of:
+        yield f"{short_of} were planned: the run goes on, was interrupted, or stopped early."
+    if not planned and not epochs:
+        yield "How many steps were planned is not recorded."
+    lacking = last - len(series(metrics, "train/loss")[0])
+    if lacking > 0:
+        yield f"{count(lacking, 'step')} of them {'have' if lacking > 1 else 'has'} no line with a loss in the record."
+
+
+def bad_steps(metrics):
+    """Steps that were not finite, not applied, or without any gradient."""
+    (steps, losses), norms = series(metrics, "train/loss"), series(metrics, "train/grad_norm")[1]
+    bad = steps[~np.isfinite(losses)]
+    if len(bad):
+        yield f"The training loss is not finite in {len(bad):,} of {count(len(steps), 'step')} ({listed(bad.tolist())}); medians leave them out."
     skipped = int(np.nansum(series(metrics, "train/skipped")[1]))
     if skipped:
-        yield f"{skipped:,} steps were not applied, so the weights did not move there."
-    zero = steps[series(metrics, "train/grad_norm")[1] == 0] if "train/grad_norm" in metrics[-1] else []
-    if len(zero):
-        yield f"The gradient norm is exactly 0 in {len(zero):,} steps: nothing was learnt there."
-    if not len(eval_steps):
+        yield f"{count(skipped, 'step')} {'were' if skipped > 1 else 'was'} not applied, so the weights did not move there."
+    if (norms == 0).any():
+        yield f"The gradient norm is exactly 0 in {(norms == 0).sum():,} of {count(len(norms), 'step')}: nothing was learnt there."
+
+
+def evaluated(metrics):
+    """What the evaluations say, against the untouched models too."""
+    steps, losses = series(metrics, "eval/loss")
+    if not len(losses):
         yield "There is no evaluation in the record, so it cannot say how the model does on rows that it was not trained on."
-    elif not np.isfinite(eval_losses).all():
-        yield f"The evaluation loss is not finite after step {', '.join(map(str, eval_steps[~np.isfinite(eval_losses)]))}."
-    elif len(eval_steps) == 1:
-        yield f"There is one evaluation, after step {eval_steps[0]}: it can be read, but nothing changed between two of them."
+        return
+    known = np.isfinite(losses)
+    if not known.all():
+        yield f"The evaluation loss is not finite after step {listed(steps[~known].tolist())}."
+    steps, losses = steps[known], losses[known]
+    if len(losses) == 1:
+        yield f"There is one finite evaluation, after step {steps[0]:,}: loss {losses[0]:.4f}. It takes two to see a change."
+    if len(losses) < 2:
+        return
+    accuracy = series(metrics, "eval/token_accuracy")[1]
+    put_first = len(accuracy) > 1 and np.isfinite(accuracy[[0, -1]]).all()
+    yield (f"On the evaluation rows, which it was not trained on, the loss {moved(losses[0], losses[-1])} from step {steps[0]:,} to {steps[-1]:,}"
+           + (f", and the share of tokens that the model puts first {moved(accuracy[0], accuracy[-1], '.1%')}." if put_first else "."))
+    if losses.argmin() != len(losses) - 1 and losses.min() < losses[-1]:
+        yield f"The lowest was {losses.min():.4f} after step {steps[losses.argmin()]:,}."
+    untouched = last_value(metrics, "eval/unquantised_loss")
+    if untouched is not None and steps[0] == 0:
+        damage, beyond = losses[0] - untouched, untouched - losses[-1]
+        yield (f"The untouched model, not quantised, has {untouched:.4f} there: "
+               + (f"{damage:.4f} nats of the fall undo what quantisation cost, and " if damage > 0 and beyond > 0 else "")
+               + (f"{beyond:.4f} lie beyond the original model." if beyond > 0 else f"the trained one is still {-beyond:.4f} above the original model."))
 
 
-def first_and_last(metrics):
-    """Rows of the table of figures: what, first, last, change, best."""
-    rows = []
-    for tag, what, form in (("train/loss", "training loss, nats a token", ".4f"), ("train/grad_norm", "gradient norm", ".3f"), ("train/tokens_per_second", "tokens a second", ",.0f")):
-        values = series(metrics, tag)[1]
+# ------------------------------------------------------------------------------------------------------------ sections
+
+def picture(pictures, name, words):
+    """The line that shows a picture, if it was drawn."""
+    return f"![{words}](plots/{name}.png)" if name in pictures else ""
+
+
+def verdict(found):
+    """The outcome with its criteria and reasons."""
+    given = found["verdict"]
+    if not given:
+        return "## No verdict\n\n" + prose("The run was not judged: there is no readable `verdict.json` in its folder.")
+    rows, reasons = [], []
+    for entry in [entry for entry in given.get("criteria") or [] if isinstance(entry, dict)]:
+        name, outcome = plain(entry.get("name", "?")), plain(entry.get("outcome", "?"))
+        both = is_number(entry.get("low")) and is_number(entry.get("high"))
+        rows.append([plain(entry.get("set", "–")), name, f"**{outcome}**", number(entry.get("threshold")), number(entry.get("measured")),
+                     f"{number(entry['low'])} to {number(entry['high'])}" if both else "–"])
+        reasons.append(prose(f"**{name}**, {outcome}: {plain(entry.get('reason') or 'no reason recorded')}", "- "))
+    return paragraphs(f"## Verdict: {plain(given.get('outcome', 'not stated'))}", prose(plain(given.get("reason") or "")),
+                      table(["set", "criterion", "outcome", "needed", "measured", "interval"], rows) if rows else "`verdict.json` holds no criteria.",
+                      "\n".join(reasons))
+
+
+def told(entry, times=""):
+    """A finding or an alert as an item of a list: evidence, cause and remedy below its name."""
+    lines = [prose(f"**{plain(entry.get('name', 'unnamed'))}** ({plain(entry.get('severity', 'severity not recorded'))}){times}", "- ")]
+    for label, key in (("Seen", "evidence"), ("Why it matters", "reason"), ("Likely cause", "cause"), ("Remedy", "remedy")):
+        if entry.get(key):
+            lines.append(prose(f"{label}: {plain(entry[key])}", "  - "))
+    return "\n".join(lines)
+
+
+def alerts(found):
+    """Alerts by name, each with its steps and what was seen at the first of them."""
+    if not found["alerts"]:
+        watched = any(key.startswith("alerts.") for key in found["config"])
+        return "No alert was raised." if watched else "None is in the record, and nothing says that any were watched for."
+    by_name = {}
+    for step, alert in found["alerts"]:
+        by_name.setdefault(str(alert.get("name")), []).append((step, alert))
+    again = lambda raised: f", and {len(raised) - 1:,} more up to step {raised[-1][0]:,}" if len(raised) > 1 else ""
+    return "\n".join(told(raised[0][1], f", step {raised[0][0]:,}" + again(raised)) for raised in by_name.values())
+
+
+def diagnosis(found):
+    """What health.py reads off the finished record, less what an alert told already."""
+    known, planned = {str(alert.get("name")) for _, alert in found["alerts"]}, found["config"].get("train.max_steps")
+    steps = health.to_record("metrics.jsonl", found["metrics"], planned_steps=planned if is_number(planned) else 0)
+    findings = [finding for finding in health.diagnose(steps) if finding.name not in known]
+    grave = [told(vars(finding)) for finding in findings if finding.severity in ("fault", "warning")]
+    notes = [prose(f"{plain(finding.name)}: {plain(finding.evidence)}", "- ") for finding in findings if finding.severity == "note"]
+    unjudged = [plain(finding.name) for finding in findings if finding.severity == "unjudged"]
+    return paragraphs("\n".join(grave) or "No fault and no reason for a warning was found" + (" beyond the alerts above." if known else "."),
+                      "\n".join(notes), prose(f"Not judged, for lack of data: {', '.join(unjudged)}.") if unjudged else "")
+
+
+def loss(found, pictures):
+    return picture(pictures, "loss", "training and evaluation loss by step")
+
+
+def evaluations(found, pictures):
+    """The evaluations as a picture and a table: some twelve, the first, best and last among them."""
+    metrics = found["metrics"]
+    lines = [line for line in metrics if is_number(line.get("eval/loss"))]
+    if not lines:
+        return ""
+    finite = [i for i in range(len(lines)) if math.isfinite(lines[i]["eval/loss"])]
+    best = min(finite, key=lambda i: lines[i]["eval/loss"]) if len(finite) > 1 else -1
+    kept = sorted({*np.linspace(0, len(lines) - 1, min(len(lines), 12)).round().astype(int).tolist(), max(best, 0)})
+    columns = {tag: column for tag, column in EVALUATION.items() if any(tag in line for line in lines)}
+    row = lambda label, values: [label, *(number(values.get(tag), form) for tag, (_, form, _) in columns.items())]
+    rows = [row(f"{lines[i]['step']:,}" + " (best)" * (i == best), lines[i]) for i in kept]
+    untouched = {"eval/loss": last_value(metrics, "eval/unquantised_loss"), "eval/token_accuracy": last_value(metrics, "eval/unquantised_token_accuracy")}
+    if untouched["eval/loss"] is not None:
+        rows.insert(0, row("not quantised, untouched", untouched | {"eval/perplexity": math.exp(min(untouched["eval/loss"], 700))}))
+    meaning = "; ".join(f"{name}: {words}" for name, _, words in columns.values() if words)
+    left_out = f"{len(lines) - len(kept)} of {len(lines)} evaluations are not listed. " if len(kept) < len(lines) else ""
+    return paragraphs(picture(pictures, "evaluation", "perplexity, token accuracy and measures of the samples by step"),
+                      table(["after step", *(name for name, _, _ in columns.values())], rows),
+                      prose(left_out + (meaning[:1].upper() + meaning[1:] + "." if meaning else "")))
+
+
+def samples(found):
+    """What the model wrote for the same prompts at the first and last sampling, side by side with the references."""
+    written = []
+    for line in found["metrics"]:
+        read = attempt(found["problems"], f"samples of step {line['step']}", entries, line["eval/samples"]) if "eval/samples" in line else None
+        written += [(line["step"], {str(sample.get("prompt")): sample for sample in read})] if read else []
+    if not written:
+        return ""
+    (first, before), (last, after) = written[0], written[-1]
+    cut = lambda text: str(text).strip()[:800]
+    text = lambda sample: (cut(sample.get("text", "")) or "(nothing)") + ("" if sample.get("stopped", True) else " … (did not stop)")
+    blocks = []
+    for prompt, sample in before.items():
+        columns = {f"before (step {first:,})" if first == 0 < last else f"after step {first:,}": text(sample)}
+        columns |= {f"after step {last:,}": text(after[prompt]) if prompt in after else "(not sampled)"} if last != first else {}
+        columns |= {"reference": cut(sample["reference"])} if sample.get("reference") else {}
+        blocks.append(side_by_side("prompt: " + cut(prompt), columns))
+    stops = [sum(bool(sample.get("stopped")) for sample in part.values()) for part in (before, after)]
+    head = (f"Greedy. Of {count(len(before), 'sample')}, {stops[0]} ended by {'itself' if stops[0] == 1 else 'themselves'} after step {first:,}"
+            + (f" and {stops[1]} after step {last:,}." if first != last else "; they were taken once."))
+    return paragraphs(prose(head), *blocks)
+
+
+def training(found, pictures):
+    """First and last figures of the steps, and the learning rate in words."""
+    rows, window = [], ""
+    for tag, what, form in (("train/loss", "loss, nats a token", ".4f"), ("train/grad_norm", "gradient norm before clipping", ".3f")):
+        values = series(found["metrics"], tag)[1]
         if len(values):
             n = edge(values)
             first, last = median(values[:n]), median(values[-n:])
-            window = f"median of {n} steps" if n > 1 else "single steps"
-            rows.append([f"{what} ({window})", f"{first:{form}}", f"{last:{form}}", f"{last - first:+{form}}" if len(values) > 1 else "–", ""])
-    for tag, what, best in (("eval/loss", "evaluation loss, nats a token", min), ("eval/perplexity", "perplexity", min), ("eval/token_accuracy", "token accuracy", max), ("eval/stop_rate", "share of samples that stop by themselves", max)):
-        steps, values = series(metrics, tag)
-        if len(values):
-            at = lambda i: f"{values[i]:.4f} (step {steps[i]:,})"
-            finite = [i for i in range(len(values)) if math.isfinite(values[i])]
-            rows.append([what, at(0), at(-1), f"{values[-1] - values[0]:+.4f}" if len(values) > 1 else "–", at(best(finite, key=lambda i: values[i])) if finite else "–"])
-    return rows
+            rows.append([what, number(first, form), number(last, form), number(last - first, "+" + form) if len(values) > 1 else "–"])
+            window = f"First and last are medians of {count(n, 'step')}." if n > 1 else "First and last are single steps."
+    if not rows:
+        return ""
+    steps, rates = series(found["metrics"], "train/learning_rate")
+    if len(rates) and len(rates) == steps[-1] and np.isfinite(rates).all():  # with steps missing, the sum would be another
+        window += (f" The learning rate has its peak of {rates.max():.3g} at step {steps[rates.argmax()]:,} and ends at {rates[-1]:.3g}; "
+                   f"over all steps it adds up to {rates.sum():.4g}.")
+    return paragraphs(picture(pictures, "steps", "learning rate and gradient norm by step"), table(["what", "first", "last", "change"], rows), prose(window))
 
 
-def resources(metrics, environment):
-    """Rows of the table of time, tokens, memory and machine."""
+def coverage(found, pictures):
+    """How much of the training rows was seen."""
+    seen = last_value(found["metrics"], "train/epoch")
+    if not seen:
+        return ""
+    times = f" at least {int(seen + 1e-3)} times" if seen >= 1.9995 else ""
+    return paragraphs(picture(pictures, "coverage", "share of the training rows seen"),
+                      prose(f"The run saw {seen:.1%} of its training rows; what was never seen taught nothing." if seen < 0.9995 else
+                            f"The run passed {seen:.2f} times over its training rows, so that every row was seen{times}."))
+
+
+def noise(found, pictures):
+    """The gradient noise scale, with what it means (McCandlish et al. 2018, section 2.2)."""
+    scale = series(found["metrics"], "train/noise_scale")[1]
+    usable = scale[np.isfinite(scale) & (scale > 0)]
+    if not len(usable):
+        return ""
+    late, batch = median(usable[len(usable) // 2:]), last_value(found["metrics"], "train/samples")
+    told = ("The gradient noise scale is the number of samples a step at which noise and signal in the gradient weigh the same: well below "
+            "it every doubling of the step saves nearly half of the steps, well above it nearly none (McCandlish et al. 2018). Its median "
+            f"over the second half of the run is {late:,.3g} samples.")
+    if batch:
+        told += f" A step has {batch:,.0f}: " + ("most of its gradient is noise, and larger steps would pay." if late > 2 * batch else
+                                                "smaller steps would learn as much from fewer samples." if late < 0.5 * batch else "about right.")
+    if len(usable) < len(scale):
+        told += f" {len(scale) - len(usable):,} of {len(scale):,} estimates were not positive and are left out."
+    return paragraphs(picture(pictures, "noise", "gradient noise scale and batch size by step"), prose(told))
+
+
+def adapters(found, pictures):
+    """How far the adapters moved the weights."""
+    last = last_modules(found["metrics"])
+    if not last:
+        return ""
+    ratio, rank, step_ratio, layers, projections = module_grid(last[1])
+    name = lambda place: f"{projections[place[0]]} of layer {layers[place[1]]}"
+    lines = []
+    if np.isfinite(ratio).any():
+        most, least = (np.unravel_index(pick(ratio), ratio.shape) for pick in (np.nanargmax, np.nanargmin))
+        lines.append(f"After step {last[0]:,} the adapters' update ΔW has {np.nanmean(ratio):.2%} of the size of its weight W (Frobenius norms, "
+                     f"mean over modules): most in {name(most)} ({ratio[most]:.2%}), least in {name(least)} ({ratio[least]:.2%}).")
+        if (ratio == 0).any():
+            lines.append(f"{count(int((ratio == 0).sum()), 'module')} never moved, among them {name(np.argwhere(ratio == 0)[0])}: look at the gradients there.")
+    if np.isfinite(rank).any():
+        available = found["config"].get("lora.r")
+        lines.append(f"The effective rank, the number of directions that an update really uses, is {np.nanmean(rank):.1f} on average"
+                     + (f", of {available} that the adapters could use." if is_number(available) else "."))
+    if np.isfinite(step_ratio).any():
+        size = np.nanmean(step_ratio)
+        lines.append(f"The update of a weight is {size:.2g} of the mean distance between neighbouring values of its quantised form: "
+                     + ("merged back into that form, much of it would be rounded away." if size < 0.5 else "it would survive in that form too."))
+    return paragraphs(picture(pictures, "adapters", "size and effective rank of every module's update"), prose(plain(" ".join(lines))))
+
+
+def proof(found):
+    """Measured against predicted change of the loss along the gradient."""
+    rows = []
+    for line in [line for line in found["metrics"] if is_number(line.get("proof/ratio"))][:12]:
+        ratio, tolerance = line["proof/ratio"], line.get("proof/tolerance")
+        agrees = "–" if not is_number(tolerance) else "yes" if abs(ratio - 1) <= tolerance else "**no**"
+        rows.append([f"{line['step']:,}", number(ratio, ".4f"), number(tolerance, ".4f") if is_number(tolerance) else "–", agrees])
+    return paragraphs(prose("Two forward passes, a little to either side along the gradient, measure how the loss changes, and the gradient predicts it: "
+                            "their ratio must be 1 within the tolerance of the precision, or the gradient is not that of this loss."),
+                      table(["after step", "measured / predicted", "tolerance", "agrees"], rows)) if rows else ""
+
+
+def forecast(found):
+    """What was said of the run before it began."""
+    given, rows = found["forecast"], []
+    if not given:
+        return ""
+    findings = [told(entry) for entry in given.get("findings") or [] if isinstance(entry, dict) and entry.get("name") != "forecast"]
+    for name, value in (given.get("figures") or {}).items():
+        what, form = FORECAST.get(name, (name.replace("_", " "), "{:.4g}"))
+        rows += [[plain(what), form.format(value)]] if is_number(value) else []
+    return paragraphs("\n".join(findings) or "Nothing was found against the run.", table(["forecast", "value"], rows) if rows else "")
+
+
+def resources(found, pictures):
+    """Time, tokens and memory."""
+    metrics = found["metrics"]
     total = lambda tag: np.nansum(series(metrics, tag)[1])
-    gpu, peak = environment.get("devices", []), series(metrics, "train/peak_memory_gib")[1]
+    peak, speed = series(metrics, "train/peak_memory_gib")[1], series(metrics, "train/tokens_per_second")[1]
     rows = [["time in steps", f"{total('train/seconds'):,.1f} s"], ["time in evaluations, without samples", f"{total('eval/seconds'):,.1f} s"],
             ["tokens trained on", f"{total('train/tokens'):,.0f}, of them supervised {total('train/supervised_tokens'):,.0f}"]]
+    if np.isfinite(speed).any():
+        rows.append(["tokens a second, median step", f"{median(speed):,.0f}"])
     if np.isfinite(peak).any():
-        rows.append(["most memory in use", f"{np.nanmax(peak):.2f} GiB of " + ("the GPU" if gpu else "the process (no GPU)")])
-    if environment:
-        rows.append(["machine", ", ".join([f"{d['name']} ({d['memory_gib']} GiB)" for d in gpu] + [f"{environment.get('cpu', 'CPU')}, {environment.get('cores', '?')} cores"])])
-        rows.append(["software", ", ".join([f"Python {environment.get('python', '?')}"] + [f"{name} {version}" for name, version in environment.get("packages", {}).items() if version])])
-    return rows
+        rows.append(["most memory in use", f"{np.nanmax(peak):.2f} GiB of " + ("the GPU" if found["environment"].get("devices") else "the process (no GPU)")])
+    return paragraphs(picture(pictures, "resources", "tokens a second and peak memory by step"), table(["what", "value"], rows))
 
 
-def samples_table(metrics):
-    """What the model wrote for the same prompts at the first and at the last recorded sampling."""
-    written = [(line["step"], json.loads(line["eval/samples"])) for line in metrics if "eval/samples" in line]
-    if not written:
-        return "No samples are in the record."
-    (first, before), (last, after) = written[0], written[-1]
-    after = {sample["prompt"]: sample for sample in after}
-    text = lambda sample: cell(sample["text"]) + ("" if sample["stopped"] else " *(did not stop)*") if sample else "–"
-    if first == last:
-        return f"Samples were taken once, after step {first:,}.\n\n" + table(["prompt", f"after step {first:,}", "reference"], [[cell(s["prompt"]), text(s), cell(s["reference"])] for s in before])
-    return table(["prompt", f"after step {first:,}", f"after step {last:,}", "reference"], [[cell(s["prompt"]), text(s), text(after.get(s["prompt"])), cell(s["reference"])] for s in before])
-
-
-def settings_table(config):
+def settings_table(found):
     """The settings that say what the run was, and every other one that is not at its default."""
-    defaults = settings.Config().flat()
-    shown = {key: short(value) if key.endswith((".path", ".train", ".eval", ".chat_template", ".prompts", ".init_from")) else json.dumps(value).strip('"') for key, value in config.items()}
-    return table(["key", "value"], [[f"`{key}`", f"`{shown[key]}`"] for key, value in config.items() if key in ALWAYS or defaults.get(key) != value])
+    config, defaults = found["config"], settings.Config().flat()
+    value = lambda key: short(config[key]) if key in PATHS else ", ".join(map(str, config[key])) if key == "lora.targets" and isinstance(config[key], list) else config[key]
+    rows = [[f"`{key}`", code(value(key))] for key in config if key in ALWAYS or defaults.get(key) != config[key]]
+    return table(["key", "value"], rows) if rows else ""
 
 
-def page(run, metrics, config, environment):
-    """The report as Markdown."""
-    return "\n\n".join([
-        f"# {pathlib.Path(run).resolve().name}", "\n".join(f"- {remark}" for remark in remarks(metrics, config)), "![loss, token accuracy, learning rate and gradient norm by step](curves.png)",
-        "## Figures", table(["what", "first", "last", "change", "best"], first_and_last(metrics)),
-        "## Samples, greedy", samples_table(metrics),
-        "## Time and memory", table(["what", "value"], resources(metrics, environment)),
-        "## Settings", settings_table(config) if config else "config.json is not there, so the settings are not known.",
-        f"Made of `metrics.jsonl` by `python report.py {short(run)}`."]) + "\n"
+def machine(found):
+    """What the run ran on."""
+    environment = found["environment"]
+    if not environment:
+        return ""
+    gpus = [f"{gpu.get('name')} ({gpu.get('memory_gib')} GiB)" for gpu in environment.get("devices") or []]
+    packages = [f"{name} {version}" for name, version in (environment.get("packages") or {}).items() if version]
+    cuda = [f"CUDA {environment['cuda']}"] if environment.get("cuda") else []
+    hardware = [*gpus, str(environment.get("cpu", "CPU not recorded")), f"{environment.get('cores', '?')} cores"]
+    return "\n".join([prose(f"Machine: {plain(', '.join(hardware))}.", "- "),
+                      prose(f"Software: {plain(', '.join(['Python ' + str(environment.get('python', '?')), *cuda, *packages]))}.", "- ")])
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+def draw(found, folder):
+    """Draw what the record holds into `folder`; the names of the pictures. One that cannot be drawn is told in the record's problems."""
+    import plots  # matplotlib is slow to import, and a page without pictures is better than none
+    metrics, config, drawn, problems = found["metrics"], found["config"], [], found["problems"]
+    of = lambda tag: series(metrics, tag)
+    has = lambda tag: len(of(tag)[0]) > 0
+    untouched, accuracy = last_value(metrics, "eval/unquantised_loss"), last_value(metrics, "eval/unquantised_token_accuracy")
+    measures = {"end by themselves": "eval/stop_rate", "repetition": "eval/repetition", "overlap with reference": "eval/overlap"}
+    (noise_steps, scale), modules, seen = of("train/noise_scale"), last_modules(metrics), last_value(metrics, "train/epoch")
+    usable = np.isfinite(scale) & (scale > 0)
+    planned = seen and (seen * config["train.max_steps"] / metrics[-1]["step"] if is_number(config.get("train.max_steps")) and config["train.max_steps"] else config.get("train.epochs"))
+    gpus = found["environment"].get("devices") or []
+    wanted = {  # name of the picture: what plots' function of that name is given, or nothing
+        "loss": metrics and (title_of(found), of("train/loss"), of("eval/loss"), untouched, sorted({step for step, _ in found["alerts"]})),
+        "evaluation": has("eval/loss") and (of("eval/perplexity"), of("eval/token_accuracy"), {what: of(tag) for what, tag in measures.items() if has(tag)},
+                                            (math.exp(min(untouched, 700)), accuracy) if None not in (untouched, accuracy) else None),
+        "steps": has("train/learning_rate") and (of("train/learning_rate"), of("train/grad_norm"), of("train/clip_threshold")),
+        "coverage": seen and (seen, planned if is_number(planned) else None),
+        "noise": usable.any() and ((noise_steps[usable], scale[usable]), of("train/samples")),
+        "adapters": modules and attempt(problems, "adapters/modules", lambda: (*module_grid(modules[1]), modules[0])),
+        "resources": has("train/tokens_per_second") and (of("train/tokens_per_second"), of("train/peak_memory_gib"), gpus[0].get("memory_gib") if len(gpus) == 1 else None, "GPU" if gpus else "process")}
+    folder.mkdir(exist_ok=True)
+    for name, given in wanted.items():
+        (folder / f"{name}.png").unlink(missing_ok=True)  # one of an earlier record
+        if given:
+            known = len(problems)
+            attempt(problems, f"picture of {name}", getattr(plots, name), folder / f"{name}.png", *given)
+            drawn += [name] if len(problems) == known else []
+    return drawn
+
+
+SECTIONS = {"Alerts": alerts, "Diagnosis of the record": diagnosis, "Loss": loss, "Evaluations": evaluations, "Generation samples": samples,
+            "Learning rate and gradient norm": training, "Coverage": coverage, "Gradient noise scale": noise, "Adapters": adapters,
+            "Gradient proof": proof, "Forecast": forecast, "Time and memory": resources, "Settings": settings_table, "Environment": machine}
+ILLUSTRATED = (loss, evaluations, training, coverage, noise, adapters, resources)
+
+
+def page(found, pictures):
+    """The report as Markdown. A section that the record holds nothing for is named at the end."""
+    problems, missing = found["problems"], []
+    parts = [f"# {plain(found['name'])}", attempt(problems, "title", lambda: plain(title_of(found)) + "."), attempt(problems, "verdict", verdict, found),
+             "## What happened", attempt(problems, "what happened", lambda: prose(plain(" ".join(summary(found)))))]
+    for heading, make in SECTIONS.items():
+        text = attempt(problems, heading, make, found, *[pictures] * (make in ILLUSTRATED))
+        missing += [heading.lower()] if text == "" else []
+        parts += [f"## {heading}", text] if text else []
+    gaps = [prose(f"Not in the record: {', '.join(missing)}.", "- ")] * bool(missing) + [prose(plain(problem), "- ") for problem in dict.fromkeys(problems)]
+    parts += ["## What this report cannot say", "\n".join(gaps)] if gaps else []
+    return paragraphs(*parts, f"Made of the run's record by `python report.py {found['name']}`.") + "\n"
+
+
+def write(run):
+    """Write RUN/report.md and the pictures in RUN/plots/. Returns their paths, report.md first.
+
+    Fails for no record, however strange: what cannot be said is named on the page. Raises ValueError if `run` is not a run's
+    folder, and OSError if the page cannot be written there.
+    """
+    run, found = pathlib.Path(run), read_run(run)
+    pictures = attempt(found["problems"], "pictures", draw, found, run / "plots") or []
+    (run / "report.md").write_text(page(found, pictures), encoding="utf-8", errors="replace")
+    return [run / "report.md", *(run / "plots" / f"{name}.png" for name in pictures)]
 
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        print(__doc__)
+        print(__doc__.strip())
         return 0
     words, flags, overrides = settings.command_line(argv, {"picture": ""})
     if len(words) != 1 or overrides:
         raise ValueError("give one run folder, as in: python report.py runs/approach1 [--picture FILE.png]")
-    run = pathlib.Path(words[0])
-    metrics, config, environment = read_run(run)
-    if flags["picture"]:
-        draw(metrics, title_of(config, metrics), flags["picture"], loss_only=True)
-        print(flags["picture"])
+    if not flags["picture"]:
+        print("\n".join(map(str, write(words[0]))))
         return 0
-    text = page(run, metrics, config, environment)
-    draw(metrics, title_of(config, metrics), run / "curves.png")
-    (run / "report.md").write_text(text, encoding="utf-8")
-    print(f"{run / 'report.md'}\n{run / 'curves.png'}")
+    import plots
+    found = read_run(words[0])
+    losses, evals = series(found["metrics"], "train/loss"), series(found["metrics"], "eval/loss")
+    plots.loss(pathlib.Path(flags["picture"]), title_of(found), losses, evals, last_value(found["metrics"], "eval/unquantised_loss"))
+    print(flags["picture"])
     return 0
 
 
