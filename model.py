@@ -205,7 +205,7 @@ def hidden_states(network, batch):
         given = {"inputs_embeds": fused.Start.apply(embedded, torch.zeros((), device=embedded.device, requires_grad=True))}
     out = network.get_decoder()(**given, position_ids=batch.position_ids[None], use_cache=False,
                                 cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, use_varlen=network.use_varlen)
-    return out.last_hidden_state[0]
+    return out.last_hidden_state.squeeze(0)
 
 
 def summed_loss(network, batch):
@@ -213,7 +213,7 @@ def summed_loss(network, batch):
 
     The one loss of training and evaluation; the caller divides by the number of supervised tokens of all it sums over.
     """
-    hidden = hidden_states(network, batch)[batch.rows]  # (S, width)
+    hidden = hidden_states(network, batch).index_select(0, batch.rows)  # (S, width)
     head = network.get_output_embeddings()
     return ChunkedCrossEntropy.apply(hidden, head.weight, getattr(head, "bias", None), batch.targets, network.loss_chunk, getattr(network.config, "final_logit_softcapping", None))
 
@@ -453,6 +453,41 @@ def recompute(network, layers, offload=False):
         if number < layers:
             layer.stored = plain
             layer.forward = lambda *args, plain=plain, **kwargs: checkpoint(plain, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs)
+
+
+class HostEmbedding(nn.Module):
+    """An embedding whose table lies in the host's memory: looked up there, and only the rows that are asked for are sent.
+
+    The table is no parameter, so that the network's device stays the one that it computes on.
+    """
+
+    def __init__(self, weight, device):
+        super().__init__()
+        self.weight, self.device = weight.detach().cpu(), device
+
+    def forward(self, ids):
+        """ids int64, any shape and device -> rows on the network's device."""
+        return self.weight[ids.cpu()].to(self.device, non_blocking=True)
+
+
+def embeddings_to_host(network):
+    """Move the embedding table to the host where it is no head too; that much of the device's memory becomes free. Returns whether it was done."""
+    table, head = network.get_input_embeddings(), network.get_output_embeddings()
+    if type(table) is not nn.Embedding or head.weight is table.weight:  # another kind scales or pads what it looks up
+        return False
+    network.set_input_embeddings(HostEmbedding(table.weight, network.device))
+    return True
+
+
+def drop_dequantized(network):
+    """Give up the kept copies of quantised weights: they are dequantised at each use from now on."""
+    network.adapter_memory.kept = None
+    for layer in network.get_decoder().layers:
+        for group in layer.forward.groups if isinstance(layer.forward, fused.FusedLayer) else ():
+            group.kept = None
+    for module in network.modules():
+        if isinstance(module, quant.FrozenWeight) and not isinstance(module, quant.PlainWeight):
+            module.kept = None
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters

@@ -33,6 +33,7 @@ import config as settings
 import data
 import eval as evaluation
 import graphs
+import memory
 import model
 import quant
 import record
@@ -69,10 +70,11 @@ def train(config, run, guard, resume, accept):
     scaler = {"scale": torch.tensor(65536.0 if fp16 else 1.0, device=device), "good_steps": torch.zeros((), device=device)}
     torch.manual_seed(config.train.seed)  # dropout's generator; the data order and the adapters' start have their own
 
-    plan = memory_plan(config, network, saved["state"]["plan"] if saved else {})
+    base_weights = quant.fingerprint(model.frozen(network))
+    plan = memory.plan(config, network, rows, saved["state"]["plan"] if saved else {})
     state = {"step": 0, "samples": 0, "tokens": 0, "supervised_tokens": 0, "norms": [], "nonfinite": 0, "skipped": 0, "line": {},
              "evaluated": -1, "best_step": None, "best_loss": None, "without_improvement": 0,
-             "plan": plan, "origin": origin(config, tokenizer, rows, eval_rows, network, plan), "accepted": []}
+             "plan": plan, "origin": origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
     if saved:
         state = restore(saved, resume, accept, state, adapters, moments, scaler, device)
     stopped_early = lambda: 0 < config.eval.patience <= state["without_improvement"]
@@ -80,8 +82,6 @@ def train(config, run, guard, resume, accept):
     if finished():
         print(f"finished already: {resume} is the end of the run")
         return conclude(run, state, max_steps)
-    model.recompute(network, plan["checkpoint_layers"])
-    rehearse(network, flat, rows, plan["max_tokens"])
 
     due = lambda every, step: step in (0, max_steps) or every > 0 and step % every == 0
     owed = due(config.eval.every_steps, state["step"]) and state["evaluated"] != state["step"]  # the first one, or one that was interrupted
@@ -249,7 +249,7 @@ def load_checkpoint(path):
     return saved
 
 
-def origin(config, tokenizer, rows, eval_rows, network, plan):
+def origin(config, tokenizer, rows, eval_rows, base_weights, plan):
     """What shapes a run's curve, by name: settings as they are, content as digests. Compared when the run is resumed.
 
     Evaluating, saving and logging do not shape it, nor does memory but for the packing; files may move, with their content.
@@ -258,21 +258,8 @@ def origin(config, tokenizer, rows, eval_rows, network, plan):
     sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
     shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(free[:5])}
     contents = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
-                "chat template": sha(tokenizer.chat_template or ""), "base weights": quant.fingerprint(model.frozen(network))}
+                "chat template": sha(tokenizer.chat_template or ""), "base weights": base_weights}
     return shaping | {name: digest[:16] for name, digest in contents.items()} | {"memory.max_tokens": plan["max_tokens"]}
-
-
-def memory_plan(config, network, before):
-    """How windows are packed and how many layers are recomputed: as the settings say, else as `before`, else chosen from the device."""
-    on_gpu = network.device.type == "cuda"
-    max_tokens = config.memory.max_tokens or before.get("max_tokens") or (8192 if on_gpu else 2048)
-    layers = config.memory.checkpoint_layers if config.memory.checkpoint_layers >= 0 else before.get("checkpoint_layers")
-    if layers is None:
-        inputs = sum(module.in_features + module.out_features for module in network.modules() if isinstance(module, model.AdaptedLinear))
-        activations = 2 * max_tokens * inputs * 2  # bytes: what the projections keep, twice for what lies between them
-        layers = len(network.get_decoder().layers) if on_gpu and activations > 0.7 * model.free_memory(network.device) else 0
-    why_not = "memory.graphs is no" if config.memory.graphs == "no" else graphs.serves(network, layers)
-    return {"max_tokens": max_tokens, "checkpoint_layers": layers, "graphs": not why_not, "why_no_graphs": why_not}
 
 
 def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
@@ -352,28 +339,10 @@ def introduce(config, run, rows, eval_rows, network, state, max_steps, total_sam
     print(f"network    {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
     for part, (dtypes, size) in model.memory_table(network).items():
         print(f"           {size / 2**20:>9,.1f} MiB  {part} ({', '.join(sorted(dtypes))})")
-    print(f"packing    up to {state['plan']['max_tokens']:,} tokens a micro-batch, {state['plan']['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed\n"
+    plan = state["plan"]
+    print(f"packing    up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed"
+          + (", their inputs on the host" if plan["offload"] else "") + (", embeddings on the host" if plan["host_embeddings"] else "") + f"\n           ({plan['why']})\n"
           f"           {network.fused_layers} layers fused, " + ("replayed as CUDA graphs\n" if state["plan"]["graphs"] else f"no CUDA graphs: {state['plan']['why_no_graphs']}\n"), flush=True)
-
-
-def rehearse(network, flat, rows, max_tokens):
-    """Forward and backward over the longest rows, before step 1 and on a GPU: what does not fit fails now, not late in the run."""
-    if network.device.type != "cuda":
-        return
-    lengths = rows.offsets[1:] - rows.offsets[:-1]
-    longest, total = [], 0
-    for i in lengths.argsort(kind="stable")[::-1].tolist():
-        if longest and total + lengths[i] > max_tokens:
-            break
-        longest.append(i)
-        total += lengths[i]
-    with torch.random.fork_rng(devices=[network.device]):
-        try:
-            for batch in data.pack(rows, longest, max_tokens):
-                model.summed_loss(network, batch.to(network.device))[0].backward()
-        except torch.cuda.OutOfMemoryError:
-            raise ValueError(f"memory: {total:,} tokens in one micro-batch do not fit on the GPU; lower memory.max_tokens (now {max_tokens}) or raise memory.checkpoint_layers") from None
-    flat.grad.zero_()
 
 
 # -------------------------------------------------------------------------------------------------- pieces of the loop

@@ -2,8 +2,8 @@
 
     python bench/speed.py A [B C D E ...] [--steps=25] [--work=/tmp/bench] [--gsm8k=FILE.npz] [--tldr=FILE.npz] [--section.key=value ...]
 
-    A   8B shape, 2048-token rows, 16 a step, nothing recomputed      B   the same, memory-frugal (every layer recomputed)
-    B12 the same within 12 GiB                                        C   the same in int8, every layer recomputed
+    A   8B shape, 2048-token rows, 16 a step, within 60 GiB           B   the same within 8.1 GiB
+    B12 the same within 12 GiB                                        C   the same in int8 within 14 GiB
     D   8B shape, GSM8K rows, 16 a step                               E   135M shape, tldr rows, 32 a step
     F   135M shape on a CPU, 256-token rows, 4 a step (for timings beside PEFT see bench/cpu.py)
 
@@ -28,11 +28,11 @@ SHAPES = {
     "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
 }
 CASES = {  # shape, rows, samples a step, settings
-    "A": ("8b", "random 2048", 16, {"memory.checkpoint_layers": 0, "memory.max_tokens": 8192}),
-    "B": ("8b", "random 2048", 16, {"memory.checkpoint_layers": 32, "memory.max_tokens": 4096}),
-    "B12": ("8b", "random 2048", 16, {"memory.checkpoint_layers": 32, "memory.max_tokens": 16384}),
-    "C": ("8b", "random 2048", 16, {"memory.checkpoint_layers": 32, "memory.max_tokens": 8192, "model.quant": "int8"}),
-    "D": ("8b", "gsm8k", 16, {"memory.checkpoint_layers": 0, "memory.max_tokens": 8192}),
+    "A": ("8b", "random 2048", 16, {"memory.budget_gib": 60}),
+    "B": ("8b", "random 2048", 16, {"memory.budget_gib": 8.1}),
+    "B12": ("8b", "random 2048", 16, {"memory.budget_gib": 12}),
+    "C": ("8b", "random 2048", 16, {"memory.budget_gib": 14, "model.quant": "int8"}),
+    "D": ("8b", "gsm8k", 16, {}),
     "E": ("135m", "tldr", 32, {}),
     "F": ("135m", "random 256", 4, {"memory.max_tokens": 1024}),
 }
@@ -104,11 +104,12 @@ def measure(case, steps, work, npz, overrides):
     quartiles = statistics.quantiles(timed, n=4) if len(timed) > 3 else [min(timed), 0, max(timed)]
     s = statistics.median(timed)
     environment = json.loads((run / "environment.json").read_text())
+    plan = json.loads(max(run.glob("checkpoints/step-*/state.json")).read_text())["plan"]
     return {"case": case, "who": "rawlora", "tokens_per_second": round(real_tokens / s), "samples_per_second": round(samples / s, 1),
             "supervised_tokens_per_second": round(statistics.mean(line["train/supervised_tokens"] for line in lines) / s), "step_seconds": round(s, 5),
             "step_seconds_quartiles": [round(quartiles[0], 5), round(quartiles[-1], 5)], "timed_steps": len(timed), "first_steps_seconds": [round(x, 2) for x in seconds[:3]],
             "peak_memory_gib": round(max(line["train/peak_memory_gib"] for line in lines), 2), "process_seconds": round(time.perf_counter() - began, 1),
-            "settings": settings | given, "device": (environment["devices"] or [{"name": environment["cpu"]}])[0]["name"], "versions": environment["packages"]}
+            "settings": settings | given, "plan": plan, "device": (environment["devices"] or [{"name": environment["cpu"]}])[0]["name"], "versions": environment["packages"]}
 
 
 def real_token_count(rows):

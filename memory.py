@@ -1,0 +1,188 @@
+"""What fits: how many tokens a micro-batch holds and how many layers are recomputed, from a probe of the device before step 1.
+
+The probe runs forward and backward passes of two small micro-batches, everything stored and everything recomputed, and reads the
+peak of the GPU's memory. That peak grows in a straight line with the tokens, so four readings tell it for every size between; the
+fastest choice that fits is taken, and tried on the longest rows before step 1. What the user set stays as set, and so does the plan
+of a run that goes on. Leaves out: the host's memory (on a CPU the sizes are fixed), and graphs' own pools, which small models have.
+"""
+
+import time
+
+import torch
+
+import data
+import graphs
+import model
+
+MARGIN = 0.94            # of the memory is planned for: the allocator cannot use every gap
+SIZES = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384)  # tokens; beyond, matrix products gain nothing
+RECOMPUTED = 0.30        # a recomputed layer's extra time: its forward pass without the last product, of forward + backward
+DEQUANTISED = 250        # tokens: a layer's weights are dequantised in the time in which about so many tokens are computed
+OFFLOADED = 0.01         # copies beside the products slow them a little
+
+
+def plan(config, network, rows, before):
+    """How windows are packed and which layers are recomputed; puts the network into that state. `before`: a saved run's plan, or {}.
+
+    Returns {"max_tokens", "checkpoint_layers", "keep_dequantized", "offload", "host_embeddings", "graphs", "why_no_graphs", "why"}.
+    What the probe chose is tried on the longest rows, and chosen again with less memory where that does not fit.
+    Raises ValueError with the remedy where nothing fits.
+    """
+    asked, layers = config.memory, len(network.get_decoder().layers)
+    kept = any(module.kept is not None for module in network.modules() if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight))
+    if network.device.type == "cuda" and asked.budget_gib:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, asked.budget_gib * 2**30 / torch.cuda.get_device_properties(network.device).total_memory))
+    max_tokens = asked.max_tokens or before.get("max_tokens")
+    checkpoint_layers = min(layers, asked.checkpoint_layers) if asked.checkpoint_layers >= 0 else before.get("checkpoint_layers")
+    chosen = {"max_tokens": max_tokens, "checkpoint_layers": checkpoint_layers, "keep_dequantized": kept and before.get("keep_dequantized", True),
+              "offload": before.get("offload", asked.offload == "yes"), "host_embeddings": before.get("host_embeddings", asked.offload == "yes")}
+    if network.device.type != "cuda":
+        chosen |= {"max_tokens": max_tokens or 2048, "checkpoint_layers": checkpoint_layers or 0, "offload": False, "host_embeddings": False, "why": "fixed on a CPU"}
+    elif max_tokens and checkpoint_layers is not None:
+        chosen["why"] = "as set" if not before else "as the run began"
+    else:
+        window = max(config.samples_per_step, *(samples for _, samples in config.schedule.batch_points), 1) if config.schedule.batch_points else config.samples_per_step
+        lengths = rows.offsets[1:] - rows.offsets[:-1]
+        sizes = [max_tokens] if max_tokens else sizes_for(int(window * lengths.mean() * 1.3), int(lengths.max()))
+        found, limit = probe(network, kept), room(network.device, asked.budget_gib)
+        for less in (1.0, 0.9, 0.8, 0.7):
+            chosen |= best(choices(found, sizes, checkpoint_layers, asked, limit * less), limit * less)
+            apply(network, chosen)
+            if longest_fits(network, rows, chosen["max_tokens"]):
+                break
+    apply(network, chosen)
+    if not longest_fits(network, rows, chosen["max_tokens"]):
+        raise ValueError(f"memory: a micro-batch of the longest rows does not fit on the GPU; lower memory.max_tokens (now {chosen['max_tokens']:,}) or data.max_length (the longest row has "
+                         f"{int((rows.offsets[1:] - rows.offsets[:-1]).max()):,} tokens), or raise memory.checkpoint_layers (now {chosen['checkpoint_layers']})")
+    why_not = "memory.graphs is no" if asked.graphs == "no" else graphs.serves(network, chosen["checkpoint_layers"])
+    return chosen | {"graphs": not why_not, "why_no_graphs": why_not}
+
+
+def apply(network, chosen):
+    """Recompute, offload and give up copies as `chosen` says."""
+    if not chosen["keep_dequantized"]:
+        model.drop_dequantized(network)
+    if chosen["host_embeddings"]:
+        chosen["host_embeddings"] = model.embeddings_to_host(network)
+    model.recompute(network, chosen["checkpoint_layers"], chosen["offload"] and chosen["checkpoint_layers"] > 0)
+
+
+def longest_fits(network, rows, max_tokens):
+    """Whether forward and backward pass over the longest rows fit: what does not fails now, not late in the run. True on a CPU."""
+    if network.device.type != "cuda":
+        return True
+    lengths = rows.offsets[1:] - rows.offsets[:-1]
+    longest, total = [], 0
+    for i in lengths.argsort(kind="stable")[::-1].tolist():
+        if longest and total + lengths[i] > max_tokens:
+            break
+        longest.append(i)
+        total += lengths[i]
+    try:
+        with torch.random.fork_rng(devices=[network.device]):
+            for batch in data.pack(rows, longest, max_tokens):
+                model.summed_loss(network, batch.to(network.device))[0].backward()
+        fits = True
+    except torch.cuda.OutOfMemoryError:
+        fits = False
+    network.adapter_memory.flat.grad.zero_()
+    torch.cuda.empty_cache()
+    return fits
+
+
+def rehearse(network, window, forward_backward):
+    """Run the first window once for its time, changing nothing. Returns {"seconds", "tokens"} of it.
+
+    window: micro-batches; forward_backward: train.py's own, called before for what is compiled or recorded at the first use.
+    """
+    device, flat = network.device, network.adapter_memory.flat
+    weight = torch.tensor(0.0, device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for _ in range(3 if device.type == "cuda" else 1):
+            began = time.perf_counter()
+            for batch in window:
+                forward_backward(batch, weight)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    flat.grad.zero_()
+    return {"seconds": time.perf_counter() - began, "tokens": sum(len(batch.input_ids) for batch in window)}
+
+
+def room(device, budget_gib):
+    """Bytes that tensors of this process may take in all, those that are there included."""
+    free, total = torch.cuda.mem_get_info(device)
+    usable = free + torch.cuda.memory_reserved(device)
+    return min(usable, budget_gib * 2**30 or usable) * MARGIN
+
+
+def sizes_for(window_tokens, longest):
+    """Micro-batch sizes worth thinking about for windows of about so many tokens, each holding the longest row at least."""
+    useful = [size for size in SIZES if size < window_tokens] + [size for size in SIZES if size >= window_tokens][:1]
+    return sorted({max(size, longest) for size in useful})
+
+
+def probe(network, kept):
+    """{"base": bytes that are there, "stored", "recomputed": (bytes at no token, bytes a token) of the peak above, ...}, measured."""
+    layers = len(network.get_decoder().layers)
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    found = {"layers": layers, "base": base, "input": network.config.hidden_size * network.get_input_embeddings().weight.itemsize}
+    for name, count in (("stored", 0), ("recomputed", layers)):
+        model.recompute(network, count)
+        peak_bytes(network, 256)  # compiles, and fills what is cached
+        small, large = peak_bytes(network, 1024), peak_bytes(network, 2048)
+        slope = max(0, (large - small) / 1024)
+        found[name] = max(0.0, small - base - 1024 * slope), slope
+    weights = [module for module in network.modules() if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight)]
+    itemsize = network.get_input_embeddings().weight.itemsize
+    found["kept"] = sum(weight.in_features * weight.out_features for weight in weights) * itemsize if kept else 0
+    table = network.get_input_embeddings().weight
+    found["table"] = table.numel() * itemsize if table is not network.get_output_embeddings().weight else 0
+    found["dequantised"] = bool(weights)
+    return found
+
+
+def peak_bytes(network, tokens):
+    """The peak of allocated memory in a forward and backward pass of so many tokens, every one supervised."""
+    flat, device = network.adapter_memory.flat, network.device
+    ids = torch.arange(tokens) % min(1000, len(network.get_input_embeddings().weight))
+    batch = data.MicroBatch(input_ids=ids, position_ids=torch.arange(tokens), cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32), max_seqlen=tokens,
+                            rows=torch.arange(tokens - 1), targets=ids[1:], document=torch.zeros(tokens - 1, dtype=torch.int64), samples=[0])
+    torch.cuda.reset_peak_memory_stats()
+    with torch.random.fork_rng(devices=[device]):
+        model.summed_loss(network, batch.to(device))[0].backward()
+    flat.grad.zero_()
+    return torch.cuda.max_memory_allocated()
+
+
+def choices(found, sizes, checkpoint_layers, asked, limit):
+    """Every combination that might serve, as dicts with "bytes" and relative "cost" a token; pure arithmetic on `found` (see probe)."""
+    layers, (c0, s0), (c1, s1) = found["layers"], found["stored"], found["recomputed"]
+    for tokens in sizes:
+        for kept in (True, False) if found["kept"] and asked.keep_dequantized == "auto" else (bool(found["kept"]),):
+            for offload in {"auto": (False, True), "yes": (True,), "no": (False,)}[asked.offload]:
+                base = found["base"] - (0 if kept else found["kept"]) - offload * found["table"]
+                more = [count for count in range(layers + 1) if checkpoint_layers in (None, count)]
+                for count in more:
+                    share = count / layers
+                    size = base + c0 + (c1 - c0) * share + tokens * (s0 + (s1 - s0) * share)
+                    if offload and count:
+                        size -= (tokens * found["input"]) * max(0, count - 3)  # a few are on their way at any time
+                    cost = (1 + RECOMPUTED * share) * (1 + (0 if kept or not found["dequantised"] else DEQUANTISED * (1 + 0.5 * share)) / tokens + 32 / tokens) * (1 + OFFLOADED * offload)
+                    yield {"max_tokens": tokens, "checkpoint_layers": count, "keep_dequantized": kept, "offload": offload and count > 0, "host_embeddings": offload, "bytes": size, "cost": cost}
+                    if size <= limit:
+                        break  # more recomputation would only be slower
+
+
+def best(candidates, limit):
+    """The cheapest candidate that fits `limit` bytes. ValueError where none does, with what the smallest would take."""
+    candidates = list(candidates)
+    fitting = [candidate for candidate in candidates if candidate["bytes"] <= limit]
+    if not fitting:
+        least = min(candidates, key=lambda candidate: candidate["bytes"])
+        raise ValueError(f"memory: {limit / 2**30:.1f} GiB are not enough: with {least['max_tokens']:,} tokens a micro-batch and {least['checkpoint_layers']} layers recomputed "
+                         f"the run would take {least['bytes'] / 2**30:.1f} GiB; give it more memory (memory.budget_gib), shorter rows (data.max_length), fewer bits (model.quant) or a smaller model")
+    chosen = min(fitting, key=lambda candidate: (candidate["cost"], candidate["bytes"]))
+    chosen["why"] = f"probe: {chosen.pop('bytes') / 2**30:.1f} of {limit / 2**30:.1f} GiB expected"
+    chosen.pop("cost")
+    return chosen
