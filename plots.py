@@ -41,11 +41,14 @@ def sheet(path, rows=1, columns=1, height=3.0):
 
 
 def running_median(values, width, at):
-    """At each of the indices `at` the median of the finite ones among the `width` values around it, float64 (len(at),). Fewer at the ends: as many
-    after a point as before it at the start, where a loss falls fast and later points would pull it down; only earlier ones at the end."""
+    """At each of the indices `at` the median of the finite ones among the `width` values around it, float64 (len(at),).
+
+    Fewer at the ends: as many after a point as before it at the start, where a loss falls fast and later points would pull
+    it down; only earlier ones at the end. NaN where most of them are not finite.
+    """
     half, finite = width // 2, np.where(np.isfinite(values), values, np.nan)
     windows = (finite[max(0, i - half):i + min(half, max(i, 2)) + 1] for i in at)
-    return np.array([np.median(kept) if len(kept := window[~np.isnan(window)]) else np.nan for window in windows])
+    return np.array([np.median(kept) if 2 * len(kept := window[~np.isnan(window)]) >= len(window) else np.nan for window in windows])
 
 
 def bounds(values):
@@ -68,8 +71,12 @@ def trim(axis, series, at_least=()):
     axis.set_ylim(low - margin, high + margin)
     beyond = np.isfinite(values) & ((values > high) | (values < low))
     if beyond.any():
-        axis.plot(steps[beyond], np.full(beyond.sum(), 0.985), "^", color=ALARM, markersize=6, transform=axis.get_xaxis_transform(), clip_on=False,
-                  label=f"{beyond.sum():,} beyond the scale, up to {np.max(np.abs(values[beyond])):.3g}")
+        marks(axis, steps[beyond], "^", ALARM, f"{beyond.sum():,} beyond the scale, up to {np.max(np.abs(values[beyond])):.3g}", height=0.985)
+
+
+def marks(axis, steps, mark, color, label, height=0.02):
+    """A mark at each of `steps`, at a share of the panel's height, whatever the scale."""
+    axis.plot(steps, np.full(len(steps), height), mark, color=color, markersize=5, transform=axis.get_xaxis_transform(), clip_on=False, label=label)
 
 
 def x_axis(axis, last, ticks=10):
@@ -88,7 +95,7 @@ def draw_steps(axis, series, what):
     width = max(9, min(101, len(steps) // 20)) | 1
     at = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MEDIANS)).astype(int))
     axis.plot(steps, values, color=TRAIN, alpha=0.35, linewidth=0.7, label=what)
-    axis.plot(steps[at], running_median(values, width, at), color=TRAIN, linewidth=2, label=f"median of {width} steps")
+    axis.plot(steps[at], running_median(values, width, at), color=TRAIN, linewidth=2, label=f"running median of {width}")
 
 
 def draw_points(axis, series, label, best, form=".3f", few=0):
@@ -102,7 +109,8 @@ def draw_points(axis, series, label, best, form=".3f", few=0):
     labelled = range(len(values)) if len(values) <= few else sorted({0, *between, len(values) - 1})
     for i in labelled:
         side = "left" if i == 0 else "right" if i == len(values) - 1 and i else "center"
-        axis.annotate(f"{values[i]:{form}}", (steps[i], values[i]), xytext=(0, 7), textcoords="offset points", ha=side, fontsize=9, fontweight="bold", color=EVAL, path_effects=HALO)
+        axis.annotate(f"{values[i]:{form}}", (steps[i], values[i]), xytext=(0, 7), textcoords="offset points", ha=side, fontsize=9,
+                      fontweight="bold", color=EVAL, path_effects=HALO)
     axis.margins(y=0.15)
 
 
@@ -122,9 +130,9 @@ def draw_loss(axis, train, evals, untouched=None, alerts=()):
         axis.axhline(untouched, color=GREY, linestyle="--", linewidth=1.2, label=f"untouched model, not quantised: {untouched:.3f}")
     trim(axis, train, [value for value in [*evals[1], untouched] if value is not None and math.isfinite(value)])
     if not finite.all():
-        axis.plot(steps[~finite], np.full((~finite).sum(), 0.02), "x", color="black", markersize=5, transform=axis.get_xaxis_transform(), label="loss not finite")
+        marks(axis, steps[~finite], "x", "black", "loss not finite")
     if len(alerts):
-        axis.plot(alerts, np.full(len(alerts), 0.02), "D", color=ALARM, markersize=5, transform=axis.get_xaxis_transform(), label="alert")
+        marks(axis, alerts, "D", ALARM, "alert")
     axis.set_ylabel("loss (nats a token)")
     x_axis(axis, max([0, *steps, *evals[0]]))
 
@@ -143,8 +151,12 @@ def evaluation(path, perplexity, accuracy, samples, untouched=None):
         if untouched:
             axes[0].axhline(untouched[0], color=GREY, linestyle="--", linewidth=1.2, label="untouched model, not quantised")
             axes[1].axhline(untouched[1], color=GREY, linestyle="--", linewidth=1.2, label="untouched model, not quantised")
-        for axis, (title, unit) in zip(axes, (("perplexity, evaluation rows", "perplexity"), ("token accuracy, evaluation rows", "share of tokens put first"), ("generation samples", "share"))):
+        titles = ("perplexity, evaluation rows", "token accuracy, evaluation rows", "generation samples")
+        for axis, title, unit in zip(axes, titles, ("perplexity", "share of tokens put first", "share")):
             axis.set(title=title, ylabel=unit)
+        for axis, (_, values) in zip(axes, (perplexity, accuracy)):
+            if not np.isfinite(values).any():
+                nothing(axis, "not in the record")
         values = perplexity[1][np.isfinite(perplexity[1]) & (perplexity[1] > 0)]
         if len(values) and values.max() > 20 * values.min():
             axes[0].set_yscale("log")
@@ -163,19 +175,20 @@ def draw_norms(axis, norms, threshold):
     draw_steps(axis, norms, "norm before clipping")
     positive = values[np.isfinite(values) & (values > 0)]
     limits = dict(zip(threshold[0].tolist(), threshold[1].tolist()))
-    pairs = [(step, norm, limits[step]) for step, norm in zip(steps.tolist(), values.tolist()) if math.isfinite(limits.get(step, math.nan)) and math.isfinite(norm)]
-    lines = []
-    if pairs:
-        share = sum(norm > limit for _, norm, limit in pairs) / len(pairs)
-        lines = [limit for *_, limit in pairs]
-        axis.plot([step for step, *_ in pairs], lines, color="black", linestyle="--", linewidth=1.1, marker="_" if len(pairs) == 1 else None, label=f"clipped above ({share:.0%} of the steps were)")
+    limit = np.array([limits.get(step, math.nan) for step in steps.tolist()])
+    both = np.isfinite(limit) & np.isfinite(values)
+    if both.any():
+        share = (values[both] > limit[both]).mean()
+        axis.plot(steps[both], limit[both], color="black", linestyle="--", linewidth=1.1, marker="_" if both.sum() == 1 else None,
+                  label=f"clipped above ({share:.0%} of the steps were)")
     if len(positive) and positive.max() > 20 * positive.min():
         axis.set_yscale("log")
     else:
-        trim(axis, norms, [0.0, *lines])
+        trim(axis, norms, [0.0, *limit[both]])
+        axis.set_ylim(0, axis.get_ylim()[1] if len(positive) else 1)
     zeros = steps[values == 0]
     if len(zeros):
-        axis.plot(zeros, np.full(len(zeros), 0.02), "x", color=ALARM, markersize=5, transform=axis.get_xaxis_transform(), label=f"exactly 0 ({len(zeros):,} steps)")
+        marks(axis, zeros, "x", ALARM, f"exactly 0 ({len(zeros):,} steps)")
 
 
 def steps(path, rates, norms, threshold):
@@ -219,7 +232,8 @@ def adapters(path, ratio, rank, step_ratio, layers, projections, step):
     module. step_ratio is not drawn."""
     with sheet(path, rows=2, height=2 * max(2.0, 1.1 + 0.24 * len(projections))) as axes:
         red = "; red: exactly 0" if (ratio == 0).any() else ""
-        heat(axes[0], 100 * ratio, layers, projections, f"size of the update against its weight, after step {step:,}{red}", "‖ΔW‖ / ‖W‖ (%)", "{:.2g}")
+        title = f"size of the update against its weight, after step {step:,}{red}"
+        heat(axes[0], 100 * ratio, layers, projections, title, "‖ΔW‖ / ‖W‖ (%)", "{:.2g}")
         heat(axes[1], rank, layers, projections, "effective rank of the update", "directions", "{:.3g}")
 
 
@@ -233,9 +247,10 @@ def coverage(path, seen, planned=None):
         axis.barh(0, seen, color=TRAIN)
         for epoch in range(1, end if end <= 60 else 0):
             axis.axvline(epoch, color="#bbbbbb" if epoch > seen else "white", linewidth=0.8)
-        axis.set(yticks=[], xlim=(0, 1.002 * end), xlabel="passes over the training rows (epochs)",
-                 title=(f"{seen:.1%} of the training rows were seen" if seen < 0.9995 else f"{seen:.2f} passes over the training rows") + (f", of {planned:.2f} planned" if planned and planned > 1.005 * seen else ""))
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=end > 5))
+        title = f"{seen:.1%} of the training rows were seen" if seen < 0.9995 else f"{seen:.2f} passes over the training rows"
+        title += f", {planned:.2f} passes were planned (hatched)" if planned and planned > 1.005 * seen else ""
+        axis.set(yticks=[], xlim=(0, 1.002 * end), xlabel="passes over the training rows (epochs)", title=title)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=end > 5, steps=[1, 2, 2.5, 5, 10]))
         axis.grid(False)
         axis.spines["left"].set_visible(False)
 
@@ -246,7 +261,8 @@ def noise(path, scale, batch):
         axis.plot(*scale, ".", color=EVAL, markersize=5, alpha=0.6 if len(scale[0]) > 50 else 1.0, label="gradient noise scale")
         if len(scale[0]) >= 20:
             at = np.arange(len(scale[0]))
-            axis.plot(scale[0], running_median(scale[1], max(9, len(at) // 10) | 1, at), color=EVAL, linewidth=2, label="its running median")
+            smooth = running_median(scale[1], max(9, len(at) // 10) | 1, at)
+            axis.plot(scale[0], smooth, color=EVAL, linewidth=2, label="its running median")
         axis.plot(*batch, color=TRAIN, linewidth=1.6, drawstyle="steps-post", label="samples a step")
         axis.set(title="gradient noise scale and batch size", ylabel="samples", yscale="log")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
@@ -259,6 +275,7 @@ def resources(path, speed, memory, capacity=None, where="process"):
     with sheet(path, columns=2, height=3.3) as (left, right):
         draw_steps(left, speed, "a step") if len(speed[0]) else nothing(left, "not in the record")
         trim(left, speed, [0.0])
+        left.set_ylim(bottom=0)
         left.set(title="speed", ylabel="tokens a second")
         left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         right.plot(*memory, color=TRAIN, marker="." if len(memory[0]) < 20 else None, label="most so far")

@@ -105,7 +105,7 @@ def is_number(value):
 def series(metrics, tag):
     """(steps, values) of the lines where `tag` is a number, NaN and infinities among them: int64 (n,) and float64 (n,)."""
     points = [(line["step"], line[tag]) for line in metrics if is_number(line.get(tag))]
-    values = [math.copysign(math.inf, value) if abs(value) > 1e300 else value for _, value in points]  # whole numbers can be longer than a float
+    values = [math.copysign(math.inf, value) if abs(value) > 1e300 else value for _, value in points]  # a whole number can exceed any float
     return np.array([step for step, _ in points], np.int64), np.array(values, np.float64)
 
 
@@ -129,7 +129,8 @@ def last_value(metrics, tag):
 
 def last_modules(metrics):
     """(step, text) of the last adapters/modules, or None."""
-    return next(((line["step"], line["adapters/modules"]) for line in reversed(metrics) if isinstance(line.get("adapters/modules"), str)), None)
+    told = [(line["step"], line["adapters/modules"]) for line in metrics if isinstance(line.get("adapters/modules"), str)]
+    return told[-1] if told else None
 
 
 def module_grid(text):
@@ -138,7 +139,8 @@ def module_grid(text):
     The first three are float64 (projections, layers): NaN where there is no such module, the mean where there are several
     (experts). Modules without a layer number are in layer "–".
     """
-    values = {name: [float(v) if is_number(v) else math.nan for v in [*figures, None, None, None][:3]] for name, figures in json.loads(text).items()}
+    figures = {name: [*figures, None, None, None][:3] for name, figures in json.loads(text).items()}
+    values = {name: [float(value) if is_number(value) else math.nan for value in row] for name, row in figures.items()}
     place = {name: ((re.search(r"\.(\d+)\.", name) or ["", "–"])[1], name.rpartition(".")[2]) for name in values}
     layers = sorted({layer for layer, _ in place.values()}, key=lambda layer: (not layer.isdigit(), int(layer) if layer.isdigit() else 0))
     projections = sorted({name for _, name in place.values()}, key=lambda name: (settings.PROJECTIONS + (name,)).index(name))
@@ -167,13 +169,17 @@ def summary(found):
     if config.get("model.path"):
         bits = {"none": "not quantised", "nf4": "in 4 bits (nf4)", "int8": "in 8 bits (int8)", "llm_int8": "in 8 bits (llm_int8)"}
         rank = f" of rank {config['lora.r']}" if "lora.r" in config else ""
-        yield f"{pathlib.PurePath(str(config['model.path'])).name}, {bits.get(str(config.get('model.quant')), 'its bits not recorded')}, got LoRA adapters{rank}."
+        quant = bits.get(str(config.get("model.quant")), "its bits not recorded")
+        yield f"{pathlib.PurePath(str(config['model.path'])).name}, {quant}, got LoRA adapters{rank}."
     yield from extent(found)
     (steps, losses), n = series(metrics, "train/loss"), edge(series(metrics, "train/loss")[1])
     if len(steps) < 8:
         yield f"{count(len(steps), 'training step').capitalize()} cannot show whether the loss falls."
     elif np.isfinite(losses).any():
-        yield f"The training loss {moved(median(losses[:n]), median(losses[-n:]))} nats a token (medians of the first and last {count(n, 'step')})."
+        fall = health.fall(losses[np.isfinite(losses)].tolist())
+        noise = ", which is within its noise" if fall and abs(fall[0] - fall[1]) < 2 * fall[2] else ""
+        yield (f"The training loss {moved(median(losses[:n]), median(losses[-n:]))} nats a token{noise} "
+               f"(medians of the first and last {n} recorded values).")
     yield from bad_steps(metrics)
     yield from evaluated(metrics)
     if found["alerts"]:
@@ -181,7 +187,8 @@ def summary(found):
         yield f"{count(len(found['alerts']), 'alert')} {'were' if len(found['alerts']) > 1 else 'was'} raised: {listed(names)}."
     seconds, peak = np.nansum(series(metrics, "train/seconds")[1]), series(metrics, "train/peak_memory_gib")[1]
     if seconds:
-        yield f"Its steps took {duration(seconds)}" + (f", with at most {np.nanmax(peak):.2f} GiB in use." if np.isfinite(peak).any() else ".")
+        in_use = f", with at most {np.nanmax(peak):.2f} GiB in use" if np.isfinite(peak).any() else ""
+        yield f"Its steps took {duration(seconds)}{in_use}."
 
 
 def extent(found):
@@ -190,7 +197,8 @@ def extent(found):
     planned, epochs, samples = config.get("train.max_steps"), config.get("train.epochs"), series(metrics, "train/samples")[1]
     last, epoch = metrics[-1]["step"], last_value(metrics, "train/epoch")
     seen = "" if not epoch else f", {epoch:.2f} passes over the training rows" if epoch >= 0.9995 else f", {epoch:.1%} of the training rows"
-    yield f"{count(last, 'step')} of training " + (f"consumed {samples.sum():,.0f} samples" if len(samples) == last > 0 else "are recorded") + seen + "."
+    consumed = f"consumed {samples.sum():,.0f} samples" if len(samples) == last > 0 else "are recorded"
+    yield f"{count(last, 'step')} of training {consumed}{seen}."
     short_of = f"{planned:,} steps" if planned and is_number(planned) and last < planned else ""
     if not planned and epochs and is_number(epochs) and (epoch or 0) < 0.999 * epochs:
         short_of = f"{epochs:g} passes"
@@ -198,9 +206,9 @@ def extent(found):
         yield f"{short_of} were planned: the run goes on, was interrupted, or stopped early."
     if not planned and not epochs:
         yield "How many steps were planned is not recorded."
-    lacking = last - len(series(metrics, "train/loss")[0])
-    if lacking > 0:
-        yield f"{count(lacking, 'step')} of them {'have' if lacking > 1 else 'has'} no line with a loss in the record."
+    recorded = len(series(metrics, "train/loss")[0])
+    if recorded < last:
+        yield f"The record holds the loss of {recorded:,} of these {count(last, 'step')}."
 
 
 def bad_steps(metrics):
@@ -208,7 +216,8 @@ def bad_steps(metrics):
     (steps, losses), norms = series(metrics, "train/loss"), series(metrics, "train/grad_norm")[1]
     bad = steps[~np.isfinite(losses)]
     if len(bad):
-        yield f"The training loss is not finite in {len(bad):,} of {count(len(steps), 'step')} ({listed(bad.tolist())}); medians leave them out."
+        which = listed(bad.tolist())
+        yield f"The training loss is not finite in {len(bad):,} of {count(len(steps), 'step')} ({which}); medians leave them out."
     skipped = int(np.nansum(series(metrics, "train/skipped")[1]))
     if skipped:
         yield f"{count(skipped, 'step')} {'were' if skipped > 1 else 'was'} not applied, so the weights did not move there."
@@ -232,16 +241,17 @@ def evaluated(metrics):
         return
     accuracy = series(metrics, "eval/token_accuracy")[1]
     put_first = len(accuracy) > 1 and np.isfinite(accuracy[[0, -1]]).all()
-    yield (f"On the evaluation rows, which it was not trained on, the loss {moved(losses[0], losses[-1])} from step {steps[0]:,} to {steps[-1]:,}"
+    yield (f"On the evaluation rows, which it was not trained on, the loss {moved(losses[0], losses[-1])} "
+           f"from step {steps[0]:,} to {steps[-1]:,}"
            + (f", and the share of tokens that the model puts first {moved(accuracy[0], accuracy[-1], '.1%')}." if put_first else "."))
     if losses.argmin() != len(losses) - 1 and losses.min() < losses[-1]:
         yield f"The lowest was {losses.min():.4f} after step {steps[losses.argmin()]:,}."
     untouched = last_value(metrics, "eval/unquantised_loss")
     if untouched is not None and steps[0] == 0:
         damage, beyond = losses[0] - untouched, untouched - losses[-1]
+        repaired = f"{damage:.4f} nats of the fall undo what quantisation cost, and " if damage > 0 else ""
         yield (f"The untouched model, not quantised, has {untouched:.4f} there: "
-               + (f"{damage:.4f} nats of the fall undo what quantisation cost, and " if damage > 0 and beyond > 0 else "")
-               + (f"{beyond:.4f} lie beyond the original model." if beyond > 0 else f"the trained one is still {-beyond:.4f} above the original model."))
+               + (f"{repaired}{beyond:.4f} lie beyond the original model." if beyond > 0 else f"the trained one is still {-beyond:.4f} above it."))
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
@@ -264,7 +274,7 @@ def verdict(found):
                      f"{number(entry['low'])} to {number(entry['high'])}" if both else "–"])
         reasons.append(prose(f"**{name}**, {outcome}: {plain(entry.get('reason') or 'no reason recorded')}", "- "))
     return paragraphs(f"## Verdict: {plain(given.get('outcome', 'not stated'))}", prose(plain(given.get("reason") or "")),
-                      table(["set", "criterion", "outcome", "needed", "measured", "interval"], rows) if rows else "`verdict.json` holds no criteria.",
+                      table(["set", "criterion", "outcome", "needed", "measured", "interval"], rows) if rows else "It holds no criteria.",
                       "\n".join(reasons))
 
 
@@ -297,8 +307,9 @@ def diagnosis(found):
     grave = [told(vars(finding)) for finding in findings if finding.severity in ("fault", "warning")]
     notes = [prose(f"{plain(finding.name)}: {plain(finding.evidence)}", "- ") for finding in findings if finding.severity == "note"]
     unjudged = [plain(finding.name) for finding in findings if finding.severity == "unjudged"]
-    return paragraphs("\n".join(grave) or "No fault and no reason for a warning was found" + (" beyond the alerts above." if known else "."),
-                      "\n".join(notes), prose(f"Not judged, for lack of data: {', '.join(unjudged)}.") if unjudged else "")
+    nothing = "No fault and no reason for a warning was found" + (" beyond the alerts above." if known else ".")
+    return paragraphs("\n".join(grave) or nothing, "\n".join(notes),
+                      prose(f"Not judged, for lack of data: {', '.join(unjudged)}.") if unjudged else "")
 
 
 def loss(found, pictures):
@@ -317,7 +328,7 @@ def evaluations(found, pictures):
     columns = {tag: column for tag, column in EVALUATION.items() if any(tag in line for line in lines)}
     row = lambda label, values: [label, *(number(values.get(tag), form) for tag, (_, form, _) in columns.items())]
     rows = [row(f"{lines[i]['step']:,}" + " (best)" * (i == best), lines[i]) for i in kept]
-    untouched = {"eval/loss": last_value(metrics, "eval/unquantised_loss"), "eval/token_accuracy": last_value(metrics, "eval/unquantised_token_accuracy")}
+    untouched = {f"eval/{name}": last_value(metrics, f"eval/unquantised_{name}") for name in ("loss", "token_accuracy")}
     if untouched["eval/loss"] is not None:
         rows.insert(0, row("not quantised, untouched", untouched | {"eval/perplexity": math.exp(min(untouched["eval/loss"], 700))}))
     meaning = "; ".join(f"{name}: {words}" for name, _, words in columns.values() if words)
@@ -330,8 +341,8 @@ def evaluations(found, pictures):
 def samples(found):
     """What the model wrote for the same prompts at the first and last sampling, side by side with the references."""
     written = []
-    for line in found["metrics"]:
-        read = attempt(found["problems"], f"samples of step {line['step']}", entries, line["eval/samples"]) if "eval/samples" in line else None
+    for line in [line for line in found["metrics"] if "eval/samples" in line]:
+        read = attempt(found["problems"], f"samples of step {line['step']}", entries, line["eval/samples"])
         written += [(line["step"], {str(sample.get("prompt")): sample for sample in read})] if read else []
     if not written:
         return ""
@@ -345,7 +356,8 @@ def samples(found):
         columns |= {"reference": cut(sample["reference"])} if sample.get("reference") else {}
         blocks.append(side_by_side("prompt: " + cut(prompt), columns))
     stops = [sum(bool(sample.get("stopped")) for sample in part.values()) for part in (before, after)]
-    head = (f"Greedy. Of {count(len(before), 'sample')}, {stops[0]} ended by {'itself' if stops[0] == 1 else 'themselves'} after step {first:,}"
+    itself = "itself" if stops[0] == 1 else "themselves"
+    head = (f"Greedy. Of {count(len(before), 'sample')}, {stops[0]} ended by {itself} after step {first:,}"
             + (f" and {stops[1]} after step {last:,}." if first != last else "; they were taken once."))
     return paragraphs(prose(head), *blocks)
 
@@ -359,14 +371,15 @@ def training(found, pictures):
             n = edge(values)
             first, last = median(values[:n]), median(values[-n:])
             rows.append([what, number(first, form), number(last, form), number(last - first, "+" + form) if len(values) > 1 else "–"])
-            window = f"First and last are medians of {count(n, 'step')}." if n > 1 else "First and last are single steps."
+            window = f"First and last are medians of {n} values." if n > 1 else "First and last are single values."
     if not rows:
         return ""
     steps, rates = series(found["metrics"], "train/learning_rate")
     if len(rates) and len(rates) == steps[-1] and np.isfinite(rates).all():  # with steps missing, the sum would be another
         window += (f" The learning rate has its peak of {rates.max():.3g} at step {steps[rates.argmax()]:,} and ends at {rates[-1]:.3g}; "
                    f"over all steps it adds up to {rates.sum():.4g}.")
-    return paragraphs(picture(pictures, "steps", "learning rate and gradient norm by step"), table(["what", "first", "last", "change"], rows), prose(window))
+    return paragraphs(picture(pictures, "steps", "learning rate and gradient norm by step"),
+                      table(["what", "first", "last", "change"], rows), prose(window))
 
 
 def coverage(found, pictures):
@@ -391,8 +404,8 @@ def noise(found, pictures):
             "it every doubling of the step saves nearly half of the steps, well above it nearly none (McCandlish et al. 2018). Its median "
             f"over the second half of the run is {late:,.3g} samples.")
     if batch:
-        told += f" A step has {batch:,.0f}: " + ("most of its gradient is noise, and larger steps would pay." if late > 2 * batch else
-                                                "smaller steps would learn as much from fewer samples." if late < 0.5 * batch else "about right.")
+        advice = "smaller steps would learn as much from fewer samples." if late < 0.5 * batch else "about right."
+        told += f" A step has {batch:,.0f}: " + ("most of its gradient is noise, and larger steps would pay." if late > 2 * batch else advice)
     if len(usable) < len(scale):
         told += f" {len(scale) - len(usable):,} of {len(scale):,} estimates were not positive and are left out."
     return paragraphs(picture(pictures, "noise", "gradient noise scale and batch size by step"), prose(told))
@@ -408,10 +421,11 @@ def adapters(found, pictures):
     lines = []
     if np.isfinite(ratio).any():
         most, least = (np.unravel_index(pick(ratio), ratio.shape) for pick in (np.nanargmax, np.nanargmin))
-        lines.append(f"After step {last[0]:,} the adapters' update ΔW has {np.nanmean(ratio):.2%} of the size of its weight W (Frobenius norms, "
-                     f"mean over modules): most in {name(most)} ({ratio[most]:.2%}), least in {name(least)} ({ratio[least]:.2%}).")
-        if (ratio == 0).any():
-            lines.append(f"{count(int((ratio == 0).sum()), 'module')} never moved, among them {name(np.argwhere(ratio == 0)[0])}: look at the gradients there.")
+        lines.append(f"After step {last[0]:,} the adapters' update ΔW has {np.nanmean(ratio):.2%} of the size of its weight W "
+                     f"(Frobenius norms, mean over modules): most in {name(most)} ({ratio[most]:.2%}), least in {name(least)} ({ratio[least]:.2%}).")
+        still = np.argwhere(ratio == 0)
+        if len(still):
+            lines.append(f"{count(len(still), 'module')} never moved, among them {name(still[0])}: look at the gradients there.")
     if np.isfinite(rank).any():
         available = found["config"].get("lora.r")
         lines.append(f"The effective rank, the number of directions that an update really uses, is {np.nanmean(rank):.1f} on average"
@@ -419,7 +433,7 @@ def adapters(found, pictures):
     if np.isfinite(step_ratio).any():
         size = np.nanmean(step_ratio)
         lines.append(f"The update of a weight is {size:.2g} of the mean distance between neighbouring values of its quantised form: "
-                     + ("merged back into that form, much of it would be rounded away." if size < 0.5 else "it would survive in that form too."))
+                     + ("merged back into it, much would be rounded away." if size < 0.5 else "it would survive there too."))
     return paragraphs(picture(pictures, "adapters", "size and effective rank of every module's update"), prose(plain(" ".join(lines))))
 
 
@@ -430,8 +444,8 @@ def proof(found):
         ratio, tolerance = line["proof/ratio"], line.get("proof/tolerance")
         agrees = "–" if not is_number(tolerance) else "yes" if abs(ratio - 1) <= tolerance else "**no**"
         rows.append([f"{line['step']:,}", number(ratio, ".4f"), number(tolerance, ".4f") if is_number(tolerance) else "–", agrees])
-    return paragraphs(prose("Two forward passes, a little to either side along the gradient, measure how the loss changes, and the gradient predicts it: "
-                            "their ratio must be 1 within the tolerance of the precision, or the gradient is not that of this loss."),
+    return paragraphs(prose("Two forward passes, a little to either side along the gradient, measure how the loss changes, and the gradient "
+                            "predicts it: their ratio must be 1 within the tolerance of the precision, or the gradient is not that of this loss."),
                       table(["after step", "measured / predicted", "tolerance", "agrees"], rows)) if rows else ""
 
 
@@ -452,20 +466,22 @@ def resources(found, pictures):
     metrics = found["metrics"]
     total = lambda tag: np.nansum(series(metrics, tag)[1])
     peak, speed = series(metrics, "train/peak_memory_gib")[1], series(metrics, "train/tokens_per_second")[1]
-    rows = [["time in steps", f"{total('train/seconds'):,.1f} s"], ["time in evaluations, without samples", f"{total('eval/seconds'):,.1f} s"],
+    rows = [["time in steps", f"{total('train/seconds'):,.1f} s"],
+            ["time in evaluations, without samples", f"{total('eval/seconds'):,.1f} s"],
             ["tokens trained on", f"{total('train/tokens'):,.0f}, of them supervised {total('train/supervised_tokens'):,.0f}"]]
     if np.isfinite(speed).any():
         rows.append(["tokens a second, median step", f"{median(speed):,.0f}"])
     if np.isfinite(peak).any():
-        rows.append(["most memory in use", f"{np.nanmax(peak):.2f} GiB of " + ("the GPU" if found["environment"].get("devices") else "the process (no GPU)")])
+        where = "the GPU" if found["environment"].get("devices") else "the process (no GPU)"
+        rows.append(["most memory in use", f"{np.nanmax(peak):.2f} GiB of {where}"])
     return paragraphs(picture(pictures, "resources", "tokens a second and peak memory by step"), table(["what", "value"], rows))
 
 
 def settings_table(found):
     """The settings that say what the run was, and every other one that is not at its default."""
     config, defaults = found["config"], settings.Config().flat()
-    value = lambda key: short(config[key]) if key in PATHS else ", ".join(map(str, config[key])) if key == "lora.targets" and isinstance(config[key], list) else config[key]
-    rows = [[f"`{key}`", code(value(key))] for key in config if key in ALWAYS or defaults.get(key) != config[key]]
+    written = lambda key, value: short(value) if key in PATHS else ", ".join(value) if key == "lora.targets" else value
+    rows = [[f"`{key}`", code(written(key, value))] for key, value in config.items() if key in ALWAYS or defaults.get(key) != value]
     return table(["key", "value"], rows) if rows else ""
 
 
@@ -494,17 +510,22 @@ def draw(found, folder):
     measures = {"end by themselves": "eval/stop_rate", "repetition": "eval/repetition", "overlap with reference": "eval/overlap"}
     (noise_steps, scale), modules, seen = of("train/noise_scale"), last_modules(metrics), last_value(metrics, "train/epoch")
     usable = np.isfinite(scale) & (scale > 0)
-    planned = seen and (seen * config["train.max_steps"] / metrics[-1]["step"] if is_number(config.get("train.max_steps")) and config["train.max_steps"] else config.get("train.epochs"))
+    planned = config.get("train.max_steps") or config.get("train.epochs")
+    if seen and config.get("train.max_steps") and is_number(planned):
+        planned *= seen / metrics[-1]["step"]  # passes
     gpus = found["environment"].get("devices") or []
+    capacity = gpus[0].get("memory_gib") if len(gpus) == 1 else None
     wanted = {  # name of the picture: what plots' function of that name is given, or nothing
         "loss": metrics and (title_of(found), of("train/loss"), of("eval/loss"), untouched, sorted({step for step, _ in found["alerts"]})),
-        "evaluation": has("eval/loss") and (of("eval/perplexity"), of("eval/token_accuracy"), {what: of(tag) for what, tag in measures.items() if has(tag)},
+        "evaluation": has("eval/loss") and (of("eval/perplexity"), of("eval/token_accuracy"),
+                                            {what: of(tag) for what, tag in measures.items() if has(tag)},
                                             (math.exp(min(untouched, 700)), accuracy) if None not in (untouched, accuracy) else None),
         "steps": has("train/learning_rate") and (of("train/learning_rate"), of("train/grad_norm"), of("train/clip_threshold")),
         "coverage": seen and (seen, planned if is_number(planned) else None),
         "noise": usable.any() and ((noise_steps[usable], scale[usable]), of("train/samples")),
         "adapters": modules and attempt(problems, "adapters/modules", lambda: (*module_grid(modules[1]), modules[0])),
-        "resources": has("train/tokens_per_second") and (of("train/tokens_per_second"), of("train/peak_memory_gib"), gpus[0].get("memory_gib") if len(gpus) == 1 else None, "GPU" if gpus else "process")}
+        "resources": has("train/tokens_per_second") and (of("train/tokens_per_second"), of("train/peak_memory_gib"), capacity,
+                                                         "GPU" if gpus else "process")}
     folder.mkdir(exist_ok=True)
     for name, given in wanted.items():
         (folder / f"{name}.png").unlink(missing_ok=True)  # one of an earlier record
@@ -524,13 +545,15 @@ ILLUSTRATED = (loss, evaluations, training, coverage, noise, adapters, resources
 def page(found, pictures):
     """The report as Markdown. A section that the record holds nothing for is named at the end."""
     problems, missing = found["problems"], []
-    parts = [f"# {plain(found['name'])}", attempt(problems, "title", lambda: plain(title_of(found)) + "."), attempt(problems, "verdict", verdict, found),
+    parts = [f"# {plain(found['name'])}", attempt(problems, "title", lambda: plain(title_of(found)) + "."),
+             attempt(problems, "verdict", verdict, found),
              "## What happened", attempt(problems, "what happened", lambda: prose(plain(" ".join(summary(found)))))]
     for heading, make in SECTIONS.items():
         text = attempt(problems, heading, make, found, *[pictures] * (make in ILLUSTRATED))
         missing += [heading.lower()] if text == "" else []
         parts += [f"## {heading}", text] if text else []
-    gaps = [prose(f"Not in the record: {', '.join(missing)}.", "- ")] * bool(missing) + [prose(plain(problem), "- ") for problem in dict.fromkeys(problems)]
+    gaps = [prose(f"Not in the record: {', '.join(missing)}.", "- ")] * bool(missing)
+    gaps += [prose(plain(problem), "- ") for problem in dict.fromkeys(problems)]
     parts += ["## What this report cannot say", "\n".join(gaps)] if gaps else []
     return paragraphs(*parts, f"Made of the run's record by `python report.py {found['name']}`.") + "\n"
 

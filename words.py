@@ -23,8 +23,9 @@ def plain(text):
 
 
 def prose(text, bullet=""):
-    """Markdown as a paragraph, or with bullet "- " as an item of a list, in lines of at most 80; none begins by chance like a list or a heading."""
-    lines = textwrap.wrap(text, WIDTH - 1, initial_indent=bullet, subsequent_indent=" " * len(bullet), break_long_words=False, break_on_hyphens=False)
+    """Markdown as a paragraph, or with bullet "- " as an item of a list: lines of at most 80, none by chance like a list or a heading."""
+    lines = textwrap.wrap(text, WIDTH - 1, initial_indent=bullet, subsequent_indent=" " * len(bullet), break_long_words=False,
+                          break_on_hyphens=False)
     begun = [re.sub(r"^( *)(\d{1,9})([.)])(?= |$)", r"\1\2\\\3", re.sub(r"^( *)([-+#>=]+)(?= |$)", r"\1\\\2", line)) for line in lines[1:]]
     return "\n".join(lines[:1] + begun)
 
@@ -66,7 +67,7 @@ def wrapped(text, width):
 
 
 def side_by_side(title, columns):
-    """A code block with `title` over texts in columns: {heading: text}. As code, nothing in them is Markdown, and they stay beside each other."""
+    """A code block with `title` over texts in columns, {heading: text}: as code they stay beside each other, and are no Markdown."""
     width = (WIDTH - 2 * len(columns)) // len(columns)
     cells = [[heading, "-" * width, *wrapped(visible(text), width)] for heading, text in columns.items()]
     rows = ["  ".join(padded(cell[i] if i < len(cell) else "", width) for cell in cells).rstrip() for i in range(max(map(len, cells)))]

@@ -99,7 +99,7 @@ def test_the_summary_tells_learning_from_the_repair_of_quantisation(tmp_path):
 
 
 def test_a_trained_model_that_is_still_worse_than_the_original_is_told_as_such(tmp_path):
-    assert "still 0.5000 above the original model" in page_of(write_run(tmp_path / "run", change={0: {"eval/unquantised_loss": 3.5}}))
+    assert "the trained one is still 0.5000 above it" in page_of(write_run(tmp_path / "run", change={0: {"eval/unquantised_loss": 3.5}}))
 
 
 def test_an_alert_is_told_with_step_evidence_cause_and_remedy_and_repeats_are_counted(tmp_path):
@@ -122,7 +122,7 @@ def test_no_alert_is_claimed_only_where_the_run_watched_for_them(tmp_path):
 def test_first_and_last_figures_are_medians_over_a_quarter_of_a_short_run(tmp_path):
     page = page_of(write_run(tmp_path / "run", change={20: {"eval/loss": 3.5}}))
     assert re.search(r"\| loss, nats a token +\| 4.7250 \| 3.2250 \| -1.5000 \|", page)  # medians of 4.95 … 4.50 and 3.45 … 3.00
-    assert "medians of the first and last 10 steps" in page
+    assert "medians of the first and last 10 recorded values" in page
     assert "The lowest was 3.5000 after step 20." in page and re.search(r"\| 20 \(best\) +\| 3.5000 +\|", page)
     assert "interrupted" not in page and "40 steps of training consumed 1,280 samples" in page
 
@@ -132,7 +132,7 @@ def test_a_single_wild_step_moves_no_figure(tmp_path):
     figure = lambda run: float(re.search(r"\| loss, nats a token +\| ([\d.]+)", page_of(run))[1])
     assert abs(figure(calm) - figure(wild)) <= 0.051
     axis, lines = drawn(plots.draw_loss, *loss_of(wild))
-    assert lines["median of 9 steps"][:, 1].max() < 6 < lines["training"][:, 1].max()
+    assert lines["running median of 9"][:, 1].max() < 6 < lines["training"][:, 1].max()
     assert axis.get_ylim()[1] < 10 and "1 beyond the scale, up to 1e+06" in lines
 
 
@@ -231,7 +231,7 @@ def test_a_run_without_evaluations_is_reported_and_says_what_is_missing(tmp_path
 
 def test_one_step_is_reported_without_a_change_being_claimed(tmp_path, rendered):
     page = page_of(write_run(tmp_path / "run", steps=1, planned=1, evals=()))
-    assert "1 training step cannot show whether the loss falls" in page and "single steps" in page
+    assert "1 training step cannot show whether the loss falls" in page and "single values" in page
     assert re.search(r"\| loss, nats a token +\| 4.9500 \| 4.9500 \| – +\|", page)
 
 
@@ -259,7 +259,7 @@ def test_steps_that_are_not_finite_are_counted_and_left_out_of_medians(tmp_path)
     first, last = (float(value) for value in re.search(r"\| loss, nats a token +\| ([\d.]+) +\| ([\d.]+)", page).groups())
     assert 4.5 < first < 4.95 and 3 < last < 3.45
     _, lines = drawn(plots.draw_loss, *loss_of(run))
-    assert lines["loss not finite"][:, 0].tolist() == [2, 38] and np.isfinite(lines["median of 9 steps"]).all()
+    assert lines["loss not finite"][:, 0].tolist() == [2, 38] and np.isfinite(lines["running median of 9"]).all()
 
 
 def test_a_record_of_nothing_but_nan_is_still_a_page(tmp_path, rendered):
@@ -280,7 +280,7 @@ def test_missing_lines_are_counted(tmp_path):
     run = write_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:10] + lines[13:]))
-    assert "3 steps of them have no line" in page_of(run)
+    assert "the loss of 37 of these 40 steps" in page_of(run)
 
 
 def test_broken_lines_are_left_out_and_named(tmp_path):
@@ -288,7 +288,7 @@ def test_broken_lines_are_left_out_and_named(tmp_path):
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([*lines[:10], "{broken\n", *lines[11:], '{"step": 41, "train/lo']))
     page = page_of(run)
-    assert "line 11: not valid JSON" in page and "1 step of them has no line" in page
+    assert "line 11: not valid JSON" in page and "the loss of 39 of these 40 steps" in page
     with pytest.raises(ValueError, match="line 11"):  # who must not pass over one still is told
         record.read_metrics(run)
 
