@@ -5,11 +5,17 @@
     python eval.py --ckpt my-adapter                an adapter folder in PEFT's format
     python eval.py --model Qwen/Qwen3-8B --data my.jsonl --model.quant=int8
                                                     an untouched model
+    python eval.py --ckpt runs/approach1@step-000500 --keep
+                                                    and keep what each row came to in the run's folder, for verdict.py
+                                                    and compare.py (training does so itself)
+    python eval.py --ckpt runs/approach1 --untrained --keep [--model.quant=none]
+                                                    the same of the run's model before training, in 16 bits if so asked
 Any key of train.py --help can be given as --section.key=value.
 
 The loss is the one of training (model.summed_loss): summed over supervised tokens and divided once, so it does not
 depend on how rows are packed. Leaves out: benchmarks of other kinds, which lm-eval has, and sampling with temperature.
 """
+import hashlib
 import json
 import math
 import pathlib
@@ -22,6 +28,8 @@ import checkpoint
 import config as settings
 import data
 import model
+import record
+import verdict
 
 
 @torch.no_grad()
@@ -85,6 +93,26 @@ def stop_rate(samples):
     return sum(sample["stopped"] for sample in samples) / max(1, len(samples))
 
 
+def sample_figures(samples):
+    """Means over generation samples: {"stop_rate", "repetition": share of 4-grams that stood there before, "overlap": F1 of words with
+    the references, absent without any}, each 0 ... 1 (verdict.repetition, verdict.overlap). {} without samples."""
+    if not samples:
+        return {}
+    answered = [sample for sample in samples if sample["reference"]]
+    figures = {"stop_rate": stop_rate(samples), "repetition": sum(verdict.repetition(sample["text"]) for sample in samples) / len(samples)}
+    return figures | ({"overlap": sum(verdict.overlap(sample["text"], sample["reference"]) for sample in answered) / len(answered)} if answered else {})
+
+
+def keep(run, name, by_row, step, rows, tokenizer, network):
+    """Write what each row came to (the second value of `evaluate`) to RUN/evaluations/NAME.safetensors; returns its path.
+
+    With it goes what tells whether two such files can be compared: the rows, the tokenizer, and whose adapter it was.
+    """
+    sha = lambda content, digits: hashlib.sha256(content).hexdigest()[:digits]
+    return record.save_evaluation(run, name, by_row, {"step": str(step), "rows_digest": rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str().encode(), 16),
+                                                      "adapter_digest": sha(network.adapter_memory.flat.detach().cpu().numpy(), 12)})
+
+
 def show(samples, width=80):
     """Generation samples as text for a console, wrapped to `width` columns."""
     lines = []
@@ -125,17 +153,38 @@ def configure(ckpt, model_path, overrides):
     return config, tensors, folder
 
 
+def kept_as(folder, untrained, overrides):
+    """(run folder, step, name) that --keep writes the evaluation of a checkpoint's folder under. Raises ValueError where it would not be the run's own."""
+    run = folder.absolute().parents[1] if folder else None
+    if not run or not (run / "config.json").is_file() or not folder.name.startswith("step-"):
+        raise ValueError(f"--keep: {folder or 'a model'} is not a run's checkpoint, so there is no run to keep its figures in; name one with --ckpt=runs/NAME@step-000500")
+    allowed = ("memory.", "eval.samples", "eval.max_new_tokens", "eval.prompts") + ("model.quant",) * untrained
+    wrong = [f"--{key}={value}" for key, value in overrides if not key.startswith(allowed) or key == "model.quant" and value != "none"]
+    if wrong:
+        raise ValueError(f"--keep: {' '.join(wrong)} would make it another evaluation than the run's own; leave that or --keep out")
+    tree = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    if untrained and tree.get("lora", {}).get("init_from"):
+        raise ValueError(f"--untrained: {run} started from an adapter (lora.init_from), so its untrained model is not what it was measured against; evaluate it without --keep")
+    unquantised = untrained and dict(overrides).get("model.quant") == "none"
+    step = 0 if untrained else int(folder.name[5:])
+    return run, step, "unquantised" if unquantised else f"step-{step:06d}"
+
+
 def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
-    words, flags, overrides = settings.command_line(argv, {"ckpt": "", "model": "", "data": "", "prompts": "", "json": False})
+    words, flags, overrides = settings.command_line(argv, {"ckpt": "", "model": "", "data": "", "prompts": "", "json": False, "keep": False, "untrained": False})
     if words:
         raise ValueError(f"{words[0]}: unexpected; name a run or checkpoint with --ckpt")
     if not flags["ckpt"] and not flags["model"]:
         raise ValueError("name what to evaluate: --ckpt=RUN_OR_CHECKPOINT, or --model=MODEL alone for an untouched one")
     overrides += [(key, flags[flag]) for key, flag in (("data.eval", "data"), ("eval.prompts", "prompts")) if flags[flag]]
+    if flags["untrained"] and not flags["ckpt"]:
+        raise ValueError("--untrained: means a run's model before training; name the run with --ckpt")
     config, adapter, folder = configure(flags["ckpt"], flags["model"], overrides)
+    place = kept_as(folder, flags["untrained"], overrides) if flags["keep"] else None
+    adapter = None if flags["untrained"] else adapter
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     records = data.read_rows(config.data.eval, config.data.bad_rows) if config.data.eval else data.read_splits(config)[1]
     rows, prompts, end_ids = data.tokenize(records, tokenizer, config.data), data.prompts(config, tokenizer, records), data.end_of_turn(tokenizer)
@@ -145,23 +194,29 @@ def main(argv):
     if adapter:
         model.set_adapters(model.adapters(network), adapter, str(folder))
     max_tokens = config.memory.max_tokens or (16384 if network.device.type == "cuda" else 2048)
-    figures, _ = evaluate(network, rows, config.eval.max_rows, max_tokens)
+    figures, by_row = evaluate(network, rows, config.eval.max_rows, max_tokens)
+    kept = keep(place[0], place[2], by_row, place[1], rows, tokenizer, network) if place else None
     samples = generate(network, tokenizer, prompts, config.eval.max_new_tokens, end_ids)
 
     name = pathlib.Path(config.data.eval or config.data.train).name
     if flags["json"]:
         strict = {key: value if math.isfinite(value) else None for key, value in figures.items()}  # JSON has no NaN
-        print(json.dumps({"adapter": folder and str(folder), "model": config.model.path, "quant": config.model.quant, "compute_dtype": config.model.compute_dtype, "data": name, **strict,
-                          "stop_rate": stop_rate(samples) if samples else None, "samples": samples}, indent=1))
+        print(json.dumps({"adapter": str(folder) if adapter else None, "model": config.model.path, "quant": config.model.quant, "compute_dtype": config.model.compute_dtype, "data": name, **strict,
+                          "stop_rate": None, **sample_figures(samples), "samples": samples}, indent=1))
         return 0
     some = "" if figures["rows"] == len(rows) else f"the first {figures['rows']:,} of "
-    print(f"adapter         {folder or 'none'}\nmodel           {config.model.path}\n                {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
+    print(f"adapter         {'none, before training' if flags['untrained'] else folder or 'none'}\nmodel           {config.model.path}\n                {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
     print(f"rows            {some}{len(rows):,} of {name}")
     print(f"loss            {figures['loss']:.4f} nats a token, over {figures['supervised_tokens']:,} supervised tokens")
     print(f"perplexity      {figures['perplexity']:.3f}\ntoken accuracy  {figures['token_accuracy']:.4f}\ntime            {figures['seconds']:.1f} s")
     if samples:
-        print(f"stop rate       {stop_rate(samples):.2f} of {len(samples)} samples, greedy, up to {config.eval.max_new_tokens} tokens")
+        told = sample_figures(samples)
+        print(f"stop rate       {told['stop_rate']:.2f} of {len(samples)} samples, greedy, up to {config.eval.max_new_tokens} tokens")
+        print(f"repetition      {told['repetition']:.2f} of their 4-grams of words stood there before")
+        print(f"overlap         {told['overlap']:.2f} with the references (F1 of words)\n" * ("overlap" in told), end="")
         print(show(samples))
+    if kept:
+        print(f"\nkept            {kept}")
     return 0
 
 

@@ -14,7 +14,9 @@ import config
 import data
 import eval as evaluation
 import model
+import record
 import train
+import verdict
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -232,3 +234,49 @@ def test_an_adapter_of_another_model_is_refused(trained, tiny_inputs, tmp_path):
 def test_the_command_exits_2_with_one_message():
     done = subprocess.run([sys.executable, PROJECT / "eval.py", "--ckpt", "nothing"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1) and done.stderr.startswith("error: nothing: not a run folder")
+
+
+# -------------------------------------------------------------------------------------------------- kept for the verdict
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """The run of `trained`, in a folder of its own."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_kept_evaluation_holds_each_rows_figures_with_what_tells_whose_they_are(finished, capsys):
+    shutil.rmtree(finished / "evaluations", ignore_errors=True)
+    figures = run_eval(capsys, f"--ckpt={finished}", "--keep")
+    untrained = run_eval(capsys, f"--ckpt={finished}", "--untrained", "--keep")
+    unquantised = run_eval(capsys, f"--ckpt={finished}", "--untrained", "--keep", "--model.quant=none")
+    kept, metrics = record.read_evaluations(finished), record.read_metrics(finished)
+    assert set(kept) == {0, 6, "unquantised"}
+    for key, shown, line in ((6, figures, metrics[-1]), (0, untrained, metrics[0]), ("unquantised", unquantised, metrics[0])):
+        arrays, metadata = kept[key]
+        assert len(arrays["nll"]) == shown["rows"] and arrays["nll"].sum() / arrays["tokens"].sum() == pytest.approx(shown["loss"]) == pytest.approx(line["eval/loss"], rel=1e-5)
+        assert metadata["adapter_digest"] == line["eval/adapter_digest"] and len(metadata["rows_digest"]) == 64 and len(metadata["tokenizer"]) == 16
+    assert figures["adapter"].endswith("step-000006") and untrained["adapter"] is None
+    assert {c.name: c.low is not None for c in verdict.of_run(finished).criteria}["eval loss drop"]
+
+
+@pytest.mark.parametrize("arguments, said", [(["--data=x.jsonl"], "--data.eval=x.jsonl would make it another"), (["--model.quant=int8"], "--model.quant=int8 would"), (["--data.max_length=9"], "data.max_length"),
+                                             (["--untrained", "--model.quant=int8"], "--model.quant=int8 would")])
+def test_what_would_be_another_evaluation_is_not_kept_as_the_runs_own(finished, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        evaluation.main([f"--ckpt={finished}", "--keep", *arguments])
+
+
+def test_only_a_runs_checkpoint_has_a_place_to_keep_its_evaluation(finished, tiny_inputs, tmp_path):
+    shutil.copytree(checkpoint.find(str(finished)), tmp_path / "alone")
+    for arguments in ([f"--ckpt={tmp_path / 'alone'}", "--keep"], [f"--model={tiny_inputs / 'model'}", "--keep"]):
+        with pytest.raises(ValueError, match="--keep"):
+            evaluation.main(arguments)
+    with pytest.raises(ValueError, match="--untrained"):
+        evaluation.main([f"--model={tiny_inputs / 'model'}", "--untrained"])
+
+
+def test_sample_figures_are_means_over_samples_and_overlap_over_those_with_a_reference():
+    samples = [{"text": "a b c d a b c d", "reference": "", "stopped": False}, {"text": "red files", "reference": "red doors", "stopped": True}]
+    assert evaluation.sample_figures(samples) == {"stop_rate": 0.5, "repetition": pytest.approx(0.1), "overlap": pytest.approx(0.5)}
+    assert "overlap" not in evaluation.sample_figures(samples[:1]) and evaluation.sample_figures([]) == {}
