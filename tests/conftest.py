@@ -72,11 +72,9 @@ def make_tokenizer(folder):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<pad>", chat_template=CHATML).save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def tiny_inputs(tmp_path_factory):
-    """A folder with all that a run needs, and runs in a second: model/, train.jsonl (23 ragged chats), eval.jsonl (6 others)."""
+def make_inputs(folder):
+    """Put into `folder` all that a run needs, and that runs in a second: model/, train.jsonl (23 ragged chats), eval.jsonl (6 others)."""
     import json
-    folder = tmp_path_factory.mktemp("inputs")
     make_model(folder / "model", initializer_range=0.1)  # a head that can be sure of something
     make_tokenizer(folder / "model")
     words = ["red", "green", "blue", "grey", "violet", "orange"]
@@ -84,6 +82,23 @@ def tiny_inputs(tmp_path_factory):
     for name, part in (("train.jsonl", chats[:23]), ("eval.jsonl", chats[23:])):
         (folder / name).write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in part), encoding="utf-8")
     return folder
+
+
+def settings_of(inputs, path):
+    """Write the settings of a tiny run over `make_inputs`' folder to `path`, and return that."""
+    import json
+    tiny = {"model": {"path": str(inputs / "model")}, "data": {"train": str(inputs / "train.jsonl"), "eval": str(inputs / "eval.jsonl")},
+            "lora": {"r": 4, "alpha": 8.0}, "train": {"micro_batch_size": 2, "accumulation": 2, "max_steps": 8},
+            "schedule": {"learning_rate": 1e-2, "lr_min": 1e-3, "lr_warmup_steps": 2}, "eval": {"every_steps": 4, "samples": 1, "max_new_tokens": 3},
+            "save": {"every_steps": 4}, "log": {"every_steps": 4, "tensorboard": False}}
+    path.write_text(json.dumps(tiny))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(tmp_path_factory):
+    """A folder with all that a run needs (make_inputs)."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def make_config(folder, quant="none", dtype="fp32", lora=None, **sections):

@@ -1,0 +1,446 @@
+"""A whole run under real faults: processes killed, told to end, run side by side, on full and read-only disks, with damaged checkpoints.
+
+Every run is a process of its own (a fork of warm.py), so that a SIGKILL is one. "The same curve" is: the figures of every
+step, the samples drawn, evaluations and what was generated, and the final adapter, optimizer, generators and state, bit
+for bit those of a run that nothing happened to.
+"""
+import ctypes
+import errno
+import functools
+import math
+import multiprocessing
+import os
+import pathlib
+import pkgutil
+import re
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from conftest import settings_of
+
+import checkpoint
+import data
+import model
+import record
+import schedule
+
+# Three epochs of 23 rows in 15 ragged steps that grow, packed into several micro-batches; with dropout, clipping that follows the norms, and
+# early stopping that counts and does not stop.
+EVERYTHING = ["--lora.dropout=0.1", "--train.max_steps=0", "--train.epochs=3", "--schedule.batch_points=[[1,3],[5,4],[9,6]]", "--schedule.clip_percentile=40",
+              "--schedule.clip_norm=100", "--schedule.clip_window=10", "--eval.patience=5", "--eval.min_delta=0.2", "--eval.every_steps=4", "--save.every_steps=3", "--save.keep=9",
+              "--memory.max_tokens=64", "--log.tensorboard=true"]
+WATCHED = re.compile(r"(seconds|per_second|memory_gib|eval/seconds)$")  # what depends on the clock
+
+
+# ------------------------------------------------------------------------------------------------- processes and faults
+
+@pytest.fixture(scope="session")
+def processes():
+    """multiprocessing's fork server with warm.py imported: what it starts is a third of a second away from its first step."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "warm", "test_faults"])
+    here = pathlib.Path(__file__).parent
+    before, hidden = os.environ.copy(), {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{here.parent}"}
+    os.environ.update(hidden)
+    context.Process(target=int).start()
+    for name in hidden:
+        os.environ.pop(name) if name not in before else os.environ.__setitem__(name, before[name])
+    return context
+
+
+def live(arguments, log, fault, given):
+    """In a child: do fault(*given), which prepares what is to happen, then be `python train.py ARGUMENTS`."""
+    import train
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1), os.dup2(output, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.argv = ["train.py", *arguments]
+    if fault:
+        fault(*given)
+    train.settings.run_command(train.main)
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_inputs, tmp_path_factory):
+    return settings_of(tiny_inputs, tmp_path_factory.mktemp("settings") / "tiny.json")
+
+
+@pytest.fixture(scope="session")
+def whole(processes, tiny_settings, tmp_path_factory):
+    """whole(options) is the folder of a run with these options that nothing happened to."""
+    @functools.cache
+    def in_peace(*options):
+        folder = tmp_path_factory.mktemp("whole")
+        process = processes.Process(target=live, args=(command(tiny_settings, folder / "run", options), folder / "log", None, ()))
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
+        return folder / "run"
+    return lambda options=(): in_peace(*options)
+
+
+def command(path, folder, options):
+    """train.py's arguments; of an option given twice, the last holds."""
+    return [str(path), f"--out={folder}", *{option.partition("=")[0]: option for option in options}.values()]
+
+
+@pytest.fixture
+def start(processes, tiny_settings, tmp_path):
+    """start("name", *options, fault=(function, …)) starts a run in tmp_path/name."""
+    started = []
+
+    def begin(name, *options, fault=(None,)):
+        process = processes.Process(target=live, args=(command(tiny_settings, tmp_path / name, options), tmp_path / f"{name}.log", fault[0], fault[1:]))
+        process.start()
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+@pytest.fixture
+def run(start):
+    """run("name", *options, fault=…) waits for that run and returns its exit code; a negative one is the signal that killed it."""
+    def wait(*arguments, **fault):
+        process = start(*arguments, **fault)
+        process.join(120)
+        assert process.exitcode is not None, "the run hangs"
+        return process.exitcode
+    return wait
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def once(owner, name, number, what, *given):
+    """Do what(*given) when OWNER.NAME (module, or module.Class) is called for the number-th time, before the call itself."""
+    owner = pkgutil.resolve_name(owner)
+    real, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            what(*given)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def at_sample(number, what, *given):
+    """Do what(*given) when the window is taken that begins at sample `number` or behind it, once."""
+    real, done = data.sample_stream, []
+
+    def stream(n_rows, seed, first, count):
+        if first >= number and not done:
+            done.append(1)
+            what(*given)
+        return real(n_rows, seed, first, count)
+
+    data.sample_stream = stream
+
+
+def in_backward(number, what, *given):
+    """Do what(*given) in the backward pass of the number-th training micro-batch: mid-window, half of the gradient added."""
+    real, calls = model.summed_loss, []
+
+    def loss_of(network, batch):
+        loss, nll, correct = real(network, batch)
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == number:
+                loss.register_hook(lambda gradient: what(*given))
+        return loss, nll, correct
+
+    model.summed_loss = loss_of
+
+
+CALLS = ("mkdir", "write", "fsync", "rename", "replace", "unlink", "rmdir")
+
+
+def at_call(number, after, log):
+    """Be killed at the number-th call that changes the disk: before it, or just after (a write: half-way). Calls are written to `log`."""
+    notes = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    seen = [0]
+
+    def dying(name):
+        original = getattr(os, name)
+
+        def wrapper(*args, **kwargs):
+            seen[0] += 1
+            real_write(notes, f"{name}\n".encode())
+            if seen[0] == number:
+                if after and name == "write":
+                    args = (args[0], args[1][:len(args[1]) // 2])
+                if after:
+                    original(*args, **kwargs)
+                die()
+            return original(*args, **kwargs)
+        return wrapper
+
+    real_write = os.write
+    for name in CALLS:
+        setattr(os, name, dying(name))
+
+
+# ---------------------------------------------------------------------------------------------------- the same curve
+
+def curve(folder):
+    """Every step of a run but what depends on the clock; evaluations and generated samples are in it."""
+    return [{tag: value for tag, value in line.items() if not WATCHED.search(tag)} for line in record.read_metrics(folder)]
+
+
+def newest(folder):
+    return checkpoint.load(checkpoint.newest_valid(folder)[0])
+
+
+def differences(a, b):
+    """What two finished runs do not share, by name: an empty list says that they are the same run."""
+    found = [f"step {x['step']}: {sorted(tag for tag in x.keys() | y.keys() if x.get(tag) != y.get(tag))}" for x, y in zip(curve(a), curve(b)) if str(x) != str(y)]
+    found += [f"{len(curve(a))} steps and {len(curve(b))}"] * (len(curve(a)) != len(curve(b)))
+    a, b = newest(a), newest(b)
+    found += [f"{file}: {name}" for file, tensors in a["tensors"].items() for name in tensors.keys() | b["tensors"].get(file, {}).keys()
+              if name not in tensors or name not in b["tensors"].get(file, {}) or not torch.equal(tensors[name], b["tensors"][file][name])]
+    return found + [f"state: {name}" for name in a["state"].keys() | b["state"].keys() if name not in ("line", "accepted") and a["state"].get(name) != b["state"].get(name)]
+
+
+def each_step_stands_once(folder, steps):
+    """In metrics.jsonl and in TensorBoard, which purges what a resumed run does again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    lines = record.read_metrics(folder)
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert [line["step"] for line in lines] == list(range(steps + 1))
+    assert [step for step, _ in losses] == list(range(1, steps + 1)) and [loss for _, loss in losses] == pytest.approx([line["train/loss"] for line in lines[1:]], rel=1e-6)
+
+
+def go_on(folder):
+    """--resume where there is a checkpoint; a run killed before its first one is begun again by the same command."""
+    return ["--resume"] * bool(list((folder / "checkpoints").glob("step-*")) if (folder / "checkpoints").exists() else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------- killed
+
+@pytest.mark.parametrize("quant, times", [("nf4", 6), ("int8", 6), ("llm_int8", 2)])
+def test_a_run_killed_six_times_three_of_them_in_one_epoch_has_the_same_curve(run, whole, tmp_path, quant, times):
+    options = [*EVERYTHING, f"--model.quant={quant}"]
+    faults = [(in_backward, 2, die), (at_sample, 13, die), (at_sample, 17, die),  # the first epoch ends with sample 23
+              (at_sample, 23, die), (once, "checkpoint", "save", 1, die), (once, "record.Recorder", "flush", 2, die)]
+    for fault in faults[-times:]:
+        assert run("run", *options, *go_on(tmp_path / "run"), fault=fault) == -signal.SIGKILL
+    assert run("run", *options, "--resume") == 0
+    assert differences(tmp_path / "run", whole(options)) == []
+    each_step_stands_once(tmp_path / "run", 15)
+    state = newest(whole(options))["state"]
+    assert 0 < state["without_improvement"] < 5, "early stopping was not half counted"
+    assert len({line["train/clip_threshold"] for line in curve(whole(options))[1:]}) > 3, "clipping did not follow the norms"
+    assert [line["train/samples"] for line in curve(whole(options))[1:]] == [3] * 4 + [4] * 4 + [6] * 6 + [5]
+    for line in curve(whole(options)):
+        assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
+
+
+def without_generators():
+    torch.set_rng_state = lambda state: None
+
+
+def data_shifted_by_one_sample():
+    real = data.sample_stream
+    data.sample_stream = lambda rows, seed, first, count: real(rows, seed, first + 1, count)
+
+
+def rate_shifted_by_one_step():
+    real = schedule.learning_rate
+    schedule.learning_rate = lambda step, settings, steps: real(step + 1, settings, steps)
+
+
+def without_moments():
+    import train
+    real = train.views
+    train.views = lambda flat, adapters: [(name, view.clone()) for name, view in real(flat, adapters)]
+
+
+@pytest.mark.parametrize("mistake, seen", [(None, ""), (without_generators, "train/loss"), (data_shifted_by_one_sample, "train/loss"), (rate_shifted_by_one_step, "train/learning_rate"),
+                                           (without_moments, "train/loss")])
+def test_a_resume_with_one_thing_wrong_does_not_have_the_same_curve(run, whole, tmp_path, mistake, seen):
+    """The control of the test above: each of these mistakes is found by it, and none of them by anything else."""
+    assert run("run", *EVERYTHING, fault=(at_sample, 30, die)) == -signal.SIGKILL
+    assert run("run", *EVERYTHING, "--resume", fault=(mistake,)) == 0
+    found = differences(tmp_path / "run", whole(EVERYTHING))
+    assert bool(found) == bool(mistake) and seen in " ".join(found), found
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_run_killed_at_any_call_that_changes_the_disk_goes_on_to_the_same_end(run, tmp_path, after):
+    """A sample of all calls of a run with three saves that replace each other; every call of a save has a test in test_checkpoint.py."""
+    options = ["--train.max_steps=6", "--save.every_steps=2", "--save.keep=1", "--eval.every_steps=3", "--lora.dropout=0.1", "--log.tensorboard=true"]
+    assert run("whole", *options, fault=(at_call, 0, after, tmp_path / "calls")) == 0
+    calls = (tmp_path / "calls").read_text().split()
+    assert set(calls) == set(CALLS)
+    chosen = {calls.index(name) + 1 for name in CALLS} | {len(calls) - calls[::-1].index(name) for name in CALLS} if after else set(range(7, len(calls), len(calls) // 9))
+    for number in sorted(chosen):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert run("run", *options, fault=(at_call, number, after, tmp_path / "killed")) == -signal.SIGKILL, (number, calls, (tmp_path / "killed").read_text().split())
+        assert (tmp_path / "killed").read_text().split() == calls[:number]
+        for path in (tmp_path / "run/checkpoints").glob("step-??????"):
+            checkpoint.verify(path)
+        assert run("run", *options, *go_on(tmp_path / "run")) == 0, (number, calls[number - 1], (tmp_path / "run.log").read_text()[-2000:])
+        assert differences(tmp_path / "run", tmp_path / "whole") == [], (number, calls[number - 1])
+        each_step_stands_once(tmp_path / "run", 6)
+        left = [path.name for path in (tmp_path / "run/checkpoints").iterdir() if not re.fullmatch(r"step-\d{6}", path.name)]
+        assert left == [] or "finished already" in (tmp_path / "run.log").read_text(), left  # the next save would sweep them; there was none
+
+
+def damage(path, how):
+    if how == "a flipped bit":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content)
+    elif how == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("name, how", [("optimizer.safetensors", "a flipped bit"), ("state.json", "cut"), ("manifest.json", "missing")])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(run, whole, tmp_path, name, how):
+    options = ["--save.every_steps=2", "--lora.dropout=0.1"]
+    assert run("run", *options, fault=(at_sample, 28, die)) == -signal.SIGKILL
+    damage(tmp_path / "run/checkpoints/step-000006" / name, how)
+    assert run("run", *options, "--resume") == 0
+    told = (tmp_path / "run.log").read_text()
+    assert re.search(rf"warning: passed over a damaged checkpoint: .*step-000006/{name}: ", told) and "going on after step 4" in told
+    assert differences(tmp_path / "run", whole(options)) == []
+
+
+def test_with_every_checkpoint_damaged_a_run_neither_goes_on_nor_starts_afresh(run, tmp_path):
+    options = ["--save.every_steps=2"]
+    assert run("run", *options, fault=(at_sample, 28, die)) == -signal.SIGKILL
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        damage(path / "adapter_model.safetensors", "a flipped bit")
+    before = {path: path.read_bytes() for path in tmp_path.glob("run/**/*") if path.is_file()}
+    assert run("run", *options, "--resume") == 2 and run("run", *options) == 2
+    told = (tmp_path / "run.log").read_text()
+    assert "no valid checkpoint" in told and told.count("adapter_model.safetensors: changed since it was saved") == 3 and "Traceback" not in told
+    assert {path: path.read_bytes() for path in tmp_path.glob("run/**/*") if path.is_file()} | {tmp_path / "run/.lock": b""} == before | {tmp_path / "run/.lock": b""}
+
+
+# --------------------------------------------------------------------------------------------------------- told to end
+
+@pytest.mark.parametrize("fault, step", [((at_sample, 20, send, signal.SIGTERM, signal.SIGTERM), 6), ((once, "checkpoint", "save", 2, send, signal.SIGTERM, signal.SIGTERM), 8)])
+def test_told_twice_to_end_a_run_saves_one_step_boundary_and_goes_on_to_the_same_end(run, whole, tmp_path, fault, step):
+    options = ["--lora.dropout=0.1", "--save.every_steps=4"]
+    began = time.monotonic()
+    assert run("run", *options, fault=fault) == (143 if step < 8 else 0) and time.monotonic() - began < 30
+    names = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert sorted(names) == sorted({"step-000004", f"step-{step:06d}"}) and newest(tmp_path / "run")["step"] == step
+    assert run("run", *options, "--resume") == 0
+    assert differences(tmp_path / "run", whole(options)) == []
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_three_times_a_run_ends_at_once_and_what_was_saved_before_stays(run, whole, tmp_path, number, code):
+    assert run("run", fault=(in_backward, 6, send, number, number, number)) == code
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000004"]
+    assert "Traceback" not in (tmp_path / "run.log").read_text()
+    assert run("run", "--resume") == 0 and differences(tmp_path / "run", whole()) == []
+
+
+def test_a_second_process_is_refused_while_the_first_trains_and_does_not_disturb_it(start, run, whole, tmp_path):
+    first = start("run", fault=(at_sample, 8, time.sleep, 8))
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        time.sleep(0.05)
+        assert first.is_alive()
+    for options in ([], ["--resume"], ["--overwrite"]):
+        assert run("run", *options) == 2
+    first.join(60)
+    told = (tmp_path / "run.log").read_text()
+    assert first.exitcode == 0 and told.count(f"error: {tmp_path / 'run'}: another training process (pid {first.pid})") == 3
+    assert differences(tmp_path / "run", whole()) == []
+
+
+# ------------------------------------------------------------------------------------------------ full, read-only disks
+
+def on_a_small_disk(folder, size, what, *given):
+    """Mount a file system of `size` on `folder`, for this process alone; exit code 77 where that is not allowed."""
+    libc, owner = ctypes.CDLL(None, use_errno=True), os.getuid()
+    new_mounts, new_user, private = 0x20000, 0x10000000, 0x44000
+    if libc.unshare(new_mounts | (new_user if owner else 0)):
+        sys.exit(77)
+    if owner:
+        pathlib.Path("/proc/self/uid_map").write_text(f"0 {owner} 1")
+    if libc.mount(b"none", b"/", None, private, None) or libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):
+        sys.exit(77)
+    what(libc, folder, *given)
+
+
+def train_through(libc, folder, options, sample, read_only):
+    """Train on that disk; from the window of `sample` on nothing can be written. Make room, go on, and compare with a run in peace."""
+    import train
+    filler = folder / "filler"
+
+    def spoil():
+        if read_only:
+            assert libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 1 | 32, None) == 0
+            return
+        with open(filler, "wb", buffering=0) as file:
+            for piece in (1 << 16, 1 << 8, 1):  # to the last byte
+                while True:
+                    try:
+                        file.write(bytes(piece))
+                    except OSError as error:
+                        assert error.errno == errno.ENOSPC
+                        break
+
+    def attempt(name, *more, fault=None):
+        child = os.fork()
+        if child == 0:
+            try:
+                if fault:
+                    at_sample(sample, fault)
+                sys.argv = ["train.py", sys.argv[1], f"--out={folder / name}", *options, *more]
+                train.settings.run_command(train.main)
+            except SystemExit as end:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(end.code)
+            finally:
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert attempt("whole") == 0
+    assert attempt("run", fault=spoil) == 2
+    for path in (folder / "run/checkpoints").glob("step-*"):
+        checkpoint.verify(path)
+    assert checkpoint.newest_valid(folder / "run")[1] == []
+    if not read_only:  # a disk that turned read-only failed: nothing can go on there
+        filler.unlink()
+        assert attempt("run", "--resume") == 0
+        assert differences(folder / "run", folder / "whole") == []
+    sys.exit(0)
+
+
+@pytest.mark.parametrize("tensorboard", ["false", "true"])
+@pytest.mark.parametrize("read_only", [False, True], ids=["full", "read-only"])
+def test_a_disk_that_fills_or_turns_read_only_in_a_run_costs_no_checkpoint_and_the_run_goes_on(run, tmp_path, read_only, tensorboard):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["--train.max_steps=6", "--save.every_steps=2", "--lora.dropout=0.1", f"--log.tensorboard={tensorboard}"]
+    code = run("run", *options, fault=(on_a_small_disk, disk, "8m", train_through, options, 12, read_only))
+    if code == 77:
+        pytest.skip("a small file system cannot be mounted here")
+    told = (tmp_path / "run.log").read_text()
+    assert code == 0 and "Traceback" not in told, told[-3000:]
+    assert re.search(r"error: .*(metrics.jsonl|checkpoints/step-000004|TensorBoard).*make room and run again with --resume", told), told[-2000:]

@@ -1,0 +1,210 @@
+"""Model folders, templates and adapters made by a stranger: refused with one message, a canary untouched, time and memory bounded."""
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import time
+import tracemalloc
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import CHATML, make_config, make_model, make_tokenizer, settings_of
+
+import data
+import model
+import train
+import trust
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A good model folder, to be made bad."""
+    make_model(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(folder, *words):
+    """Loading tokenizer and model raises one ValueError with these words, within seconds and without taking memory."""
+    began = time.monotonic()
+    tracemalloc.start()
+    with pytest.raises(ValueError) as caught:
+        data.load_tokenizer(str(folder))
+        model.load(make_config(folder), "cpu")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    for word in words:
+        assert word in str(caught.value), caught.value
+    assert time.monotonic() - began < 30 and peak < 300 << 20
+
+
+class Bomb:
+    """Unpickling one creates the file that it names."""
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return open, (str(self.canary), "w")
+
+
+def test_pickles_in_a_model_folder_are_never_opened(folder, tmp_path):
+    bomb = pickle.dumps(Bomb(tmp_path / "canary"))
+    pickle.loads(bomb).close()
+    (tmp_path / "canary").unlink()  # the bomb works
+    names = ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pt", "tokenizer.model", "vocab.pkl", "added_tokens.bin", "adapter_model.bin", "model.ckpt")
+    for name in names:
+        (folder / name).write_bytes(bomb)
+    data.load_tokenizer(str(folder))
+    model.load(make_config(folder), "cpu")
+    (folder / "model.safetensors").write_bytes(bomb)
+    refused(folder, "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "neither model.safetensors nor its index")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "anything.txt"])
+def test_a_link_that_leads_out_of_the_folder_is_refused_and_one_within_it_or_a_hubs_cache_is_not(folder, tmp_path, name):
+    secret = tmp_path / "secret"
+    shutil.copy(folder / name, secret) if (folder / name).exists() else secret.write_text("secret")
+    inside = folder / f"real-{name}"
+    shutil.copy(secret, inside)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(inside.name)
+    model.load(make_config(folder), "cpu")
+    (folder / name).unlink()
+    (folder / name).symlink_to(secret)
+    refused(folder, name, "a link that leads out of the model folder")
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    shutil.copytree(folder, snapshot, symlinks=True)
+    blobs.mkdir()
+    (snapshot / name).unlink()
+    secret.rename(blobs / "f00")
+    (snapshot / name).symlink_to("../../blobs/f00")
+    trust.check_folder(snapshot)
+
+
+def shards(folder, **names):
+    """Index files naming shards as given, beside the one true file."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "a.safetensors" for name in tensors} | names}))
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "{outside}", "link.safetensors", "..", "sub/x.safetensors", "a.bin", 7, ["a.safetensors"]])
+def test_a_shard_elsewhere_is_refused_by_its_name(folder, tmp_path, shard):
+    outside = tmp_path / "outside.safetensors"
+    safetensors.torch.save_file({"lm_head.weight": torch.zeros(320, 64)}, outside)
+    (folder / "link.safetensors").symlink_to(outside)
+    if shard != "link.safetensors":
+        (folder / "link.safetensors").unlink()
+    shards(folder, **{"lm_head.weight": shard.replace("{outside}", str(outside)) if isinstance(shard, str) else shard})
+    refused(folder, "link.safetensors" if shard == "link.safetensors" else "model.safetensors.index.json")
+
+
+def header(text, body=b"", length=None):
+    content = text.encode()
+    return (len(content) if length is None else length).to_bytes(8, "little") + content + body
+
+
+ONE = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize("content, word", [
+    (header("{}", length=1 << 62), "header claims"), (header(" " * (33 << 20) + "{}"), "header claims"), (b"\0", "header claims"), (header("[" * 100_000), "not valid JSON"),
+    (header(f'{{"a":{ONE},"a":{ONE}}}', bytes(4)), "'a' stands twice"), (header(f'{{"a":{ONE}}}', bytes(3)), "'a'"), (header(f'{{"a":{ONE}}}', bytes(9)), "cut short or changed"),
+    (header('{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}', bytes(4)), "'a'"), (header('{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', bytes(4)), "'a'"),
+    (header('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', bytes(4)), "'a'"), (header('{"a":7}'), "'a'"), (header("[]"), "JSON object"),
+    (header(f'{{"../../../canary":{ONE}}}', bytes(4)), "the folder's files hold 1 tensors")])
+def test_a_hostile_weight_file_is_refused_before_a_tensor_is_read(folder, tmp_path, content, word):
+    (folder / "model.safetensors").write_bytes(content)
+    refused(folder, word)
+    assert not (tmp_path / "canary").exists() and sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"auto_map": {"AutoConfig": "evil.Evil"}}, "auto_map"), ({"text_config": {"auto_map": {}}}, "auto_map"), ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+    ({"num_hidden_layers": -1}, "model"), ({"hidden_size": 10**9}, "hidden_size"), ({"head_dim": 1 << 30}, "head_dim"), ({"vocab_size": 1e300}, "vocab_size"),
+    ({"hidden_size": "64"}, "model"), ({"num_attention_heads": 0}, "model"), ({"num_key_value_heads": 3}, "model"), ({"rope_theta": float("nan")}, "rope_theta"), ({"hidden_act": "os.system"}, "model"),
+    ({"quantization_config": []}, "model"), ({"model_type": ["llama"]}, "model"), ({"vocab_size": 640}, "model.safetensors")])
+def test_a_hostile_configuration_is_refused_before_it_takes_memory(folder, changes, word):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    refused(folder, word)
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "llama", "model_type": "gpt2"}', "[1]", "{", "\udcff", "[" * 100_000])
+def test_a_configuration_that_is_not_one_object_is_refused(folder, text):
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    refused(folder, "config.json")
+
+
+def test_an_enormous_json_file_is_refused_before_it_is_read(folder):
+    os.truncate(folder / "tokenizer.json", trust.LARGEST_JSON + 1)
+    refused(folder, "tokenizer.json", "needs more than")
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+GROW = "{% set ns = namespace(text='x') %}{% for a in range(60) %}{% set ns.text = ns.text ~ ns.text %}{% endfor %}{{ ns.text }}"
+
+
+@pytest.mark.parametrize("template, said", [(LOOP, "did not end within"), (GROW, ""), ("{{ 'x' * 3000000 }}", "wrote more than"),
+                                            ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", None), ("{{ 10 ** (10 ** 10) }}", "did not end within")])
+def test_a_template_that_does_not_end_is_killed_in_a_process_of_its_own(folder, monkeypatch, template, said):
+    monkeypatch.setattr(trust, "SECONDS", 1)
+    (folder / "chat_template.jinja").write_text(template)
+    began = time.monotonic()
+    if said:
+        refused(folder, f"the chat template that came with the model {said}")
+    else:  # it ends by itself, in an error, which the first row tells
+        with pytest.raises(ValueError, match="the chat template refuses this chat"):
+            data.end_of_turn(data.load_tokenizer(str(folder)))
+    assert time.monotonic() - began < 10
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)  # nobody is left behind
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__init__.__globals__ }}", "{% include '/etc/hostname' %}", "{% import 'os' as os %}",
+                                      "{{ cycler.__init__.__globals__.os.system('touch canary') }}", "{{ raise_exception.__globals__ }}"])
+def test_a_template_reaches_neither_files_nor_python(folder, tmp_path, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    (folder / "chat_template.jinja").write_text(template + CHATML)
+    try:
+        tokenizer = data.load_tokenizer(str(folder))
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        assert "<class" not in text and pathlib.Path("/etc/hostname").read_text().strip() not in text and "builtins" not in text
+    except Exception as error:
+        assert type(error).__name__ in ("ValueError", "SecurityError", "TemplateNotFound", "TemplateRuntimeError", "UndefinedError", "TypeError"), error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_template_is_tried_once_a_process_and_a_good_one_passes(folder, monkeypatch):
+    data.load_tokenizer(str(folder))
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("tried again"))
+    data.load_tokenizer(str(folder))
+
+
+def test_an_adapter_by_a_stranger_is_checked_like_weights(folder, tmp_path, tiny_inputs):
+    settings = settings_of(tiny_inputs, tmp_path / "tiny.json")
+    arguments = lambda name, *more: [str(settings), f"--out={tmp_path / name}", "--train.max_steps=1", *more]
+    assert train.main(arguments("run")) == 0
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(tmp_path / "run/checkpoints/step-000001" / name, adapter)
+    assert train.main(arguments("second", f"--lora.init_from={adapter}")) == 0
+    good = (adapter / "adapter_model.safetensors").read_bytes()
+    for content, word in ((header("{}", length=1 << 62), "header claims"), (header(f'{{"a":{ONE},"a":{ONE}}}', bytes(4)), "stands twice"), (good[:-9], "cut short|entry of"),
+                          (header(f'{{"../a":{ONE}}}', bytes(4)), "in the file but not in the model|targets")):
+        (adapter / "adapter_model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=word):
+            train.main(arguments("third", f"--lora.init_from={adapter}"))
+    (adapter / "adapter_model.safetensors").write_bytes(good)
+    for text, word in (('{"r": 4, "r": 8}', "stands twice"), ("[]", "JSON object"), ("{}", "adapter_config.json"), ('{"r": "four", "lora_alpha": 8, "lora_dropout": 0}', "adapter_config.json"),
+                       ('{"r": 4, "lora_alpha": {}, "lora_dropout": 0}', "adapter_config.json"), ('{"r": 99999999999, "lora_alpha": 8, "lora_dropout": 0.0}', "lora.init_from|lora.r")):
+        (adapter / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=word):
+            train.main(arguments("third", f"--lora.init_from={adapter}"))
+    assert not (tmp_path / "third").exists()
