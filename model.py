@@ -584,8 +584,6 @@ def read_adapter(folder):
             raise ValueError(f"{folder}: no {name} there, so it is no adapter in PEFT's format")
     settings = trust.read_json(folder / "adapter_config.json")
     trust.tensor_shapes(folder / "adapter_model.safetensors")
-    if type(settings.get("r")) is not int or not all(type(settings.get(name)) in (int, float) for name in ("lora_alpha", "lora_dropout")):
-        raise ValueError(f"{folder}/adapter_config.json: r must be a whole number, lora_alpha and lora_dropout must be numbers, as PEFT writes them")
     honoured = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "init_lora_weights"}
     usual = json.loads(json.dumps(LoraConfig().to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
     for name, value in settings.items():
@@ -593,6 +591,8 @@ def read_adapter(folder):
             raise ValueError(f"{folder}/adapter_config.json: {name} = {json.dumps(value)} is not supported; plain LoRA adapters on projections are")
     if settings.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
         raise ValueError(f"{folder}/adapter_config.json: init_lora_weights = {settings['init_lora_weights']!r} changes the base weights; convert it to a plain LoRA adapter with PEFT first")
+    if type(settings.get("r")) is not int or not all(type(settings.get(name)) in (int, float) for name in ("lora_alpha", "lora_dropout")):
+        raise ValueError(f"{folder}/adapter_config.json: r must be a whole number, lora_alpha and lora_dropout must be numbers, as PEFT writes them")
     tensors = load_file(folder / "adapter_model.safetensors")
     modules = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in tensors})
     lora = config.Lora(r=settings["r"], alpha=float(settings["lora_alpha"]), dropout=float(settings["lora_dropout"]), rslora=bool(settings.get("use_rslora")), targets=modules)

@@ -8,12 +8,14 @@ sending them anywhere.
 
     tensorboard --logdir runs
 """
+import contextlib
 import importlib.metadata
 import json
 import math
 import os
 import pathlib
 import platform
+import threading
 
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "datasets", "tokenizers", "tensorboard", "numpy")
@@ -100,6 +102,22 @@ def read_evaluations(run_folder):
     return found
 
 
+@contextlib.contextmanager
+def _told(what):
+    """Whatever the file system refuses inside, as an OSError that says what could not be written and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(error.errno, f"{what} could not be written ({reason}); make room and run again with --resume") from error
+
+
+def _leave_to_next_call(args, hook=threading.excepthook):
+    """TensorBoard's thread hands what it could not write to the next call, which tells it; a traceback before that tells nothing more."""
+    if not issubclass(args.exc_type, OSError):
+        hook(args)
+
+
 class Recorder:
     """Writes a run's metrics.jsonl and, if `tensorboard`, event files in the same folder.
 
@@ -111,7 +129,7 @@ class Recorder:
     def __init__(self, run_folder, tensorboard, resume_step):
         folder = pathlib.Path(run_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        self.folder, path = folder, folder / "metrics.jsonl"
         lines = _whole_lines(path) if path.exists() else []
         if lines and resume_step is None:
             raise ValueError(f"{path}: holds {len(lines)} steps of an earlier run; go on with --resume, or choose another folder with --out")
@@ -128,7 +146,9 @@ class Recorder:
         self.events = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed without
-            self.events = SummaryWriter(str(folder), purge_step=last_step + 1)
+            threading.excepthook = _leave_to_next_call
+            with _told(f"{folder}: TensorBoard's events"):
+                self.events = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def write(self, step, values):
         """Add {tag: number or text} to the line of `step`. A later step ends the line; an earlier one is a mistake."""
@@ -146,13 +166,15 @@ class Recorder:
             return
         plain = {tag: str(value) if isinstance(value, float) and not math.isfinite(value) else value for tag, value in self.values.items()}
         data = (json.dumps({"step": self.step, **plain}, allow_nan=False) + "\n").encode("utf-8")
-        written = os.write(self.descriptor, data)
-        if written < len(data):
-            raise OSError(f"metrics.jsonl: only {written} of {len(data)} bytes of step {self.step} could be written; make room and run again with --resume")
+        with _told(f"{self.folder / 'metrics.jsonl'}: step {self.step}"):
+            written = os.write(self.descriptor, data)
+            if written < len(data):
+                raise OSError(f"only {written} of {len(data)} bytes")
         if self.events:
-            for tag, value in self.values.items():
-                if not isinstance(value, str):
-                    self.events.add_scalar(tag, value, self.step)
+            with _told(f"{self.folder}: TensorBoard's events of step {self.step}"):
+                for tag, value in self.values.items():
+                    if not isinstance(value, str):
+                        self.events.add_scalar(tag, value, self.step)
         self.last_step, self.step, self.values = self.step, None, {}
 
     def histogram(self, step, tag, tensor):
@@ -160,12 +182,14 @@ class Recorder:
         values = tensor.detach().float().flatten().cpu()
         values = values[values.isfinite()]
         if self.events and len(values):
-            self.events.add_histogram(tag, values, step)
+            with _told(f"{self.folder}: TensorBoard's events of step {step}"):
+                self.events.add_histogram(tag, values, step)
 
     def text(self, step, tag, text):
         """A text (Markdown), in TensorBoard only."""
         if self.events:
-            self.events.add_text(tag, text, step)
+            with _told(f"{self.folder}: TensorBoard's events of step {step}"):
+                self.events.add_text(tag, text, step)
 
     def hyperparameters(self, flat):
         """{"lora.r": 16, …} for TensorBoard's HPARAMS page, in this run's own event file (add_hparams would make a second run of it)."""
@@ -178,16 +202,18 @@ class Recorder:
     def flush(self):
         """End the step's line and put everything on the disk."""
         self._end_line()
-        os.fsync(self.descriptor)
-        if self.events:
-            self.events.flush()
+        with _told(f"{self.folder}: the record"):
+            os.fsync(self.descriptor)
+            if self.events:
+                self.events.flush()
 
     def close(self):
         """flush(), then release the files. The Recorder cannot be used afterwards."""
         self.flush()
         os.close(self.descriptor)
         if self.events:
-            self.events.close()
+            with _told(f"{self.folder}: TensorBoard's events"):
+                self.events.close()
 
 
 def _version(package):

@@ -205,7 +205,7 @@ def test_a_full_disk_stops_the_record_with_the_step(tmp_path, monkeypatch):
     recorder, write = record.Recorder(tmp_path, False, None), os.write
     recorder.write(7, {"train/loss": 2.0})
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:5]))
-    with pytest.raises(OSError, match="5 of 31 bytes of step 7"):
+    with pytest.raises(OSError, match=r"metrics.jsonl: step 7 could not be written \(only 5 of 31 bytes\); make room"):
         recorder.flush()
     monkeypatch.undo()
     assert record.read_metrics(tmp_path) == []
