@@ -29,11 +29,11 @@ def _once(pairs):
     return dict(pairs)
 
 
-def read_json(path, largest=LARGEST_JSON):
-    """The object in a JSON file of at most `largest` bytes. Raises ValueError naming the file: too large, not JSON, a key twice, no object."""
+def read_json(path):
+    """The object in a JSON file. Raises ValueError naming the file: too large, not JSON, a key twice, no object."""
     path = pathlib.Path(path)
-    if path.stat().st_size > largest:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes; no such file needs more than {largest:,}; copy or fetch it again")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes; no such file needs more than {LARGEST_JSON:,}; copy or fetch it again")
     return _object(path.read_bytes(), path)
 
 
@@ -87,11 +87,10 @@ def check_folder(folder):
     for path in folder.iterdir():
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
             raise ValueError(f"{path}: a link that leads out of the model folder, which is never followed; put the file itself there")
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "model.safetensors.index.json"):
-        if (folder / name).is_file():
-            tree = read_json(folder / name)
-            if name == "config.json":
-                _check_config(tree, folder / name)
+        if path.suffix == ".json" and path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"{path}: {path.stat().st_size:,} bytes; no such file needs more than {LARGEST_JSON:,}; copy or fetch it again")
+    if (folder / "config.json").is_file():
+        _check_config(read_json(folder / "config.json"), folder / "config.json")
 
 
 def _check_config(tree, path):
