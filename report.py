@@ -25,16 +25,19 @@ PATHS = ("model.path", "data.train", "data.eval", "data.chat_template", "eval.pr
 ALWAYS = ("model.path", "model.quant", "model.compute_dtype", "lora.r", "lora.alpha", "lora.dropout", "lora.targets", "data.train",
           "data.eval", "train.seed", "train.micro_batch_size", "train.accumulation", "train.max_steps", "schedule.learning_rate",
           "schedule.lr_min", "schedule.lr_kind", "schedule.lr_warmup_steps", "schedule.clip_norm")
-FORECAST = {  # figures of a forecast: what each is, and how it is written
-    "rows": ("training rows", "{:,.0f}"), "steps": ("steps", "{:,.0f}"), "samples": ("samples", "{:,.0f}"),
-    "coverage": ("passes over the training rows", "{:.3g}"), "supervised_share": ("share of the tokens that are supervised", "{:.1%}"),
+FORECAST = {  # figures of a forecast: what each is, and how it is written; those that a run has too are in happened()
+    "rows": ("training rows", "{:,.0f}"), "eval_rows": ("evaluation rows", "{:,.0f}"), "longest": ("tokens of the longest row", "{:,.0f}"),
+    "coverage": ("passes over the training rows", "{:.3g}"), "samples": ("samples", "{:,.0f}"), "steps": ("steps", "{:,.0f}"),
+    "tokens_seen": ("tokens", "{:,.0f}"), "supervised_tokens_seen": ("supervised tokens", "{:,.0f}"),
+    "supervised_share": ("share of the tokens that are supervised", "{:.1%}"), "cut_share": ("share of the rows cut to data.max_length", "{:.1%}"),
     "peak": ("peak learning rate", "{:.3g}"), "area": ("learning rates, summed over all steps", "{:.4g}"),
     "full_rate_steps": ("steps at the peak rate worth as much", "{:,.0f}"), "warmup_share": ("share of the steps that warm up", "{:.1%}"),
-    "negligible_from": ("step from which on the rate is below 1 % of its peak (0: none)", "{:,.0f}")}
+    "negligible_from": ("step from which on the rate is below 1 % of its peak", "{:,.0f}"), "trainable": ("trainable parameters", "{:,.0f}"),
+    "peak_bytes": ("most memory in use, GiB", "{:.2f}"), "step_seconds": ("seconds a step", "{:.3g}"), "seconds": ("seconds in steps", "{:,.0f}")}
 EVALUATION = {  # columns of the table of evaluations: tag, heading, how it is written, what it means
     "eval/loss": ("loss", ".4f", ""), "eval/perplexity": ("perplexity", "#.4g", ""),
     "eval/token_accuracy": ("accuracy", ".4f", "share of the supervised tokens that the model puts first"),
-    "eval/stop_rate": ("stop rate", ".2f", "share of the samples that end by themselves"),
+    "eval/stop_rate": ("stops", ".2f", "share of the samples that end by themselves"),
     "eval/repetition": ("repetition", ".3f", "share of a sample's four-token sequences that occur in it before"),
     "eval/overlap": ("overlap", ".3f", "with the reference; 1: the same tokens")}
 
@@ -266,16 +269,25 @@ def verdict(found):
     given = found["verdict"]
     if not given:
         return "## No verdict\n\n" + prose("The run was not judged: there is no readable `verdict.json` in its folder.")
-    rows, reasons = [], []
-    for entry in [entry for entry in given.get("criteria") or [] if isinstance(entry, dict)]:
-        name, outcome = plain(entry.get("name", "?")), plain(entry.get("outcome", "?"))
-        both = is_number(entry.get("low")) and is_number(entry.get("high"))
-        rows.append([plain(entry.get("set", "–")), name, f"**{outcome}**", number(entry.get("threshold")), number(entry.get("measured")),
-                     f"{number(entry['low'])} to {number(entry['high'])}" if both else "–"])
-        reasons.append(prose(f"**{name}**, {outcome}: {plain(entry.get('reason') or 'no reason recorded')}", "- "))
-    return paragraphs(f"## Verdict: {plain(given.get('outcome', 'not stated'))}", prose(plain(given.get("reason") or "")),
-                      table(["set", "criterion", "outcome", "needed", "measured", "interval"], rows) if rows else "It holds no criteria.",
-                      "\n".join(reasons))
+    judged, confidence, outcomes = given.get("judged"), given.get("confidence"), given.get("sets") or {}
+    basis = f"The outcome is that of the {' and '.join(map(str, judged))} set{'s' * (len(judged) > 1)}." if isinstance(judged, list) and judged else ""
+    if given.get("rows") and is_number(given["rows"]) and is_number(confidence):
+        basis += f" The intervals are of {confidence:.0%}, from {given['rows']:,} evaluation rows."
+    parts, before = [f"## Verdict: {plain(given.get('outcome', 'not stated'))}", prose(plain(basis))], set()
+    criteria = [entry for entry in given.get("criteria") or [] if isinstance(entry, dict)]
+    for group in dict.fromkeys(str(entry.get("set")) for entry in criteria):
+        rows, reasons = [], []
+        for entry in [entry for entry in criteria if str(entry.get("set")) == group]:
+            name, reason, low, high = plain(entry.get("name", "?")), entry.get("reason") or "no reason recorded", entry.get("low"), entry.get("high")
+            sign = "<" if entry.get("name") == "perplexity" else ">"  # the one criterion where less is better
+            interval = f" [{number(low, '.3g')}, {number(high, '.3g')}]" if is_number(low) and is_number(high) and low < high else ""
+            rows.append([name, plain(entry.get("outcome", "?")), sign + " " + number(entry.get("threshold")), number(entry.get("measured")) + interval])
+            reasons.append(prose(f"**{name}**: " + ("as above." if reason in before else plain(reason)), "- "))
+            before.add(reason)
+        parts += [f"### {plain(group)}" + (f": {plain(outcomes[group])}" if group in outcomes else ""),
+                  table(["criterion", "outcome", "needed", "measured"], rows), "\n".join(reasons)]
+    notes = given.get("notes") if isinstance(given.get("notes"), list) else []
+    return paragraphs(*parts, "" if criteria else "It holds no criteria.", *(prose("Note: " + plain(note)) for note in notes))
 
 
 def told(entry, times=""):
@@ -305,10 +317,10 @@ def diagnosis(found):
     steps = health.to_record("metrics.jsonl", found["metrics"], planned_steps=planned if is_number(planned) else 0)
     findings = [finding for finding in health.diagnose(steps) if finding.name not in known]
     grave = [told(vars(finding)) for finding in findings if finding.severity in ("fault", "warning")]
-    notes = [prose(f"{plain(finding.name)}: {plain(finding.evidence)}", "- ") for finding in findings if finding.severity == "note"]
+    notes = [f"{plain(finding.name)}: {plain(finding.evidence)}" for finding in findings if finding.severity == "note"]
     unjudged = [plain(finding.name) for finding in findings if finding.severity == "unjudged"]
     nothing = "No fault and no reason for a warning was found" + (" beyond the alerts above." if known else ".")
-    return paragraphs("\n".join(grave) or nothing, "\n".join(notes),
+    return paragraphs("\n".join(grave) or nothing, prose(f"Also seen, and no reason to worry: {' '.join(notes)}") if notes else "",
                       prose(f"Not judged, for lack of data: {', '.join(unjudged)}.") if unjudged else "")
 
 
@@ -330,11 +342,12 @@ def evaluations(found, pictures):
     rows = [row(f"{lines[i]['step']:,}" + " (best)" * (i == best), lines[i]) for i in kept]
     untouched = {f"eval/{name}": last_value(metrics, f"eval/unquantised_{name}") for name in ("loss", "token_accuracy")}
     if untouched["eval/loss"] is not None:
-        rows.insert(0, row("not quantised, untouched", untouched | {"eval/perplexity": math.exp(min(untouched["eval/loss"], 700))}))
-    meaning = "; ".join(f"{name}: {words}" for name, _, words in columns.values() if words)
+        rows.insert(0, row("unquantised", untouched | {"eval/perplexity": math.exp(min(untouched["eval/loss"], 700))}))
+    meaning = "; ".join([f"{name}: {words}" for name, _, words in columns.values() if words]
+                        + ["unquantised: the untouched model in 16 or 32 bits"] * (len(rows) > len(kept)))
     left_out = f"{len(lines) - len(kept)} of {len(lines)} evaluations are not listed. " if len(kept) < len(lines) else ""
-    return paragraphs(picture(pictures, "evaluation", "perplexity, token accuracy and measures of the samples by step"),
-                      table(["after step", *(name for name, _, _ in columns.values())], rows),
+    return paragraphs(picture(pictures, "evaluation", "perplexity, token accuracy and samples by step"),
+                      table(["step", *(name for name, _, _ in columns.values())], rows),
                       prose(left_out + (meaning[:1].upper() + meaning[1:] + "." if meaning else "")))
 
 
@@ -449,16 +462,33 @@ def proof(found):
                       table(["after step", "measured / predicted", "tolerance", "agrees"], rows)) if rows else ""
 
 
+def happened(metrics):
+    """What the record holds of the figures that a forecast tells, by the forecast's names."""
+    total = lambda tag: np.nansum(series(metrics, tag)[1])
+    steps, rates = series(metrics, "train/learning_rate")
+    figures = {"coverage": last_value(metrics, "train/epoch"), "samples": total("train/samples"), "steps": metrics[-1]["step"] if metrics else 0,
+               "tokens_seen": total("train/tokens"), "supervised_tokens_seen": total("train/supervised_tokens"), "seconds": total("train/seconds"),
+               "step_seconds": median(series(metrics, "train/seconds")[1]), "peak_bytes": max(series(metrics, "train/peak_memory_gib")[1], default=None)}
+    if len(rates) and len(rates) == steps[-1]:  # with steps missing, the sum would be another
+        figures |= {"peak": rates.max(), "area": rates.sum()}
+    return {name: float(value) for name, value in figures.items() if value}
+
+
 def forecast(found):
-    """What was said of the run before it began."""
-    given, rows = found["forecast"], []
+    """What was said of the run before it began, beside what came."""
+    given, rows, came = found["forecast"], [], happened(found["metrics"])
     if not given:
         return ""
-    findings = [told(entry) for entry in given.get("findings") or [] if isinstance(entry, dict) and entry.get("name") != "forecast"]
-    for name, value in (given.get("figures") or {}).items():
-        what, form = FORECAST.get(name, (name.replace("_", " "), "{:.4g}"))
-        rows += [[plain(what), form.format(value)]] if is_number(value) else []
-    return paragraphs("\n".join(findings) or "Nothing was found against the run.", table(["forecast", "value"], rows) if rows else "")
+    known = given.get("acknowledged") or []
+    findings = [told(entry, ", acknowledged in the configuration" if entry.get("name") in known else "") for entry in given.get("findings") or []
+                if isinstance(entry, dict)]
+    figures = given.get("figures") or {}
+    for name in [*[name for name in FORECAST if name in figures], *[name for name in figures if name not in FORECAST and name != "epochs"]]:
+        (what, form), value = FORECAST.get(name, (name.replace("_", " "), "{:.4g}")), figures[name]
+        if is_number(value) and (value or name not in ("cut_share", "negligible_from")):
+            came_to = came.get(name)
+            rows.append([plain(what), form.format(value / 2**30 if name == "peak_bytes" else value), "" if came_to is None else form.format(came_to)])
+    return paragraphs("\n".join(findings) or "Nothing was found against the run.", table(["figure", "forecast", "the run"], rows) if rows else "")
 
 
 def resources(found, pictures):
@@ -480,7 +510,7 @@ def resources(found, pictures):
 def settings_table(found):
     """The settings that say what the run was, and every other one that is not at its default."""
     config, defaults = found["config"], settings.Config().flat()
-    written = lambda key, value: short(value) if key in PATHS else ", ".join(value) if key == "lora.targets" else value
+    written = lambda key, value: short(value) if key in PATHS else ", ".join(name.removesuffix("_proj") for name in value) if key == "lora.targets" else value
     rows = [[f"`{key}`", code(written(key, value))] for key, value in config.items() if key in ALWAYS or defaults.get(key) != value]
     return table(["key", "value"], rows) if rows else ""
 

@@ -89,7 +89,7 @@ def short(name):
 
 def number(value, form=".4g"):
     """A number as `form` says; a dash where there is none, and text as it is."""
-    return "–" if value is None or value != value else f"{value:{form}}" if type(value) in (int, float) else plain(value)
+    return "–" if value is None or value != value else f"{value + 0:{form}}" if type(value) in (int, float) else plain(value)
 
 
 def count(n, what):

@@ -16,7 +16,7 @@ import words
 
 SAMPLES = [{"prompt": "what | is <b>?", "reference": "two\nlines", "text": "a `b` *c* <script>", "tokens": 4, "stopped": False}]
 MODULES = {f"model.layers.{layer}.{part}": [0.01 * (layer + 1), 4.0 + layer, 0.2] for layer in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")}
-VERDICT = {"outcome": "FAIL", "criteria": [
+VERDICT = {"outcome": "FAIL", "judged": ["minimum"], "rows": 1309, "confidence": 0.95, "sets": {"minimum": "PASS", "optimal": "FAIL"}, "notes": [], "criteria": [
     {"set": "minimum", "name": "eval loss down", "outcome": "PASS", "threshold": 0.2, "measured": 1.77, "low": 1.7, "high": 1.85, "reason": "The whole interval lies above 0.2."},
     {"set": "optimal", "name": "perplexity", "outcome": "FAIL", "threshold": 6.0, "measured": 8.61, "low": 8.3, "high": 8.9, "reason": "The whole interval lies above 6."}]}
 ALERT = {"name": "loss spike", "severity": "warning", "evidence": "Loss 40 is 9 times the median before it.", "cause": "A broken row.", "remedy": "Look at the rows."}
@@ -82,8 +82,10 @@ def loss_of(run):
 def test_the_verdict_comes_first_with_every_criterion_its_interval_and_its_reason(tmp_path):
     page = page_of(write_run(tmp_path / "run", files={"verdict.json": VERDICT}))
     assert page.index("## Verdict: FAIL") < page.index("## What happened") < page.index("## Alerts")
-    assert re.search(r"\| minimum +\| eval loss down +\| \*\*PASS\*\* +\| 0.2 +\| 1.77 +\| 1.7 to 1.85 +\|", page)
-    assert "**perplexity**, FAIL: The whole interval lies above 6." in page
+    assert re.search(r"### minimum: PASS\n\n.*\n.*\n\| eval loss down +\| PASS +\| > 0.2 +\| 1.77 \[1.7, 1.85\] +\|", page)
+    assert re.search(r"### optimal: FAIL\n\n.*\n.*\n\| perplexity +\| FAIL +\| < 6 +\| 8.61 \[8.3, 8.9\] +\|", page)
+    assert "The outcome is that of the minimum set. The intervals are of 95%, from 1,309 evaluation rows." in page
+    assert "**perplexity**: The whole interval lies above 6." in page
 
 
 def test_without_a_verdict_the_page_says_so_and_claims_none(tmp_path):
@@ -95,7 +97,7 @@ def test_the_summary_tells_learning_from_the_repair_of_quantisation(tmp_path):
     page = page_of(write_run(tmp_path / "run", change={0: {"eval/unquantised_loss": 5.5, "eval/unquantised_token_accuracy": 0.3}}))
     assert "the loss fell from 6.0000 to 4.0000 from step 0 to 40" in page and "puts first rose from 25.0% to 35.0%" in page
     assert "has 5.5000 there: 0.5000 nats of the fall undo what quantisation cost, and 1.5000 lie beyond the original model." in page
-    assert "| not quantised, untouched | 5.5000 |" in page
+    assert re.search(r"\| unquantised +\| 5.5000 \|", page) and "unquantised: the untouched model" in page
 
 
 def test_a_trained_model_that_is_still_worse_than_the_original_is_told_as_such(tmp_path):
@@ -184,10 +186,12 @@ def test_a_gradient_that_disagrees_with_its_loss_is_marked(tmp_path):
     assert "| yes" in rows["0"] and "**no**" in rows["20"] and "–" in rows["40"] and "yes" not in rows["40"]
 
 
-def test_the_forecast_is_repeated_with_its_reasons(tmp_path):
-    given = {"figures": {"coverage": 0.089, "area": 0.0125, "something_new": 3}, "findings": [{"severity": "warning", "name": "coverage below one epoch", "evidence": "4,000 of 45,000 rows.", "reason": "Unseen rows teach nothing.", "remedy": "More steps."}]}
+def test_the_forecast_is_repeated_with_its_reasons_beside_what_came(tmp_path):
+    given = {"figures": {"coverage": 0.089, "area": 0.0125, "peak_bytes": 2**31, "rates": [[1, 2]], "seconds": None, "something_new": 3}, "findings": [{"severity": "warning", "name": "coverage below one epoch", "evidence": "4,000 of 45,000 rows.", "reason": "Unseen rows teach nothing.", "remedy": "More steps."}]}
     page = page_of(write_run(tmp_path / "run", files={"forecast.json": given}))
     assert "**coverage below one epoch** (warning)" in page and "Why it matters: Unseen rows teach nothing." in page and re.search(r"\| something new +\| 3 ", page)
+    assert re.search(r"\| passes over the training rows +\| 0.089 +\| 0.4 +\|", page) and re.search(r"summed over all steps +\| 0.0125 +\| 0.004 +\|", page)
+    assert re.search(r"\| most memory in use, GiB +\| 2.00 +\| 1.25 +\|", page)
 
 
 def test_samples_stand_side_by_side_with_their_references_in_eighty_columns(tmp_path):
