@@ -113,7 +113,7 @@ class Memory:
     checkpoint_layers: int = key(-1, "decoder layers whose activations are recomputed in the backward pass; -1: chosen by a probe of the device", low=-1)
     budget_gib: float = key(0.0, "GPU memory that the run may take, in GiB; 0: all that is free", low=0.0)
     offload: str = key("auto", "keep recomputed layers' inputs, and the embedding table, in the host's memory; auto: where that is what makes the run fit or faster", choices=("auto", "yes", "no"))
-    loss_chunk: int = key(1024, "supervised tokens whose logits exist at one time", low=1)
+    loss_chunk: int = key(2048, "supervised tokens whose logits exist at one time", low=1)
     graphs: str = key("auto", "replay micro-batches as CUDA graphs: auto where kernels are shorter than their launches", choices=("auto", "no"))
     fused: bool = key(True, "fast path for Llama-shaped layers; false: transformers' own layers, the slow twin")
     keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; auto: where no layer is set to be recomputed and a quarter of the free memory holds them", choices=("auto", "yes", "no"))

@@ -297,7 +297,7 @@ def swiglu_backward(grad, gate_up, out):
     return grad
 
 
-def swiglu_backward_sums(grad, gate_up, low, d_low, out, tiles=(64, 64, 4, 3, 7)):
+def swiglu_backward_sums(grad, gate_up, low, d_low, out, tiles=(32, 64, 4, 3, 7)):
     """SwiGLU's backward pass and, from the same read of its tiles, the adapter gradients that are sums over tokens.
 
     grad (T, I): d loss / d act; gate_up (T, 2I); low (T, 2r): s x A^T of gate and up; d_low (T, r): d loss / d low of down; rows of

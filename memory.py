@@ -16,8 +16,9 @@ import model
 
 MARGIN = 0.94            # of the memory is planned for: the allocator cannot use every gap
 SIZES = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384)  # tokens; beyond, matrix products gain nothing
-RECOMPUTED = 0.30        # a recomputed layer's extra time: its forward pass without the last product, of forward + backward
-DEQUANTISED = 250        # tokens: a layer's weights are dequantised in the time in which about so many tokens are computed
+RECOMPUTED = 0.27        # a recomputed layer's extra time: its forward pass without the last product, of forward + backward
+DEQUANTISED = 210        # tokens: a layer's weights are dequantised twice in the time in which about so many tokens are computed
+SHORT = 120              # tokens: what matrix products lose at small sizes, in the same way
 OFFLOADED = 0.01         # copies beside the products slow them a little
 
 
@@ -168,7 +169,7 @@ def choices(found, sizes, checkpoint_layers, asked, limit):
                     size = base + c0 + (c1 - c0) * share + tokens * (s0 + (s1 - s0) * share)
                     if offload and count:
                         size -= (tokens * found["input"]) * max(0, count - 3)  # a few are on their way at any time
-                    cost = (1 + RECOMPUTED * share) * (1 + (0 if kept or not found["dequantised"] else DEQUANTISED * (1 + 0.5 * share)) / tokens + 32 / tokens) * (1 + OFFLOADED * offload)
+                    cost = (1 + RECOMPUTED * share) * (1 + (0 if kept or not found["dequantised"] else DEQUANTISED * (1 + 0.5 * share)) / tokens + SHORT / tokens) * (1 + OFFLOADED * offload)
                     yield {"max_tokens": tokens, "checkpoint_layers": count, "keep_dequantized": kept, "offload": offload and count > 0, "host_embeddings": offload, "bytes": size, "cost": cost}
                     if size <= limit:
                         break  # more recomputation would only be slower

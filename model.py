@@ -429,7 +429,10 @@ def keep_dequantized(network, memory, dtype):
             weight.keep(dtype)
     weights = [weight for weight in weights if not isinstance(weight, quant.PlainWeight)]
     size = sum(weight.in_features * weight.out_features * dtype.itemsize for weight in weights)
-    if memory.keep_dequantized == "yes" or memory.keep_dequantized == "auto" and memory.checkpoint_layers <= 0 and size < free_memory(network.device) / 4:
+    free = free_memory(network.device)
+    if network.device.type == "cuda" and memory.budget_gib:
+        free = min(free, memory.budget_gib * 2**30 - torch.cuda.memory_allocated(network.device))
+    if memory.keep_dequantized == "yes" or memory.keep_dequantized == "auto" and memory.checkpoint_layers <= 0 and size < free / 4:
         for weight in weights:
             weight.keep(dtype)
 
