@@ -71,12 +71,14 @@ def trim(axis, series, at_least=()):
     axis.set_ylim(low - margin, high + margin)
     beyond = np.isfinite(values) & ((values > high) | (values < low))
     if beyond.any():
-        marks(axis, steps[beyond], "^", ALARM, f"{beyond.sum():,} beyond the scale, up to {np.max(np.abs(values[beyond])):.3g}", height=0.985)
+        marks(axis, steps[beyond], "^", ALARM, f"{beyond.sum():,} beyond the scale, up to {np.max(np.abs(values[beyond])):.3g}",
+              height=0.985)
 
 
 def marks(axis, steps, mark, color, label, height=0.02):
     """A mark at each of `steps`, at a share of the panel's height, whatever the scale."""
-    axis.plot(steps, np.full(len(steps), height), mark, color=color, markersize=5, transform=axis.get_xaxis_transform(), clip_on=False, label=label)
+    axis.plot(steps, np.full(len(steps), height), mark, color=color, markersize=5, transform=axis.get_xaxis_transform(), clip_on=False,
+              label=label)
 
 
 def x_axis(axis, last, ticks=10):

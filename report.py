@@ -29,11 +29,13 @@ FORECAST = {  # figures of a forecast: what each is, and how it is written; thos
     "rows": ("training rows", "{:,.0f}"), "eval_rows": ("evaluation rows", "{:,.0f}"), "longest": ("tokens of the longest row", "{:,.0f}"),
     "coverage": ("passes over the training rows", "{:.3g}"), "samples": ("samples", "{:,.0f}"), "steps": ("steps", "{:,.0f}"),
     "tokens_seen": ("tokens", "{:,.0f}"), "supervised_tokens_seen": ("supervised tokens", "{:,.0f}"),
-    "supervised_share": ("share of the tokens that are supervised", "{:.1%}"), "cut_share": ("share of the rows cut to data.max_length", "{:.1%}"),
+    "supervised_share": ("share of the tokens that are supervised", "{:.1%}"),
+    "cut_share": ("share of the rows cut to data.max_length", "{:.1%}"),
     "peak": ("peak learning rate", "{:.3g}"), "area": ("learning rates, summed over all steps", "{:.4g}"),
     "full_rate_steps": ("steps at the peak rate worth as much", "{:,.0f}"), "warmup_share": ("share of the steps that warm up", "{:.1%}"),
-    "negligible_from": ("step from which on the rate is below 1 % of its peak", "{:,.0f}"), "trainable": ("trainable parameters", "{:,.0f}"),
-    "peak_bytes": ("most memory in use, GiB", "{:.2f}"), "step_seconds": ("seconds a step", "{:.3g}"), "seconds": ("seconds in steps", "{:,.0f}")}
+    "negligible_from": ("step from which on the rate is below 1 % of its peak", "{:,.0f}"),
+    "trainable": ("trainable parameters", "{:,.0f}"), "peak_bytes": ("most memory in use, GiB", "{:.2f}"),
+    "step_seconds": ("seconds a step", "{:.3g}"), "seconds": ("seconds in steps", "{:,.0f}")}
 EVALUATION = {  # columns of the table of evaluations: tag, heading, how it is written, what it means
     "eval/loss": ("loss", ".4f", ""), "eval/perplexity": ("perplexity", "#.4g", ""),
     "eval/token_accuracy": ("accuracy", ".4f", "share of the supervised tokens that the model puts first"),
@@ -254,7 +256,8 @@ def evaluated(metrics):
         damage, beyond = losses[0] - untouched, untouched - losses[-1]
         repaired = f"{damage:.4f} nats of the fall undo what quantisation cost, and " if damage > 0 else ""
         yield (f"The untouched model, not quantised, has {untouched:.4f} there: "
-               + (f"{repaired}{beyond:.4f} lie beyond the original model." if beyond > 0 else f"the trained one is still {-beyond:.4f} above it."))
+               + (f"{repaired}{beyond:.4f} lie beyond the original model." if beyond > 0 else
+                  f"the trained one is still {-beyond:.4f} above it."))
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
@@ -270,7 +273,9 @@ def verdict(found):
     if not given:
         return "## No verdict\n\n" + prose("The run was not judged: there is no readable `verdict.json` in its folder.")
     judged, confidence, outcomes = given.get("judged"), given.get("confidence"), given.get("sets") or {}
-    basis = f"The outcome is that of the {' and '.join(map(str, judged))} set{'s' * (len(judged) > 1)}." if isinstance(judged, list) and judged else ""
+    basis = ""
+    if isinstance(judged, list) and judged:
+        basis = f"The outcome is that of the {' and '.join(map(str, judged))} set{'s' * (len(judged) > 1)}."
     if given.get("rows") and is_number(given["rows"]) and is_number(confidence):
         basis += f" The intervals are of {confidence:.0%}, from {given['rows']:,} evaluation rows."
     parts, before = [f"## Verdict: {plain(given.get('outcome', 'not stated'))}", prose(plain(basis))], set()
@@ -278,10 +283,12 @@ def verdict(found):
     for group in dict.fromkeys(str(entry.get("set")) for entry in criteria):
         rows, reasons = [], []
         for entry in [entry for entry in criteria if str(entry.get("set")) == group]:
-            name, reason, low, high = plain(entry.get("name", "?")), entry.get("reason") or "no reason recorded", entry.get("low"), entry.get("high")
+            name, reason = plain(entry.get("name", "?")), str(entry.get("reason") or "no reason recorded")
+            low, high, measured = entry.get("low"), entry.get("high"), number(entry.get("measured"))
             sign = "<" if entry.get("name") == "perplexity" else ">"  # the one criterion where less is better
-            interval = f" [{number(low, '.3g')}, {number(high, '.3g')}]" if is_number(low) and is_number(high) and low < high else ""
-            rows.append([name, plain(entry.get("outcome", "?")), sign + " " + number(entry.get("threshold")), number(entry.get("measured")) + interval])
+            if is_number(low) and is_number(high) and low < high:
+                measured += f" [{number(low, '.3g')}, {number(high, '.3g')}]"
+            rows.append([name, plain(entry.get("outcome", "?")), sign + " " + number(entry.get("threshold")), measured])
             reasons.append(prose(f"**{name}**: " + ("as above." if reason in before else plain(reason)), "- "))
             before.add(reason)
         parts += [f"### {plain(group)}" + (f": {plain(outcomes[group])}" if group in outcomes else ""),
@@ -417,8 +424,9 @@ def noise(found, pictures):
             "it every doubling of the step saves nearly half of the steps, well above it nearly none (McCandlish et al. 2018). Its median "
             f"over the second half of the run is {late:,.3g} samples.")
     if batch:
-        advice = "smaller steps would learn as much from fewer samples." if late < 0.5 * batch else "about right."
-        told += f" A step has {batch:,.0f}: " + ("most of its gradient is noise, and larger steps would pay." if late > 2 * batch else advice)
+        told += f" A step has {batch:,.0f}: " + (
+            "most of its gradient is noise, and larger steps would pay." if late > 2 * batch else
+            "smaller steps would learn as much from fewer samples." if late < 0.5 * batch else "about right.")
     if len(usable) < len(scale):
         told += f" {len(scale) - len(usable):,} of {len(scale):,} estimates were not positive and are left out."
     return paragraphs(picture(pictures, "noise", "gradient noise scale and batch size by step"), prose(told))
@@ -435,7 +443,8 @@ def adapters(found, pictures):
     if np.isfinite(ratio).any():
         most, least = (np.unravel_index(pick(ratio), ratio.shape) for pick in (np.nanargmax, np.nanargmin))
         lines.append(f"After step {last[0]:,} the adapters' update ΔW has {np.nanmean(ratio):.2%} of the size of its weight W "
-                     f"(Frobenius norms, mean over modules): most in {name(most)} ({ratio[most]:.2%}), least in {name(least)} ({ratio[least]:.2%}).")
+                     f"(Frobenius norms, mean over modules): most in {name(most)} ({ratio[most]:.2%}), "
+                     f"least in {name(least)} ({ratio[least]:.2%}).")
         still = np.argwhere(ratio == 0)
         if len(still):
             lines.append(f"{count(len(still), 'module')} never moved, among them {name(still[0])}: look at the gradients there.")
@@ -457,8 +466,9 @@ def proof(found):
         ratio, tolerance = line["proof/ratio"], line.get("proof/tolerance")
         agrees = "–" if not is_number(tolerance) else "yes" if abs(ratio - 1) <= tolerance else "**no**"
         rows.append([f"{line['step']:,}", number(ratio, ".4f"), number(tolerance, ".4f") if is_number(tolerance) else "–", agrees])
-    return paragraphs(prose("Two forward passes, a little to either side along the gradient, measure how the loss changes, and the gradient "
-                            "predicts it: their ratio must be 1 within the tolerance of the precision, or the gradient is not that of this loss."),
+    return paragraphs(prose("Two forward passes, a little to either side along the gradient, measure how the loss changes, and the "
+                            "gradient predicts it: their ratio must be 1 within the tolerance of the precision, or the gradient is not "
+                            "that of this loss."),
                       table(["after step", "measured / predicted", "tolerance", "agrees"], rows)) if rows else ""
 
 
@@ -466,9 +476,10 @@ def happened(metrics):
     """What the record holds of the figures that a forecast tells, by the forecast's names."""
     total = lambda tag: np.nansum(series(metrics, tag)[1])
     steps, rates = series(metrics, "train/learning_rate")
-    figures = {"coverage": last_value(metrics, "train/epoch"), "samples": total("train/samples"), "steps": metrics[-1]["step"] if metrics else 0,
-               "tokens_seen": total("train/tokens"), "supervised_tokens_seen": total("train/supervised_tokens"), "seconds": total("train/seconds"),
-               "step_seconds": median(series(metrics, "train/seconds")[1]), "peak_bytes": max(series(metrics, "train/peak_memory_gib")[1], default=None)}
+    figures = {"coverage": last_value(metrics, "train/epoch"), "steps": metrics[-1]["step"] if metrics else 0, "samples": total("train/samples"),
+               "tokens_seen": total("train/tokens"), "supervised_tokens_seen": total("train/supervised_tokens"),
+               "seconds": total("train/seconds"), "step_seconds": median(series(metrics, "train/seconds")[1]),
+               "peak_bytes": max(series(metrics, "train/peak_memory_gib")[1], default=None)}
     if len(rates) and len(rates) == steps[-1]:  # with steps missing, the sum would be another
         figures |= {"peak": rates.max(), "area": rates.sum()}
     return {name: float(value) for name, value in figures.items() if value}
@@ -479,16 +490,16 @@ def forecast(found):
     given, rows, came = found["forecast"], [], happened(found["metrics"])
     if not given:
         return ""
-    known = given.get("acknowledged") or []
-    findings = [told(entry, ", acknowledged in the configuration" if entry.get("name") in known else "") for entry in given.get("findings") or []
-                if isinstance(entry, dict)]
+    known = lambda entry: ", acknowledged in the configuration" if entry.get("name") in (given.get("acknowledged") or []) else ""
+    findings = [told(entry, known(entry)) for entry in given.get("findings") or [] if isinstance(entry, dict)]
     figures = given.get("figures") or {}
     for name in [*[name for name in FORECAST if name in figures], *[name for name in figures if name not in FORECAST and name != "epochs"]]:
         (what, form), value = FORECAST.get(name, (name.replace("_", " "), "{:.4g}")), figures[name]
         if is_number(value) and (value or name not in ("cut_share", "negligible_from")):
-            came_to = came.get(name)
-            rows.append([plain(what), form.format(value / 2**30 if name == "peak_bytes" else value), "" if came_to is None else form.format(came_to)])
-    return paragraphs("\n".join(findings) or "Nothing was found against the run.", table(["figure", "forecast", "the run"], rows) if rows else "")
+            said = form.format(value / 2**30 if name == "peak_bytes" else value)
+            rows.append([plain(what), said, form.format(came[name]) if name in came else ""])
+    return paragraphs("\n".join(findings) or "Nothing was found against the run.",
+                      table(["figure", "forecast", "the run"], rows) if rows else "")
 
 
 def resources(found, pictures):
@@ -510,7 +521,8 @@ def resources(found, pictures):
 def settings_table(found):
     """The settings that say what the run was, and every other one that is not at its default."""
     config, defaults = found["config"], settings.Config().flat()
-    written = lambda key, value: short(value) if key in PATHS else ", ".join(name.removesuffix("_proj") for name in value) if key == "lora.targets" else value
+    projections = lambda value: ", ".join(name.removesuffix("_proj") for name in value)
+    written = lambda key, value: short(value) if key in PATHS else projections(value) if key == "lora.targets" else value
     rows = [[f"`{key}`", code(written(key, value))] for key, value in config.items() if key in ALWAYS or defaults.get(key) != value]
     return table(["key", "value"], rows) if rows else ""
 

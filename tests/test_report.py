@@ -15,11 +15,16 @@ import report
 import words
 
 SAMPLES = [{"prompt": "what | is <b>?", "reference": "two\nlines", "text": "a `b` *c* <script>", "tokens": 4, "stopped": False}]
-MODULES = {f"model.layers.{layer}.{part}": [0.01 * (layer + 1), 4.0 + layer, 0.2] for layer in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")}
-VERDICT = {"outcome": "FAIL", "judged": ["minimum"], "rows": 1309, "confidence": 0.95, "sets": {"minimum": "PASS", "optimal": "FAIL"}, "notes": [], "criteria": [
-    {"set": "minimum", "name": "eval loss down", "outcome": "PASS", "threshold": 0.2, "measured": 1.77, "low": 1.7, "high": 1.85, "reason": "The whole interval lies above 0.2."},
-    {"set": "optimal", "name": "perplexity", "outcome": "FAIL", "threshold": 6.0, "measured": 8.61, "low": 8.3, "high": 8.9, "reason": "The whole interval lies above 6."}]}
-ALERT = {"name": "loss spike", "severity": "warning", "evidence": "Loss 40 is 9 times the median before it.", "cause": "A broken row.", "remedy": "Look at the rows."}
+MODULES = {f"model.layers.{layer}.{part}": [0.01 * (layer + 1), 4.0 + layer, 0.2] for layer in range(3)
+           for part in ("self_attn.q_proj", "mlp.down_proj")}
+VERDICT = {"outcome": "FAIL", "judged": ["minimum"], "rows": 1309, "confidence": 0.95, "sets": {"minimum": "PASS", "optimal": "FAIL"},
+           "notes": [], "criteria": [
+    {"set": "minimum", "name": "eval loss down", "outcome": "PASS", "threshold": 0.2, "measured": 1.77, "low": 1.7, "high": 1.85,
+     "reason": "The whole interval lies above 0.2."},
+    {"set": "optimal", "name": "perplexity", "outcome": "FAIL", "threshold": 6.0, "measured": 8.61, "low": 8.3, "high": 8.9,
+     "reason": "The whole interval lies above 6."}]}
+ALERT = {"name": "loss spike", "severity": "warning", "evidence": "Loss 40 is 9 times the median before it.", "cause": "A broken row.",
+         "remedy": "Look at the rows."}
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +46,19 @@ def write_run(folder, steps=40, planned=40, evals=(0, 20, 40), change=None, file
     for step in range(0, steps + 1):
         line = {"step": step}
         if step:
-            line |= {"train/learning_rate": 1e-4, "train/clip_threshold": 1.0, "train/samples": 32, "train/tokens": 2000, "train/supervised_tokens": 500, "train/epoch": step / 100,
-                     "train/loss": 5 - 0.05 * step, "train/grad_norm": 2.0, "train/skipped": 0.0, "train/seconds": 0.5, "train/tokens_per_second": 4000.0, "train/peak_memory_gib": 1.25}
+            line |= {"train/learning_rate": 1e-4, "train/clip_threshold": 1.0, "train/samples": 32, "train/tokens": 2000,
+                     "train/supervised_tokens": 500, "train/epoch": step / 100,
+                     "train/loss": 5 - 0.05 * step, "train/grad_norm": 2.0, "train/skipped": 0.0, "train/seconds": 0.5,
+                     "train/tokens_per_second": 4000.0, "train/peak_memory_gib": 1.25}
         if step in evals:
-            line |= {"eval/loss": 6 - 0.05 * step, "eval/perplexity": 20.0, "eval/token_accuracy": 0.25 + step / 400, "eval/seconds": 2.0, "eval/stop_rate": 0.0, "eval/samples": json.dumps(SAMPLES)}
+            line |= {"eval/loss": 6 - 0.05 * step, "eval/perplexity": 20.0, "eval/token_accuracy": 0.25 + step / 400, "eval/seconds": 2.0,
+                     "eval/stop_rate": 0.0, "eval/samples": json.dumps(SAMPLES)}
         line |= (change or {}).get(step, {})
         if len(line) > 1:
             lines.append(json.dumps(line))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config.from_dict({"model": {"path": "/home/someone/models/tiny"}, "train": {"max_steps": planned}, "lora": {"rslora": True}}).to_dict()), encoding="utf-8")
+    tree = config.from_dict({"model": {"path": "/home/someone/models/tiny"}, "train": {"max_steps": planned}, "lora": {"rslora": True}}).to_dict()
+    (folder / "config.json").write_text(json.dumps(tree), encoding="utf-8")
     for name, value in (files or {}).items():
         (folder / name).write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
     return folder
@@ -155,42 +164,54 @@ def test_time_tokens_and_memory_are_sums_and_the_peak(tmp_path):
     assert "80,000, of them supervised 20,000" in page and "3.50 GiB of the process" in page
 
 
-@pytest.mark.parametrize("epoch, told", [(0.089, "The run saw 8.9% of its training rows; what was never seen taught nothing."), (1.422, "passed 1.42 times over its training rows, so that every row was seen."),
+@pytest.mark.parametrize("epoch, told", [(0.089, "The run saw 8.9% of its training rows; what was never seen taught nothing."),
+                                         (1.422, "passed 1.42 times over its training rows, so that every row was seen."),
                                          (7.11, "so that every row was seen at least 7 times."), (3.0, "at least 3 times")])
 def test_coverage_is_told_in_words(tmp_path, epoch, told):
     assert told in page_of(write_run(tmp_path / "run", change={40: {"train/epoch": epoch}}))
 
 
-@pytest.mark.parametrize("scale, told", [(400.0, "most of its gradient is noise, and larger steps would pay"), (32.0, "about right"), (4.0, "smaller steps would learn as much from fewer samples")])
+@pytest.mark.parametrize("scale, told", [(400.0, "most of its gradient is noise, and larger steps would pay"), (32.0, "about right"),
+                                         (4.0, "smaller steps would learn as much from fewer samples")])
 def test_the_noise_scale_is_explained_against_the_samples_of_a_step(tmp_path, scale, told):
-    page = page_of(write_run(tmp_path / "run", change={step: {"train/noise_scale": scale} for step in (10, 20, 30)} | {40: {"train/noise_scale": -3.0}}))
+    page = page_of(write_run(tmp_path / "run", change={step: {"train/noise_scale": scale} for step in (10, 20, 30)}
+                             | {40: {"train/noise_scale": -3.0}}))
     assert f"is {scale:.3g} samples. A step has 32: {told}" in page and "1 of 4 estimates were not positive" in page
 
 
 def test_the_adapters_are_told_by_their_most_and_least_moved_module(tmp_path):
-    page = page_of(write_run(tmp_path / "run", change={20: {"adapters/modules": "{}"}, 40: {"adapters/modules": json.dumps(MODULES | {"model.layers.1.self_attn.q_proj": [0.0, 0.0, None]})}}))
-    assert "After step 40" in page and "(3.00%), least in q_proj of layer 1 (0.00%)" in page and "1 module never moved, among them q_proj of layer 1" in page
+    still = MODULES | {"model.layers.1.self_attn.q_proj": [0.0, 0.0, None]}
+    page = page_of(write_run(tmp_path / "run", change={20: {"adapters/modules": "{}"}, 40: {"adapters/modules": json.dumps(still)}}))
+    assert "After step 40" in page and "(3.00%), least in q_proj of layer 1 (0.00%)" in page
+    assert "1 module never moved, among them q_proj of layer 1" in page
     assert "of 16 that the adapters could use" in page
 
 
 def test_the_grid_of_modules_has_projections_in_rows_layers_in_order_and_experts_averaged():
-    names = {"model.layers.10.mlp.experts.0.up_proj": [1.0, 1, None], "model.layers.10.mlp.experts.1.up_proj": [3.0, 1, None], "model.layers.2.self_attn.q_proj": [5.0, 2, None], "score": [7.0, 1, None]}
+    names = {"model.layers.10.mlp.experts.0.up_proj": [1.0, 1, None], "model.layers.10.mlp.experts.1.up_proj": [3.0, 1, None],
+             "model.layers.2.self_attn.q_proj": [5.0, 2, None], "score": [7.0, 1, None]}
     ratio, _, step_ratio, layers, projections = report.module_grid(json.dumps(names))
     assert layers == ["2", "10", "–"] and projections == ["q_proj", "up_proj", "score"]
-    assert np.array_equal(ratio, [[5, math.nan, math.nan], [math.nan, 2, math.nan], [math.nan, math.nan, 7]], equal_nan=True) and np.isnan(step_ratio).all()
+    assert np.array_equal(ratio, [[5, math.nan, math.nan], [math.nan, 2, math.nan], [math.nan, math.nan, 7]], equal_nan=True)
+    assert np.isnan(step_ratio).all()
 
 
 def test_a_gradient_that_disagrees_with_its_loss_is_marked(tmp_path):
-    page = page_of(write_run(tmp_path / "run", change={0: {"proof/ratio": 1.004, "proof/tolerance": 0.02}, 20: {"proof/ratio": 0.41, "proof/tolerance": 0.02}, 40: {"proof/ratio": 1.5}}))
+    page = page_of(write_run(tmp_path / "run", change={0: {"proof/ratio": 1.004, "proof/tolerance": 0.02},
+                                                       20: {"proof/ratio": 0.41, "proof/tolerance": 0.02}, 40: {"proof/ratio": 1.5}}))
     rows = {row.split("|")[1].strip(): row for row in page[page.index("## Gradient proof"):].splitlines() if row.startswith("| ")}
     assert "| yes" in rows["0"] and "**no**" in rows["20"] and "–" in rows["40"] and "yes" not in rows["40"]
 
 
 def test_the_forecast_is_repeated_with_its_reasons_beside_what_came(tmp_path):
-    given = {"figures": {"coverage": 0.089, "area": 0.0125, "peak_bytes": 2**31, "rates": [[1, 2]], "seconds": None, "something_new": 3}, "findings": [{"severity": "warning", "name": "coverage below one epoch", "evidence": "4,000 of 45,000 rows.", "reason": "Unseen rows teach nothing.", "remedy": "More steps."}]}
+    given = {"figures": {"coverage": 0.089, "area": 0.0125, "peak_bytes": 2**31, "rates": [[1, 2]], "seconds": None, "something_new": 3},
+             "findings": [{"severity": "warning", "name": "coverage below one epoch", "evidence": "4,000 of 45,000 rows.",
+                           "reason": "Unseen rows teach nothing.", "remedy": "More steps."}]}
     page = page_of(write_run(tmp_path / "run", files={"forecast.json": given}))
-    assert "**coverage below one epoch** (warning)" in page and "Why it matters: Unseen rows teach nothing." in page and re.search(r"\| something new +\| 3 ", page)
-    assert re.search(r"\| passes over the training rows +\| 0.089 +\| 0.4 +\|", page) and re.search(r"summed over all steps +\| 0.0125 +\| 0.004 +\|", page)
+    assert "**coverage below one epoch** (warning)" in page and "Why it matters: Unseen rows teach nothing." in page
+    assert re.search(r"\| something new +\| 3 ", page)
+    assert re.search(r"\| passes over the training rows +\| 0.089 +\| 0.4 +\|", page)
+    assert re.search(r"summed over all steps +\| 0.0125 +\| 0.004 +\|", page)
     assert re.search(r"\| most memory in use, GiB +\| 2.00 +\| 1.25 +\|", page)
 
 
@@ -230,7 +251,8 @@ def test_no_line_of_prose_is_longer_than_80_columns_or_begins_by_chance_like_a_l
 
 def test_a_run_without_evaluations_is_reported_and_says_what_is_missing(tmp_path):
     page = page_of(write_run(tmp_path / "run", evals=()))
-    assert "no evaluation in the record" in page and "Not in the record: evaluations, generation samples" in page and "## Evaluations" not in page
+    assert "no evaluation in the record" in page and "Not in the record: evaluations, generation samples" in page
+    assert "## Evaluations" not in page
 
 
 def test_one_step_is_reported_without_a_change_being_claimed(tmp_path, rendered):
@@ -259,7 +281,8 @@ def test_steps_that_are_not_finite_are_counted_and_left_out_of_medians(tmp_path)
     bad = {"train/loss": "nan", "train/grad_norm": "inf", "train/skipped": 1.0}
     run = write_run(tmp_path / "run", change={2: bad, 38: bad, 20: {"eval/loss": "nan"}})
     page = page_of(run)
-    assert "not finite in 2 of 40 steps (2, 38)" in page and "2 steps were not applied" in page and "evaluation loss is not finite after step 20" in page
+    assert "not finite in 2 of 40 steps (2, 38)" in page and "2 steps were not applied" in page
+    assert "evaluation loss is not finite after step 20" in page
     first, last = (float(value) for value in re.search(r"\| loss, nats a token +\| ([\d.]+) +\| ([\d.]+)", page).groups())
     assert 4.5 < first < 4.95 and 3 < last < 3.45
     _, lines = drawn(plots.draw_loss, *loss_of(run))
@@ -298,9 +321,11 @@ def test_broken_lines_are_left_out_and_named(tmp_path):
 
 
 def test_damaged_files_beside_the_record_are_named_and_the_rest_is_reported(tmp_path):
-    page = page_of(write_run(tmp_path / "run", files={"config.json": "{", "verdict.json": "[1]", "environment.json": "\x00", "forecast.json": json.dumps({"findings": 3})}, change={
+    page = page_of(write_run(tmp_path / "run", files={"config.json": "{", "verdict.json": "[1]", "environment.json": "\x00",
+                                                      "forecast.json": json.dumps({"findings": 3})}, change={
         20: {"alerts": "not json", "adapters/modules": '{"a": 3}', "eval/samples": "[1]"}, 30: {"train/loss": "ten"}}))
-    for told in ("config.json: not valid JSON", "verdict.json: must be an object", "environment.json:", "alerts of step 20:", "samples of step 20:", "adapters/modules:", "Forecast:"):
+    for told in ("config.json: not valid JSON", "verdict.json: must be an object", "environment.json:", "alerts of step 20:",
+                 "samples of step 20:", "adapters/modules:", "Forecast:"):
         assert told in page[page.index("## What this report cannot say"):], told
     assert "fell from 6.0000 to 4.0000" in page and "Not in the record: " in page and "settings" in page
 
@@ -311,18 +336,26 @@ def test_a_record_alone_is_enough(tmp_path):
     assert "Not in the record:" in page_of(run)
 
 
-VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 10**400), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=3), st.none(), max_size=2))
-TAGS = ["step", "train/loss", "train/grad_norm", "train/clip_threshold", "train/epoch", "train/samples", "train/noise_scale", "train/learning_rate", "train/tokens_per_second", "eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/samples",
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 10**400), st.floats(), st.text(max_size=8),
+                   st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=3), st.none(), max_size=2))
+TREES = st.one_of(VALUES, st.dictionaries(
+    st.sampled_from(["outcome", "sets", "judged", "criteria", "figures", "findings", "train", "model", "lora", "devices", "packages"]),
+    st.one_of(VALUES, st.lists(VALUES, max_size=2),
+              st.lists(st.dictionaries(st.sampled_from(["set", "name", "reason", "low", "high", "severity", "evidence"]), VALUES), max_size=2),
+              st.dictionaries(st.sampled_from(["path", "quant", "max_steps", "epochs", "r", "targets", "coverage"]), VALUES, max_size=3))))
+TAGS = ["step", "train/loss", "train/grad_norm", "train/clip_threshold", "train/epoch", "train/samples", "train/noise_scale",
+        "train/learning_rate", "train/tokens_per_second", "eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/samples",
         "eval/unquantised_loss", "adapters/modules", "alerts", "proof/ratio", "proof/tolerance"]
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(lines=st.lists(st.dictionaries(st.sampled_from(TAGS), VALUES, max_size=6), max_size=4), texts=st.lists(st.tuples(st.sampled_from(TAGS), st.one_of(VALUES, st.lists(VALUES, max_size=2))), max_size=3),
-       trees=st.fixed_dictionaries({name: st.one_of(VALUES, st.dictionaries(st.sampled_from(["outcome", "criteria", "figures", "findings", "train", "model", "lora", "devices", "packages", "reason"]), st.one_of(
-           VALUES, st.lists(VALUES, max_size=2), st.dictionaries(st.sampled_from(["path", "quant", "max_steps", "epochs", "r", "targets"]), VALUES, max_size=3)))) for name in ("config", "environment", "verdict", "forecast")}))
+@given(lines=st.lists(st.dictionaries(st.sampled_from(TAGS), VALUES, max_size=6), max_size=4),
+       texts=st.lists(st.tuples(st.sampled_from(TAGS), st.one_of(VALUES, st.lists(VALUES, max_size=2))), max_size=3),
+       trees=st.fixed_dictionaries({name: TREES for name in ("config", "environment", "verdict", "forecast")}))
 def test_no_record_however_strange_fails_the_report(tmp_path_factory, lines, texts, trees):
     run = tmp_path_factory.mktemp("run")
-    lines = [{"step": i} | line for i, line in enumerate(lines)] + [{"step": 10 + i, tag: json.dumps(value)} for i, (tag, value) in enumerate(texts) if tag != "step"]
+    lines = [{"step": i} | line for i, line in enumerate(lines)]
+    lines += [{"step": 10 + i, tag: json.dumps(value)} for i, (tag, value) in enumerate(texts) if tag != "step"]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, tree in trees.items():
         (run / f"{name}.json").write_text(json.dumps(tree))
@@ -333,10 +366,12 @@ def test_no_record_however_strange_fails_the_report(tmp_path_factory, lines, tex
 # -------------------------------------------------------------------------------------------------------- the pictures
 
 def test_a_full_record_draws_every_picture_and_a_later_poorer_one_leaves_none_behind(tmp_path, rendered):
-    change = {0: {"eval/unquantised_loss": 5.5, "eval/unquantised_token_accuracy": 0.3}, 20: {"train/noise_scale": 60.0}, 40: {"adapters/modules": json.dumps(MODULES), "eval/repetition": 0.1, "eval/overlap": 0.4}}
+    change = {0: {"eval/unquantised_loss": 5.5, "eval/unquantised_token_accuracy": 0.3}, 20: {"train/noise_scale": 60.0},
+              40: {"adapters/modules": json.dumps(MODULES), "eval/repetition": 0.1, "eval/overlap": 0.4}}
     run = write_run(tmp_path / "run", change=change)
     page_of(run)
-    assert {path.stem for path in (run / "plots").iterdir()} == {"loss", "evaluation", "steps", "coverage", "noise", "adapters", "resources"}
+    assert {path.stem for path in (run / "plots").iterdir()} == {"loss", "evaluation", "steps", "coverage", "noise", "adapters",
+                                                                 "resources"}
     (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.0}\n')
     page_of(run)
     assert {path.stem for path in (run / "plots").iterdir()} == {"loss"}
@@ -344,7 +379,8 @@ def test_a_full_record_draws_every_picture_and_a_later_poorer_one_leaves_none_be
 
 def test_the_picture_shows_every_evaluation_with_its_value_the_untouched_model_and_alerts(tmp_path):
     axis, lines = drawn(plots.draw_loss, *loss_of(write_run(tmp_path / "run")), 3.9, [7, 30])
-    assert lines["evaluation"].tolist() == [[0, 6.0], [20, 5.0], [40, 4.0]] and {text.get_text() for text in axis.texts} == {"6.000", "5.000", "4.000"}
+    assert lines["evaluation"].tolist() == [[0, 6.0], [20, 5.0], [40, 4.0]]
+    assert {text.get_text() for text in axis.texts} == {"6.000", "5.000", "4.000"}
     assert lines["untouched model, not quantised: 3.900"][:, 1].tolist() == [3.9, 3.9] and lines["alert"][:, 0].tolist() == [7, 30]
 
 
@@ -389,7 +425,9 @@ def test_picture_writes_that_file_and_nothing_else(tmp_path, rendered):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and {path.name for path in run.iterdir()} == before
 
 
-@pytest.mark.parametrize("argv, what", [([], "give one run folder"), (["a", "b"], "give one run folder"), (["none-such"], "not the folder of a run"), (["none-such", "--train.seed=1"], "give one run folder")])
+@pytest.mark.parametrize("argv, what", [([], "give one run folder"), (["a", "b"], "give one run folder"),
+                                        (["none-such"], "not the folder of a run"),
+                                        (["none-such", "--train.seed=1"], "give one run folder")])
 def test_a_wrong_command_line_is_refused_with_the_right_one(argv, what):
     with pytest.raises(ValueError, match=what):
         report.main(argv)
