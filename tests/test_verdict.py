@@ -35,7 +35,7 @@ def make_run(folder, steps=200, planned=None, start=4.6, end=2.0, evals={0: 4.6,
                      "train/learning_rate": 1e-4, "train/samples": 32, "train/tokens": 2000, "train/supervised_tokens": 500, "train/skipped": 0.0, "train/seconds": 0.5,
                      "train/tokens_per_second": 4000.0, "train/peak_memory_gib": 1.5, "train/epoch": step / 100}
         if step in evals:
-            line |= figures("eval/", by_row[step]) | {"eval/adapter_digest": f"{step:012x}", "eval/perplexity": math.exp(min(700, figures("", by_row[step])["loss"]))}
+            line |= figures("eval/", by_row[step]) | {"eval/adapter_digest": f"{step:012x}", "eval/perplexity": 9.0}
         if step == 0 and "unquantised" in by_row:
             line |= figures("eval/unquantised_", by_row["unquantised"])
         if samples and step in samples:
