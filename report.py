@@ -28,13 +28,19 @@ ALWAYS = ("model.path", "model.quant", "model.compute_dtype", "lora.r", "lora.al
 FORECAST = {  # figures of a forecast: what each is, and how it is written; those that a run has too are in happened()
     "rows": ("training rows", "{:,.0f}"), "eval_rows": ("evaluation rows", "{:,.0f}"), "longest": ("tokens of the longest row", "{:,.0f}"),
     "coverage": ("passes over the training rows", "{:.3g}"), "samples": ("samples", "{:,.0f}"), "steps": ("steps", "{:,.0f}"),
+    "steps_per_epoch": ("steps a pass takes", "{:,.0f}"),
     "tokens_seen": ("tokens", "{:,.0f}"), "supervised_tokens_seen": ("supervised tokens", "{:,.0f}"),
     "supervised_share": ("share of the tokens that are supervised", "{:.1%}"),
-    "cut_share": ("share of the rows cut to data.max_length", "{:.1%}"),
-    "peak": ("peak learning rate", "{:.3g}"), "area": ("learning rates, summed over all steps", "{:.4g}"),
+    "cut_share": ("share of the rows cut to data.max_length", "{:.1%}"), "lost_share": ("share of the rows lost to it", "{:.1%}"),
+    "supervised_tokens_lost_share": ("share of the supervised tokens lost to it", "{:.1%}"),
+    "skipped_share": ("share of the rows that could not be read", "{:.1%}"),
+    "unsupervised_share": ("share of the rows without a supervised token", "{:.1%}"),
+    "peak": ("peak learning rate", "{:.3g}"), "floor": ("floor under the learning rate", "{:.3g}"),
+    "area": ("learning rates, summed over all steps", "{:.4g}"),
     "full_rate_steps": ("steps at the peak rate worth as much", "{:,.0f}"), "warmup_share": ("share of the steps that warm up", "{:.1%}"),
     "negligible_from": ("step from which on the rate is below 1 % of its peak", "{:,.0f}"),
     "trainable": ("trainable parameters", "{:,.0f}"), "peak_bytes": ("most memory in use, GiB", "{:.2f}"),
+    "available_bytes": ("memory that was free for it, GiB", "{:.2f}"),
     "step_seconds": ("seconds a step", "{:.3g}"), "seconds": ("seconds in steps", "{:,.0f}")}
 EVALUATION = {  # columns of the table of evaluations: tag, heading, how it is written, what it means
     "eval/loss": ("loss", ".4f", ""), "eval/perplexity": ("perplexity", "#.4g", ""),
@@ -491,12 +497,14 @@ def forecast(found):
     if not given:
         return ""
     known = lambda entry: ", acknowledged in the configuration" if entry.get("name") in (given.get("acknowledged") or []) else ""
-    findings = [told(entry, known(entry)) for entry in given.get("findings") or [] if isinstance(entry, dict)]
+    entries = [entry | {"reason": entry.get("reason") or entry.get("cause"), "cause": ""} for entry in given.get("findings") or []]
+    findings = [told(entry, known(entry)) for entry in entries]
     figures = given.get("figures") or {}
-    for name in [*[name for name in FORECAST if name in figures], *[name for name in figures if name not in FORECAST and name != "epochs"]]:
+    others = [name for name in figures if name not in FORECAST and name not in ("epochs", "memory_total")]  # told by other names
+    for name in [*[name for name in FORECAST if name in figures], *others]:
         (what, form), value = FORECAST.get(name, (name.replace("_", " "), "{:.4g}")), figures[name]
-        if is_number(value) and (value or name not in ("cut_share", "negligible_from")):
-            said = form.format(value / 2**30 if name == "peak_bytes" else value)
+        if is_number(value) and (value or name == "floor"):
+            said = form.format(value / 2**30 if name.endswith("_bytes") else value)
             rows.append([plain(what), said, form.format(came[name]) if name in came else ""])
     return paragraphs("\n".join(findings) or "Nothing was found against the run.",
                       table(["figure", "forecast", "the run"], rows) if rows else "")

@@ -2,6 +2,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -417,6 +419,11 @@ def test_a_module_that_never_moved_is_red_and_one_that_does_not_exist_is_not():
 
 
 # --------------------------------------------------------------------------------------------------------- the command
+
+def test_a_run_that_imports_the_report_loads_no_drawing_library_before_its_end():
+    code = "import sys, report; assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=config.PROJECT, check=True, timeout=60)
+
 
 def test_picture_writes_that_file_and_nothing_else(tmp_path, rendered):
     run = write_run(tmp_path / "run")
