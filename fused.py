@@ -335,19 +335,26 @@ class HostStore:
     """
 
     def __init__(self, device):
-        self.stream, self.pinned, self.order, self.coming = torch.cuda.Stream(device), {}, [], {}
+        self.stream, self.pinned, self.order, self.coming, self.leaving = torch.cuda.Stream(device), {}, [], None, None
 
     def put(self, layer, h):
         """Start copying h (T, D) to the host. Returns the ticket that `get` takes."""
         if layer not in self.pinned or self.pinned[layer].numel() < h.numel():
             self.pinned[layer] = torch.empty(h.numel(), dtype=h.dtype, pin_memory=True)
+        self.release()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.pinned[layer][:h.numel()].copy_(h.flatten(), non_blocking=True)
-        h.record_stream(self.stream)  # its memory is not given to others before the copy is done
+            self.leaving = h, self.stream.record_event()  # held here, so that its memory goes to nobody before it has been read
         ticket = layer, h.shape
         self.order.append(ticket)
         return ticket
+
+    def release(self):
+        """Let go of the input that left last. The wait is over long before it begins: a layer takes longer than a copy."""
+        if self.leaving:
+            torch.cuda.current_stream().wait_event(self.leaving[1])
+            self.leaving = None
 
     def fetch(self, ticket):
         layer, shape = ticket
@@ -355,16 +362,17 @@ class HostStore:
         self.stream.wait_stream(torch.cuda.current_stream())  # what used this memory before
         with torch.cuda.stream(self.stream):
             h.view(-1).copy_(self.pinned[layer][:h.numel()], non_blocking=True)
-        h.record_stream(self.stream)
-        self.coming[ticket] = h, self.stream.record_event()
+            self.coming = ticket, h, self.stream.record_event()
 
     def get(self, ticket):
         """What `put` took, on the device; the one put before it is sent for."""
+        self.release()
         del self.order[self.order.index(ticket) + 1:]  # a forward pass without a backward pass leaves tickets behind
-        if ticket not in self.coming:
+        if not self.coming or self.coming[0] is not ticket:
             self.fetch(ticket)
-        h, arrived = self.coming.pop(ticket)
+        _, h, arrived = self.coming
         torch.cuda.current_stream().wait_event(arrived)
+        self.coming = None
         self.order.pop()
         if self.order:
             self.fetch(self.order[-1])

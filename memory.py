@@ -1,6 +1,6 @@
 """What fits: how many tokens a micro-batch holds and how many layers are recomputed, from a probe of the device before step 1.
 
-The probe runs forward and backward passes of two small micro-batches, everything stored and everything recomputed, and reads the
+The probe runs forward and backward passes of two small micro-batches, all layers recomputed and all but a few, and reads the
 peak of the GPU's memory. That peak grows in a straight line with the tokens, so four readings tell it for every size between; the
 fastest choice that fits is taken, and tried on the longest rows before step 1. What the user set stays as set, and so does the plan
 of a run that goes on. Leaves out: the host's memory (on a CPU the sizes are fixed), and graphs' own pools, which small models have.
@@ -128,12 +128,15 @@ def probe(network, kept):
     torch.cuda.empty_cache()
     base = torch.cuda.memory_allocated()
     found = {"layers": layers, "base": base, "input": network.config.hidden_size * network.get_input_embeddings().weight.itemsize}
-    for name, count in (("stored", 0), ("recomputed", layers)):
-        model.recompute(network, count)
+    lines, few = {}, min(4, layers)
+    for stored in (0, few):  # storing a few layers tells what storing all would take, which need not fit
+        model.recompute(network, layers - stored)
         peak_bytes(network, 256)  # compiles, and fills what is cached
         small, large = peak_bytes(network, 1024), peak_bytes(network, 2048)
         slope = max(0, (large - small) / 1024)
-        found[name] = max(0.0, small - base - 1024 * slope), slope
+        lines[stored] = max(0.0, small - base - 1024 * slope), slope
+    found["recomputed"] = lines[0]
+    found["stored"] = tuple(max(none, none + (some - none) * layers / few) for none, some in zip(lines[0], lines[few]))
     weights = [module for module in network.modules() if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight)]
     itemsize = network.get_input_embeddings().weight.itemsize
     found["kept"] = sum(weight.in_features * weight.out_features for weight in weights) * itemsize if kept else 0

@@ -25,6 +25,8 @@ import sys
 import tempfile
 import time
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when torch first asks for GPU memory: fewer gaps between tensors
+
 import torch
 from tqdm import tqdm
 
