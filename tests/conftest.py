@@ -101,6 +101,33 @@ def tiny_inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+WATCHED = ("seconds", "per_second", "memory_gib")  # what depends on the clock
+
+
+def curve(run):
+    """Every step of a run but what depends on the clock; evaluations and generated samples are in it."""
+    import record
+    return [{tag: value for tag, value in line.items() if not tag.endswith(WATCHED)} for line in record.read_metrics(run)]
+
+
+def newest(run):
+    import checkpoint
+    return checkpoint.load(checkpoint.newest_valid(run)[0])
+
+
+def differences(a, b):
+    """What two runs do not share, by name: steps, evaluations, final adapter, optimizer, generators, state. [] says that they are the same run."""
+    found = [f"step {x['step']}: {sorted(tag for tag in x.keys() | y.keys() if str(x.get(tag)) != str(y.get(tag)))}" for x, y in zip(curve(a), curve(b)) if str(x) != str(y)]
+    found += [f"{len(curve(a))} steps and {len(curve(b))}"] * (len(curve(a)) != len(curve(b)))
+    for folder in (a, b):
+        for path, other in ((path, (b if folder is a else a) / "evaluations" / path.name) for path in (folder / "evaluations").glob("*")):
+            found += [f"evaluations/{path.name}"] * (not other.exists() or path.read_bytes() != other.read_bytes())
+    a, b = newest(a), newest(b)
+    found += [f"{file}: {name}" for file in a["tensors"].keys() | b["tensors"].keys() for name in a["tensors"].get(file, {}).keys() | b["tensors"].get(file, {}).keys()
+              if not (name in a["tensors"].get(file, {}) and name in b["tensors"].get(file, {}) and torch.equal(a["tensors"][file][name], b["tensors"][file][name]))]
+    return found + [f"state: {name}" for name in a["state"].keys() | b["state"].keys() if name not in ("line", "accepted") and a["state"].get(name) != b["state"].get(name)]
+
+
 def make_config(folder, quant="none", dtype="fp32", lora=None, **sections):
     """A config.Config for a tiny model: unquantised fp32 with adapters of rank 4 on all seven projections, unless told otherwise."""
     import config

@@ -7,6 +7,7 @@ for bit those of a run that nothing happened to.
 import ctypes
 import errno
 import functools
+import json
 import math
 import multiprocessing
 import os
@@ -15,12 +16,13 @@ import pkgutil
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import settings_of
+from conftest import PROJECT, curve, differences, newest, settings_of
 
 import checkpoint
 import data
@@ -33,7 +35,6 @@ import schedule
 EVERYTHING = ["--lora.dropout=0.1", "--train.max_steps=0", "--train.epochs=3", "--schedule.batch_points=[[1,3],[5,4],[9,6]]", "--schedule.clip_percentile=40",
               "--schedule.clip_norm=100", "--schedule.clip_window=10", "--eval.patience=5", "--eval.min_delta=0.2", "--eval.every_steps=4", "--save.every_steps=3", "--save.keep=9",
               "--memory.max_tokens=64", "--log.tensorboard=true"]
-WATCHED = re.compile(r"(seconds|per_second|memory_gib|eval/seconds)$")  # what depends on the clock
 
 
 # ------------------------------------------------------------------------------------------------- processes and faults
@@ -198,25 +199,6 @@ def at_call(number, after, log):
 
 
 # ---------------------------------------------------------------------------------------------------- the same curve
-
-def curve(folder):
-    """Every step of a run but what depends on the clock; evaluations and generated samples are in it."""
-    return [{tag: value for tag, value in line.items() if not WATCHED.search(tag)} for line in record.read_metrics(folder)]
-
-
-def newest(folder):
-    return checkpoint.load(checkpoint.newest_valid(folder)[0])
-
-
-def differences(a, b):
-    """What two finished runs do not share, by name: an empty list says that they are the same run."""
-    found = [f"step {x['step']}: {sorted(tag for tag in x.keys() | y.keys() if x.get(tag) != y.get(tag))}" for x, y in zip(curve(a), curve(b)) if str(x) != str(y)]
-    found += [f"{len(curve(a))} steps and {len(curve(b))}"] * (len(curve(a)) != len(curve(b)))
-    a, b = newest(a), newest(b)
-    found += [f"{file}: {name}" for file, tensors in a["tensors"].items() for name in tensors.keys() | b["tensors"].get(file, {}).keys()
-              if name not in tensors or name not in b["tensors"].get(file, {}) or not torch.equal(tensors[name], b["tensors"][file][name])]
-    return found + [f"state: {name}" for name in a["state"].keys() | b["state"].keys() if name not in ("line", "accepted") and a["state"].get(name) != b["state"].get(name)]
-
 
 def each_step_stands_once(folder, steps):
     """In metrics.jsonl and in TensorBoard, which purges what a resumed run does again."""
@@ -448,3 +430,75 @@ def test_a_disk_that_fills_or_turns_read_only_in_a_run_costs_no_checkpoint_and_t
     told = (tmp_path / "run.log").read_text()
     assert code == 0 and "Traceback" not in told, told[-3000:]
     assert re.search(r"error: .*Read-only file system.*\.lock" if read_only else r"error: .*(metrics.jsonl|step-000004|TensorBoard).*make room and run again with --resume", told), told[-2000:]
+
+
+# ------------------------------------------------------------------------------------------- rates, spikes, what changed
+
+@pytest.mark.parametrize("options", [["--schedule.lr_warmup_steps=0"], ["--schedule.lr_warmup_steps=50"], ["--train.max_steps=1", "--schedule.lr_warmup_steps=0"],
+                                     ["--schedule.lr_kind=wsd", "--schedule.lr_decay_steps=3"]], ids=["no warm-up", "warm-up longer than the run", "one step", "decay at the end"])
+def test_the_rate_on_record_is_the_formulas_of_that_step_across_a_kill(run, tiny_settings, tmp_path, options):
+    import config
+    steps = 1 if "--train.max_steps=1" in options else 8
+    if steps > 1:
+        assert run("run", *options, "--save.every_steps=2", fault=(at_sample, 16, die)) == -signal.SIGKILL
+    assert run("run", *options, "--save.every_steps=2", *go_on(tmp_path / "run")) == 0
+    settings = config.read(tiny_settings, [tuple(option[2:].split("=")) for option in options]).schedule
+    assert [line["train/learning_rate"] for line in curve(tmp_path / "run")[1:]] == [schedule.learning_rate(step, settings, steps) for step in range(1, steps + 1)]
+
+
+def loss_times_a_hundred(number):
+    real, calls = model.summed_loss, []
+
+    def loss_of(network, batch):
+        loss, nll, correct = real(network, batch)
+        calls.append(torch.is_grad_enabled())
+        return (loss * 100 if calls[-1] and sum(calls) == number else loss), nll, correct
+
+    model.summed_loss = loss_of
+
+
+def test_a_loss_spike_of_a_hundred_times_is_clipped_and_its_true_norm_is_on_record(run, whole, tmp_path):
+    assert run("run", fault=(loss_times_a_hundred, 5)) == 0
+    spiked, calm = curve(tmp_path / "run"), curve(whole())
+    assert str(spiked[:5]) == str(calm[:5]) and spiked[5]["train/loss"] == pytest.approx(100 * calm[5]["train/loss"], rel=1e-3)
+    assert spiked[5]["train/grad_norm"] == pytest.approx(100 * calm[5]["train/grad_norm"], rel=1e-2) and spiked[5]["train/clipped"] == 1.0
+    assert spiked[8]["eval/loss"] == pytest.approx(calm[8]["eval/loss"], rel=0.05), "the spike moved the run"
+
+
+@pytest.mark.parametrize("what", ["training rows", "tokenizer"])
+def test_rows_in_another_order_or_another_tokenizer_is_another_run(run, tiny_inputs, tmp_path, what):
+    inputs = tmp_path / "inputs"
+    shutil.copytree(tiny_inputs, inputs)
+    where = [f"--model.path={inputs / 'model'}", f"--data.train={inputs / 'train.jsonl'}", "--save.every_steps=2"]
+    assert run("run", *where, fault=(at_sample, 16, die)) == -signal.SIGKILL
+    if what == "training rows":
+        rows = (inputs / "train.jsonl").read_text().splitlines(keepends=True)
+        (inputs / "train.jsonl").write_text("".join([rows[1], rows[0], *rows[2:]]))
+    else:
+        text = (inputs / "model/tokenizer.json").read_text()
+        (inputs / "model/tokenizer.json").write_text(text.replace('"add_prefix_space": false', '"add_prefix_space": true', 1))
+        assert (inputs / "model/tokenizer.json").read_text() != text
+    before = checkpoint.newest_valid(tmp_path / "run")
+    assert run("run", *where, "--resume") == 2
+    assert re.search(rf"because this changed:\n(.*\n)*  {what}: was ", (tmp_path / "run.log").read_text()) and checkpoint.newest_valid(tmp_path / "run") == before
+
+
+# ---------------------------------------------------------------------------------------------------- secrets, the soak
+
+def with_secrets(home):
+    os.environ.update(HF_TOKEN="hf_SeCrEtOfTheTest", HUGGING_FACE_HUB_TOKEN="hf_SeCrEtOfTheTest", WANDB_API_KEY="SeCrEtOfTheTest", AWS_SECRET_ACCESS_KEY="SeCrEtOfTheTest",
+                      http_proxy="http://somebody:SeCrEtOfTheTest@proxy.example:3128", HOME=home)
+
+
+def test_no_secret_of_the_environment_reaches_a_file_or_the_console(run, tmp_path):
+    assert run("run", "--log.tensorboard=true", fault=(with_secrets, str(tmp_path / "home of SeCrEtOfTheTest"))) == 0
+    files = [path for path in [*tmp_path.rglob("*")] if path.is_file()]
+    assert len(files) > 15 and not [path for path in files if b"SeCrEtOfTheTest" in path.read_bytes()]
+
+
+def test_half_a_minute_of_kills_at_random_costs_one_checkpoint_interval_each_at_most(tmp_path):
+    """The short form of bench/soak.py; docs/RELIABILITY.md has the figures of half an hour."""
+    done = subprocess.run([sys.executable, str(PROJECT / "bench/soak.py"), "--minutes=0.3", "--faults=5", f"--json={tmp_path / 'soak.json'}", "--seed=1"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "soak.json").read_text())
+    assert result["faults"] >= 5 and result["same_curve_as_in_peace"] and all(kind["most_steps_lost"] <= result["checkpoint_interval"] for kind in result["kinds"].values())
