@@ -106,7 +106,7 @@ class Alerts:
             return found
         found += self.zero(norm, loss)
         limit = line.get("clip", math.inf)
-        if limit < math.inf and norm > 0:
+        if 0 < limit < math.inf and norm > 0:
             found += self.clipping(norm / limit, limit)
         if norm > 0 and self.spikes["grad_norm"].add(self.step, norm):
             found += self.judged([], self.spikes["grad_norm"].found(), "spikes")
@@ -276,6 +276,7 @@ class Alerts:
         found += self.judged(["evaluation worse than before training"], rules.worsened(whole, self.alerts), "rise")
         found += self.judged(["growing gap"], rules.gap(whole, self.alerts), "rise")
         if len(evals) == 1 and first is entry and entry["step"] == 0:
+            self.spikes["loss"].expect(entry["loss"])
             found += self.judged([], rules.guessing(entry["loss"], "The evaluation loss before training", self.alerts))
             found += self.judged([], rules.damage(entry, self.alerts))
         if entry["step"] >= self.max_steps / 2:

@@ -206,6 +206,8 @@ def spikes(record):
         watch, points = rules.Spikes(what, config.Alerts()), [(step, value) for step, value in record.series(name) if value > 0]
         if name == "loss" and record.rewarded:
             continue
+        if name == "loss" and record.series("eval_loss")[:1] and record.series("eval_loss")[0][0] == 0:
+            watch.expect(record.series("eval_loss")[0][1])
         for step, value in points:
             watch.add(step, value)
         yield from watch.found()

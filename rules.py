@@ -174,32 +174,39 @@ def repeated(text):
 class Spikes:
     """Values far above the ones before them. Heavy tails are healthy: single rows are hard, and single gradients large.
 
-    A spike is above the window's median by `deviations` robust deviations of the logarithm and `ratio` times, and above the
-    level that the run began with: late in a run that learns by heart, one hard row is far above the rest and no harm. A huge
-    one (3 times the beginning's loss, or 10 times its norm) is told at once, smaller ones where three fall into 200 steps.
+    A spike lies `deviations` robust deviations of the logarithm above the window's median, `ratio` times above its 80th percentile (in mixed rows
+    the hard ones are no exception), and above the level that the run began with: late in a run that learns by heart, one hard row is far above the
+    rest and no harm. A huge one (3 times the beginning's loss, or 10 times its norm) is told at once, smaller ones where three fall into 200 steps.
     """
 
     def __init__(self, what, alerts):
         self.name, self.deviations, self.size = f"spikes of the {what}", alerts.spike_deviations, alerts.window
         self.ratio, self.huge = (alerts.loss_spike, 3.0) if what == "training loss" else (alerts.norm_spike, 10.0)
-        self.recent, self.ordered, self.start, self.seen = deque(), [], [], 0
+        self.recent, self.ordered, self.start, self.seen, self.begin = deque(), [], [], 0, -math.inf
         self.spikes, self.largest, self.alarming = [], 0.0, False
+
+    def expect(self, value):
+        """Takes another figure for the level that the run began with, such as the evaluation before it, if it is higher."""
+        if value > 0:
+            self.begin = max(self.begin, math.log(value))
 
     def add(self, step, value):
         """True where `value` (finite, above 0) is a spike; its window then holds it too."""
         logarithm, spike, self.seen = math.log(value), False, self.seen + 1
         if self.seen > 20:
-            middle = self.ordered[len(self.ordered) // 2]
-            above = logarithm - middle
-            if above > math.log(self.ratio) and logarithm > self.begin and above > self.deviations * spread(self.recent):
-                spike = True
-                self.spikes.append(step)
-                self.largest = max(self.largest, math.exp(above))
-                close = len(self.spikes) > 2 and step - self.spikes[-3] <= 200
-                self.alarming |= close or logarithm - max(middle, self.begin) > math.log(self.huge)
+            usual = self.ordered[4 * len(self.ordered) // 5]
+            if logarithm - usual > math.log(self.ratio) and logarithm > self.begin:
+                middle = self.ordered[len(self.ordered) // 2]
+                spike = logarithm - middle > self.deviations * spread(self.recent)
         else:
-            self.start.append(logarithm)
-            self.begin = statistics.median(self.start)
+            self.start.append(value)
+            if self.seen == 20:
+                self.expect(statistics.median(self.start))
+        if spike:
+            self.spikes.append(step)
+            self.largest = max(self.largest, math.exp(logarithm - middle))
+            close = len(self.spikes) > 2 and step - self.spikes[-3] <= 200
+            self.alarming |= close or logarithm - max(middle, self.begin) > math.log(self.huge)
         self.recent.append(logarithm)
         bisect.insort(self.ordered, logarithm)
         if len(self.recent) > self.size:
@@ -322,14 +329,15 @@ def worsened(evals, alerts):
 
 
 def gap(evals, alerts):
-    """Learning by heart: the evaluation loss rose by `gap` above its lowest, in all of two or more later evaluations, while the training loss went
+    """Learning by heart: the evaluation loss rose by `gap` (and a hundredth of a nat) above its lowest, in all of two or more later evaluations, while the training loss went
     on falling. A gap that widens while both fall is what training looks like. evals with train and error, the training loss near each."""
     best = min(evals, key=lambda entry: entry["loss"])
     after = [entry for entry in evals if entry["step"] > best["step"]]
     if len(after) < 2 or best["loss"] <= 0 or "train" not in best or "train" not in after[-1]:
         return
-    rise = min(entry["loss"] for entry in after[-2:]) / best["loss"] - 1
-    if rise > alerts.gap and best["train"] - after[-1]["train"] > 2 * math.hypot(best["error"], after[-1]["error"]):
+    higher = min(entry["loss"] for entry in after[-2:])
+    rise = higher / best["loss"] - 1
+    if rise > alerts.gap and higher - best["loss"] > 0.01 and best["train"] - after[-1]["train"] > 2 * math.hypot(best["error"], after[-1]["error"]):
         found = finding("warning", "growing gap", f"The evaluation loss rose from {best['loss']:.4f} at step {best['step']:,} to {after[-1]['loss']:.4f}, while the training "
                         f"loss fell from {best['train']:.4f} to {after[-1]['train']:.4f}.", rise=rise)
         found.remedy = f"Keep the checkpoint of step {best['step']:,}. " + found.remedy
