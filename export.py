@@ -1,0 +1,495 @@
+"""What to do with an adapter: merge it into a 16-bit model folder, hand it on alone, or write a GGUF file.
+
+    python export.py --ckpt runs/approach1 --merge out          a folder that transformers loads
+    python export.py --ckpt runs/approach1 --merge out --onto=original
+                                       onto the weights as they were before they were quantised for training
+    python export.py --ckpt runs/approach1 --adapter out        the adapter alone, in PEFT's format
+    python export.py --ckpt runs/approach1 --gguf out.gguf      for llama.cpp (Llama, Mistral, Qwen2, Qwen3)
+--ckpt is a run, a checkpoint, RUN@best or an adapter folder, as in eval.py. Options:
+    --dtype=bf16 | fp16 | fp32         what to store; for --gguf alone also q8_0
+    --data=FILE, --model=MODEL         other evaluation rows, another base model
+    --tolerance=NATS                   how far the loss of a merge may lie from the adapter's (0.02 in 16 bits)
+    --rounding=nearest                 bf16 without dither, as PEFT merges; a small update is lost in part
+Any key of train.py --help can be given as --section.key=value.
+
+A merge is compared before it gets its name: the loss on the evaluation rows through the adapter and through the merge,
+and logits through transformers. Weights are read, merged and written one at a time. Everything is written into a hidden
+folder beside the result and renamed at the end; so what has the result's name is whole. Exit codes: 0 done; 2 bad
+input; 5 the merge differs too much, and was not kept. Leaves out: merging into 4 or 8 bits (it says what would be
+lost), several adapters at once, and uploading.
+"""
+import contextlib
+import fcntl
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import zlib
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+import config as settings
+import data
+import eval as evaluation
+import gguf_file
+import model
+import quant
+import record
+
+SHARD_BYTES = 5 << 30  # largest file of weights, but for a single larger tensor
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # in safetensors' headers
+OF_4_BITS = ("nf4", "fp4", "int4", "4bit", "4", "q4_0", "q4_1", "q4_k_m", "q4_k_s")
+LOGIT_ROWS, LOGIT_TOKENS = 4, 128  # how much of the evaluation rows logits are compared on
+ALLOWED_NATS = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.02}  # largest difference in loss by default: what rounding explains
+ALLOWED_LOGITS = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.1}  # the same of the logits, as a share of their norm
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+def fate(update, kept, base):
+    """What became of an update when it was rounded into a weight, as sums float64 (6,) that add up over matrices.
+
+    update, kept, base of one shape: what was to be added to the weight, what was, and the weight before. See `fate_figures`.
+    """
+    update, kept, base = update.double(), kept.double(), base.double()
+    lost = (kept == 0) & (update != 0)
+    return torch.stack([update.square().sum(), base.square().sum(), (update * kept).sum(), (kept - update).square().sum(), lost.sum().double(),
+                        torch.tensor(float(update.numel()), dtype=torch.float64, device=update.device)]).cpu()
+
+
+def fate_figures(sums):
+    """{"size": ‖update‖/‖W‖, "survives": <kept, update>/‖update‖², "noise": ‖kept - update‖/‖update‖, "lost": share of elements left as they were}."""
+    update, weight, along, error, lost, count = sums.tolist()
+    return {"size": math.sqrt(update / (weight or 1)), "survives": along / (update or 1), "noise": math.sqrt(error / (update or 1)), "lost": lost / (count or 1)}
+
+
+def merge(base, lora_A, lora_B, scaling, dtype, seed=None):
+    """(W + scaling B A in `dtype`, the sums of `fate`): summed in fp32 (fp64 where W has it) and rounded once.
+
+    base (out, in), lora_A (r, in), lora_B (out, r). With a seed, bf16 is rounded stochastically: an update is often smaller than
+    half the distance of two bf16 numbers, and rounding to the nearest would drop it again and again; see `round_stochastically`.
+    """
+    wide = torch.promote_types(base.dtype, torch.float32)
+    out, lora_A, lora_B, sums = torch.empty_like(base, dtype=dtype), lora_A.to(base.device, wide), lora_B.to(base.device, wide), torch.zeros(6, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed or 0)
+    for rows in quant.pieces(len(base), 1024):  # wide copies of a whole weight would be the largest thing in memory
+        piece, update = base[rows].to(wide), scaling * (lora_B[rows] @ lora_A)
+        out[rows] = round_stochastically(piece + update, generator) if seed is not None and dtype == torch.bfloat16 else (piece + update).to(dtype)
+        sums += fate(update, out[rows].to(wide) - piece, piece)
+    return out, sums
+
+
+def round_stochastically(values, generator):
+    """bf16 of `values`, up or down with the odds that make it right on average (Gupta et al. 2015, section 3.1).
+
+    bf16 is the upper half of fp32: a random lower half, added and cut off, carries over as often as the value lies above.
+    """
+    bits = values.float().contiguous().view(torch.int32)
+    bits = bits + torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32).to(bits.device)
+    return (bits & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+class Source:
+    """The weights of a base model with an adapter on them, to be read one at a time and in any order.
+
+    shapes: {name: shape} of every parameter that a saved model holds, in the order of the base model's files.
+    Raises ValueError where the adapter is not one for this model.
+    """
+
+    def __init__(self, config, adapter, original=False, stochastic=True):
+        self.config, self.adapter, self.original, self.stochastic = config, adapter, original, stochastic
+        self.compute, self.device = quant.DTYPES[config.model.compute_dtype], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.folder = model.local_folder(config.model.path, config.model.revision)
+        self.network = model.architecture(self.folder, self.compute)  # without memory
+        tied = set(self.network._tied_weights_keys or ()) if self.network.config.tie_word_embeddings else set()
+        shapes, self.files = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}, model.weight_files(self.folder)
+        self.shapes = {name: shapes[name] for name in self.files if name in shapes and name not in tied}
+        head = self.network.get_output_embeddings()
+        self.quantised = {f"{name}.weight" for name, module in self.network.named_modules() if isinstance(module, nn.Linear) and module is not head}
+        self.scaling = config.lora.alpha / (math.sqrt(config.lora.r) if config.lora.rslora else config.lora.r)
+        for name, tensor in adapter.items():
+            module, _, matrix = name.removeprefix(model.PEFT_PREFIX).rpartition(".lora_")
+            shape = self.shapes.get(f"{module}.weight")
+            if f"{module}.weight" not in self.quantised or tuple(tensor.shape) != ((config.lora.r, shape[1]) if matrix == "A.weight" else (shape[0], config.lora.r)):
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)} is no adapter for {type(self.network).__name__} in {self.folder}; it belongs to another model: name that with --model")
+
+    def base(self, name):
+        """The weight under the adapter: as training saw it (quantised and dequantised, in the compute dtype), or as it is stored."""
+        tensor = model.read_tensor(self.files[name], name, self.device)
+        if self.original:
+            return tensor
+        if name in self.quantised:
+            return quant.quantize(tensor, self.config.model, self.compute).dequantize(self.compute)
+        return tensor.to(self.compute)
+
+    def matrices(self, name):
+        """(lora_A, lora_B) of a weight, or None where it has no adapter."""
+        stem = model.PEFT_PREFIX + name.removesuffix(".weight")
+        return (self.adapter[f"{stem}.lora_A.weight"], self.adapter[f"{stem}.lora_B.weight"]) if f"{stem}.lora_A.weight" in self.adapter else None
+
+    def merged(self, name, dtype):
+        """(the weight with its adapter in `dtype`, the sums of `fate` or None). Raises ValueError where `dtype` cannot hold it."""
+        base, matrices = self.base(name), self.matrices(name)
+        out, sums = merge(base, *matrices, self.scaling, dtype, zlib.crc32(name.encode()) if self.stochastic else None) if matrices else (base.to(dtype), None)
+        if not torch.isfinite(out).all():
+            raise ValueError(f"{name}: a value is not a finite number in {str(dtype).removeprefix('torch.')}; choose --dtype=bf16")
+        return out, sums
+
+
+def lost_in_4_bits(source):
+    """What of the update would survive a merge into NF4, over all adapted weights: `fate_figures`, where "lost" is the share of codes that stay."""
+    wide, total, same = torch.promote_types(source.compute, torch.float32), torch.zeros(6, dtype=torch.float64), 0
+    for name in tqdm([name for name in source.shapes if source.matrices(name)], desc="what 4 bits would lose", unit="weight", dynamic_ncols=True, disable=None):
+        base = source.base(name)
+        exact = merge(base, *source.matrices(name), source.scaling, wide)[0]
+        before, after = (quant.NF4Weight(weight.to(source.compute), source.config.model.double_quant) for weight in (base, exact))
+        total += fate(exact - base.to(wide), after.dequantize(wide) - before.dequantize(wide), before.dequantize(wide))
+        changed = before.packed ^ after.packed  # two codes a byte
+        same += ((changed >> 4 == 0).sum() + (changed & 15 == 0).sum()).item()
+    return fate_figures(total) | {"lost": same / total[-1].item()}
+
+
+def write_weights(folder, source, dtype):
+    """Write every merged weight into `folder` as safetensors, sharded, never holding more than one. Returns {name: sums of `fate`}.
+
+    The format needs no library to write: 8 bytes with the header's length, the header (JSON: dtype, shape and place of each
+    tensor), the tensors. The library has only whole files in memory to offer.
+    """
+    sizes, shards, fates, where = {name: math.prod(shape) * dtype.itemsize for name, shape in source.shapes.items()}, [[]], {}, {}
+    for name in sizes:
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    with tqdm(total=len(sizes), desc="merging", unit="weight", dynamic_ncols=True, disable=None) as progress:
+        for number, names in enumerate(shards, start=1):
+            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            header, start = {"__metadata__": {"format": "pt"}}, 0
+            for name in names:
+                header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(source.shapes[name]), "data_offsets": [start, start := start + sizes[name]]}
+                where[name] = file_name
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            with open(folder / file_name, "wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for name in names:
+                    tensor, sums = source.merged(name, dtype)
+                    fates |= {name: sums} if sums is not None else {}
+                    file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+                    progress.update()
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return fates
+
+
+# ----------------------------------------------------------------------------------------------------------- comparing
+
+def documents(rows):
+    """The rows on which logits are compared: a few, each cut short, as id tensors."""
+    return [torch.from_numpy(rows.ids[rows.offsets[r]:rows.offsets[r + 1]][:LOGIT_TOKENS]).long() for r in range(min(LOGIT_ROWS, len(rows)))]
+
+
+@torch.no_grad()
+def logits_of(network, rows):
+    """Logits fp32 (places, vocabulary) on the CPU, less their mean at each place, which no probability depends on."""
+    logits = torch.cat([network(input_ids=ids[None].to(network.device), use_cache=False).logits[0].float().cpu() for ids in documents(rows)])
+    return logits - logits.mean(dim=-1, keepdim=True)
+
+
+def through_adapter(config, adapter, origin, rows, max_tokens):
+    """(loss of the untouched model, loss with the adapter, logits with it) of a configuration's network."""
+    network = model.load(config, "cuda" if torch.cuda.is_available() else "cpu")
+    evaluation.check_vocabulary(network, rows)
+    untouched = evaluation.evaluate(network, rows, config.eval.max_rows, max_tokens)[0]["loss"]
+    model.set_adapters(model.adapters(network), adapter, origin)
+    loss = evaluation.evaluate(network, rows, config.eval.max_rows, max_tokens)[0]["loss"]
+    network.adapter_memory.refresh()
+    network.eval()
+    with model.own_attention(network):
+        return untouched, loss, logits_of(network, rows)
+
+
+def through_merge(folder, dtype, config, rows, max_tokens):
+    """(loss, logits) of a merged folder: the loss by eval.py's own code, the logits by transformers alone."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    tree = {"model": {"path": str(folder), "quant": "none", "compute_dtype": dtype}, "lora": {"r": 1, "targets": ["all-linear"]}, "memory": config.to_dict()["memory"]}
+    network = model.load(settings.from_dict(tree), "cuda" if torch.cuda.is_available() else "cpu")  # with an adapter that does nothing
+    loss = evaluation.evaluate(network, rows, config.eval.max_rows, max_tokens)[0]["loss"]
+    device = network.device
+    del network
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, attn_implementation="eager").to(device).eval()
+    return loss, logits_of(theirs, rows)
+
+
+def logit_difference(ours, theirs):
+    """(‖difference‖/‖ours‖, share of places where both put the same token first)."""
+    return ((ours - theirs).norm() / ours.norm()).item(), (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+@contextlib.contextmanager
+def unfinished(out):
+    """A hidden folder beside `out` to write in; it goes when the block ends. What a killed export left there goes first."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{out.name}.export-*"):
+        with contextlib.suppress(BlockingIOError), open_locked(left):
+            shutil.rmtree(left)
+    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.export-", dir=out.parent))
+    work.chmod(0o755)  # mkdtemp's folders are closed to everyone else
+    try:
+        with open_locked(work):
+            yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def open_locked(folder):
+    """Hold a folder's lock; BlockingIOError where another process, which must be alive, holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sync(path):
+    """Flush a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(work, out):
+    """Give a finished file or folder its name, once it is on the disk."""
+    for path in [*work.rglob("*"), work]:
+        sync(path)
+    if work.is_file() and os.path.lexists(out):  # renaming a file would replace it; a folder with something in it is refused by itself
+        raise ValueError(f"{out}: came into being in the meantime; it was left alone, name another")
+    os.rename(work, out)
+    sync(out.parent)
+
+
+def vacant(flag, out):
+    """`out` as a path, if nothing is lost by writing there. Raises ValueError where something is there already."""
+    path = pathlib.Path(out)
+    if path.is_symlink() or path.is_file() or path.is_dir() and (flag == "gguf" or any(path.iterdir())):
+        raise ValueError(f"--{flag}: {out} is there already{' and not empty' if path.is_dir() and flag != 'gguf' else ''}; name a new one, or move it away first")
+    return path
+
+
+def room(folder, needed, what):
+    """Raises ValueError where the disk has too little room."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(f"{folder}: {what} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there; make room or name another place")
+
+
+def write_companions(folder, source, tokenizer, end_ids, dtype):
+    """What a model folder has beside weights: config, generation settings (which stop where training taught to stop), tokenizer, template."""
+    tree = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("_name_or_path", "transformers_version"):
+        tree.pop(name, None)
+    tree |= {"architectures": [type(source.network).__name__], "dtype": str(dtype).removeprefix("torch.")}
+    if "torch_dtype" in tree:
+        tree["torch_dtype"] = tree["dtype"]
+    stored = source.folder / "generation_config.json"
+    generation = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {name: tree[name] for name in ("bos_token_id", "pad_token_id") if tree.get(name) is not None}
+    before = generation.get("eos_token_id", tree.get("eos_token_id"))
+    stops = list(dict.fromkeys([*end_ids, *(before if isinstance(before, list) else [before] if before is not None else [])]))
+    generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    if generation.get("pad_token_id") is None:
+        generation["pad_token_id"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    generation.pop("transformers_version", None)
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def write_adapter(folder, checkpoint_folder, config, adapter, tokenizer):
+    """An adapter folder: PEFT's two files as they were saved (the base model's name as config has it), tokenizer and template."""
+    from safetensors.torch import save_file
+    tree = json.loads((checkpoint_folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tree["base_model_name_or_path"] = config.model.path
+    tokenizer.save_pretrained(folder)
+    save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    _, back, _ = model.read_adapter(folder)
+    if back.keys() != adapter.keys() or not all(torch.equal(back[name], adapter[name]) for name in adapter):
+        raise ValueError(f"{folder / 'adapter_model.safetensors'}: read back, its matrices are not the checkpoint's; check the disk")
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+def run_of(folder):
+    """The run that a checkpoint folder belongs to, or None."""
+    return next((parent for parent in folder.absolute().parents[:2] if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
+
+
+def shown(name):
+    """A model's or file's name for others to read: a hub name as it is, of a path its last part."""
+    return name if settings.is_hub_name(name) else pathlib.Path(name).name
+
+
+def card(title, config, folder, facts):
+    """README.md of what is exported: what it is, from which data and settings, what was measured, and the run's verdict. No paths.
+
+    facts: [(what, text)] about this export.
+    """
+    run, defaults = run_of(folder), settings.Config().flat()
+    config = settings.read(run / "config.json") if run else config
+    lines = ["---", "library_name: " + ("peft" if title == "adapter" else "transformers"), "pipeline_tag: text-generation"]
+    lines += [f"base_model: {config.model.path}"] if settings.is_hub_name(config.model.path) else []
+    lines += ["---", f"# {title.capitalize()} of {shown(config.model.path)}", "", f"Trained with rawlora; the licence is for you to state, and the base model's holds besides.", "",
+              "| | |", "| --- | --- |", *(f"| {what} | {text} |" for what, text in facts), "", "## Data and training", ""]
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8")) if run else {}
+    if run:
+        evaluated = [line for line in record.read_metrics(run) if "eval/loss" in line and line["step"] <= state["step"]]
+        lines += ["| | |", "| --- | --- |", f"| training rows | {shown(config.data.train)}, digest {state['origin'].get('training rows', 'unknown')} |",
+                  f"| evaluation rows | {shown(config.data.eval) if config.data.eval else 'held out of the training rows'}, digest {state['origin'].get('evaluation rows', 'unknown')} |",
+                  f"| steps | {state['step']:,}: {state['samples']:,} samples, {state['supervised_tokens']:,} supervised tokens |"]
+        lines += [f"| evaluation loss | {evaluated[0]['eval/loss']:.4f} after step {evaluated[0]['step']}, {evaluated[-1]['eval/loss']:.4f} after step {evaluated[-1]['step']} |"] if evaluated else []
+    else:
+        lines += ["Not known: the adapter came without the record of its run."]
+    paths = ("model.path", "lora.init_from", "data.train", "data.eval", "data.chat_template", "eval.prompts")
+    told = {name: shown(value) if name in paths and value else value for name, value in config.flat().items() if value != defaults[name] or name in ("model.quant", "lora.r", "lora.alpha", "schedule.learning_rate")}
+    lines += ["", "## Settings", "", "Those that differ from the defaults, and a few that do not:", "", "| | |", "| --- | --- |", *(f"| {name} | {json.dumps(value)} |" for name, value in told.items()), "", "## Verdict", ""]
+    verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8")) if run and (run / "verdict.json").is_file() else None
+    if verdict:
+        lines += [f"**{verdict['outcome']}**", "", "| criterion | outcome | measured | threshold | |", "| --- | --- | --- | --- | --- |"]
+        lines += [f"| {c.get('set', '')} {c['name']} | {c['outcome']} | {c.get('measured')} | {c.get('threshold')} | {c.get('reason') or ''} |" for c in verdict["criteria"]]
+    else:
+        lines += ["None was recorded."]
+    return "\n".join(lines) + "\n"
+
+
+def merge_into(out, source, adapter, folder, config, tokenizer, end_ids, rows, dtype, tolerance):
+    """Write, compare and publish a merged model folder. Returns the exit code."""
+    bits, name = next(bits for bits, kind in quant.DTYPES.items() if kind == dtype), config.model.path
+    needed = sum(math.prod(shape) for shape in source.shapes.values()) * dtype.itemsize
+    room(out.parent, needed + (64 << 20), "the merged model")
+    max_tokens = config.memory.max_tokens or (16384 if source.device.type == "cuda" else 2048)
+    kind = "unquantised" if config.model.quant == "none" else f"{config.model.quant}, dequantised"
+    print(f"adapter    {folder}\nbase       {name}\n           " + ("as it is stored, unquantised" if source.original else f"as it was in training: {kind}"), flush=True)
+    untouched, trained, logits = through_adapter(config, adapter, str(folder), rows, max_tokens)
+    reference = trained
+    if source.original and config.model.quant != "none":
+        tree = config.to_dict()
+        tree["model"]["quant"] = "none"
+        _, reference, logits = through_adapter(settings.from_dict(tree), adapter, str(folder), rows, max_tokens)
+    with unfinished(out) as work:
+        fates = write_weights(work, source, dtype)
+        total, worst = fate_figures(sum(fates.values())), min(fates, key=lambda name: fate_figures(fates[name])["survives"])
+        write_companions(work, source, tokenizer, end_ids, dtype)
+        written = data.load_tokenizer(work)
+        if written.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str() or written.chat_template != tokenizer.chat_template:
+            raise ValueError(f"{out}: the tokenizer, saved and loaded again, is another; nothing was kept")
+        loss, theirs = through_merge(work, bits, config, rows, max_tokens)
+        logit_norm, first = logit_difference(logits, theirs)
+        count = min(len(rows), config.eval.max_rows or len(rows))
+        counted = f"{'' if count == len(rows) else f'the first {count:,} of '}{len(rows):,} of {shown(config.data.eval or config.data.train)}"
+        onto = [("through the adapter, unquantised", f"{reference:.4f}")] if reference is not trained else []
+        losses = [("untouched", f"{untouched:.4f}"), ("through the adapter", f"{trained:.4f}"), *onto, ("through the merge", f"{loss:.4f}, {loss - reference:+.4f}")]
+        rounding = f"{'stochastic ' * (source.stochastic and dtype == torch.bfloat16)}rounding to {bits}"
+        update = [f"{total['size']:.2%} of the weights' size, over {len(fates)} matrices", f"{total['survives']:.1%} of it survives {rounding},",
+                  f"least {fate_figures(fates[worst])['survives']:.1%}, of {worst.removesuffix('.weight')}", f"rounding noise {total['noise']:.0%} of its size; {total['lost']:.0%} of the weights unchanged"]
+        compared = f"differ by {logit_norm:.2%} over {len(logits)} places; the same token first at {first:.1%}"
+        print(f"weights    {len(source.shapes)} in {bits}, {needed / 2**30:.2f} GiB\nupdate     " + "\n           ".join(update) + f"\nrows       {counted}")
+        print("loss       " + "\n           ".join(f"{value:<17} {what}" for what, value in losses) + f"\nlogits     {compared}", flush=True)
+        why = []
+        if not abs(loss - reference) <= tolerance:
+            why.append(f"the loss differs by {loss - reference:+.4f} nats")
+        if not loss - trained <= tolerance:
+            why.append(f"the loss is {loss - trained:.4f} nats above the one that was trained")
+        if not logit_norm <= ALLOWED_LOGITS[bits] * max(1, tolerance / ALLOWED_NATS[bits]):
+            why.append(f"the logits differ by {logit_norm:.1%}")
+        if why:
+            remedy = "merge onto the dequantised base (without --onto=original)" if source.original else "look at --dtype=fp32, or serve the adapter beside its base (--adapter)"
+            print(f"error: the merge is not what was trained: {'; '.join(why)} (allowed: {tolerance:g} nats). Nothing was kept; {remedy}, or allow more with --tolerance=NATS", file=sys.stderr)
+            return 5
+        facts = [("adapter", f"LoRA, rank {config.lora.r}, alpha {config.lora.alpha:g}{', rsLoRA' if config.lora.rslora else ''}, merged into the weights"),
+                 ("base", "the unquantised weights" if source.original else f"the weights as they were in training: {kind}"), ("stored in", bits), ("update", " ".join(update)),
+                 ("evaluation rows", counted), *((f"loss {what}", value) for what, value in losses), ("logits through merge and adapter", compared)]
+        (work / "README.md").write_text(card("merged model", config, folder, facts), encoding="utf-8")
+        publish(work, out)
+    print(f"written    {out}")
+    return 0
+
+
+def wanted_dtype(word, config, flags):
+    """The dtype to write in: bf16, fp16, fp32, or "q8_0" for GGUF. Raises ValueError for others; fewer bits are main's to refuse."""
+    word = {"f16": "fp16", "f32": "fp32", "q8": "q8_0"}.get(word.lower(), word.lower()) or (config.model.compute_dtype if config.model.compute_dtype in ("bf16", "fp16") else "bf16")
+    if word not in ("bf16", "fp16", "fp32", "q8_0") or word == "q8_0" and (flags["merge"] or not flags["gguf"]):
+        raise ValueError(f"--dtype: must be bf16, fp16, fp32, or q8_0 for --gguf alone, got {word}; a merged model has 16 bits or more, so that rounding does not eat what was trained")
+    return word
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    words, flags, overrides = settings.command_line(argv, {"ckpt": "", "model": "", "data": "", "merge": "", "adapter": "", "gguf": "", "onto": "", "dtype": "", "rounding": "", "tolerance": ""})
+    if words:
+        raise ValueError(f"{words[0]}: unexpected; as in: python export.py --ckpt runs/approach1 --merge out")
+    if not flags["ckpt"] or not (flags["merge"] or flags["adapter"] or flags["gguf"]):
+        raise ValueError("say what to export and how: --ckpt=RUN_OR_CHECKPOINT, and --merge=FOLDER, --adapter=FOLDER or --gguf=FILE")
+    if flags["onto"] not in ("", "dequantised", "dequantized", "original"):
+        raise ValueError(f"--onto: must be dequantised (as in training) or original (as it is stored), got {flags['onto']}")
+    if flags["rounding"] not in ("", "stochastic", "nearest"):
+        raise ValueError(f"--rounding: must be stochastic or nearest, got {flags['rounding']}")
+    outs = {flag: vacant(flag, flags[flag]) for flag in ("adapter", "merge", "gguf") if flags[flag]}
+    config, adapter, folder = evaluation.configure(flags["ckpt"], flags["model"], overrides + ([("data.eval", flags["data"])] if flags["data"] else []))
+    source = Source(config, adapter, flags["onto"] == "original", flags["rounding"] != "nearest")
+    if flags["dtype"].lower() in OF_4_BITS:
+        lost = lost_in_4_bits(source)
+        raise ValueError(f"--dtype={flags['dtype']}: merging into 4 bits would undo the training: {lost['survives']:.0%} of the update would survive, under noise of {lost['noise']:.1f} times its size, "
+                         f"and {lost['lost']:.0%} of the codes would stay as they are. Merge into bf16; or serve 4 bits as in training, the adapter (--adapter) beside the base")
+    bits = wanted_dtype(flags["dtype"], config, flags)
+    try:
+        tolerance = float(flags["tolerance"] or ALLOWED_NATS.get(bits, 0.02))
+    except ValueError:
+        tolerance = math.nan
+    if not tolerance >= 0:
+        raise ValueError(f"--tolerance: must be a number of nats a token, 0 or more, got {flags['tolerance']}")
+    own = (folder / "tokenizer.json").is_file()  # what was trained with, if the checkpoint has it
+    tokenizer = data.load_tokenizer(folder if own else config.model.path, config.data.chat_template, "" if own else config.model.revision)
+    end_ids = data.end_of_turn(tokenizer)
+    if "merge" in outs:
+        rows = data.tokenize(data.read_rows(config.data.eval, config.data.bad_rows) if config.data.eval else data.read_splits(config)[1], tokenizer, config.data)
+    if "gguf" in outs:
+        gguf_file.check(source, tokenizer)
+    if "adapter" in outs:
+        with unfinished(outs["adapter"]) as work:
+            write_adapter(work, folder, config, adapter, tokenizer)
+            (work / "README.md").write_text(card("adapter", config, folder, [("adapter", f"LoRA in PEFT's format, rank {config.lora.r}, alpha {config.lora.alpha:g}"), ("trained over", f"{config.model.quant} weights")]), encoding="utf-8")
+            publish(work, outs["adapter"])
+        print(f"adapter    {len(adapter)} matrices, the checkpoint's bit for bit\nwritten    {outs['adapter']}")
+    if "merge" in outs:
+        code = merge_into(outs["merge"], source, adapter, folder, config, tokenizer, end_ids, rows, quant.DTYPES[bits], tolerance)
+        if code:
+            return code
+    if "gguf" in outs:
+        room(outs["gguf"].parent, gguf_file.size(source, bits) + (64 << 20), "the GGUF file")
+        with unfinished(outs["gguf"]) as work:
+            told = gguf_file.write(work / "model.gguf", source, tokenizer, end_ids, bits, outs["gguf"].stem)
+            print(told)
+            publish(work / "model.gguf", outs["gguf"])
+        print(f"written    {outs['gguf']}")
+    return 0
+
+
+if __name__ == "__main__":
+    settings.run_command(main)
