@@ -610,3 +610,59 @@ def test_a_gguf_export_killed_while_writing_has_no_name_yet(plain, tmp_path):
         assert killed_at(number, calls, arguments) == -signal.SIGKILL
         assert not (tmp_path / "out.gguf").exists() and len(children(tmp_path)) == 1
     assert export.main(arguments) == 0 and children(tmp_path) == ["out.gguf"]
+
+
+# --------------------------------------------------------------------------------------------------------- real clients
+
+def test_generate_and_the_pipeline_of_transformers_write_from_the_merge_what_the_adapter_writes(plain, merged):
+    from transformers import pipeline
+    config, adapter, folder = evaluation.configure(str(plain), "", [])
+    tokenizer, network = data.load_tokenizer(merged), model.load(config, "cpu")
+    model.set_adapters(model.adapters(network), adapter, str(folder))
+    samples = evaluation.generate(network, tokenizer, data.prompts(config, tokenizer), 12, data.end_of_turn(tokenizer))
+    writer = pipeline("text-generation", model=str(merged), device="cpu")
+    for sample in samples:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": sample["prompt"]}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        written = writer.model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1]:]
+        assert tokenizer.decode(written, skip_special_tokens=True) == sample["text"] and (len(written) < 12) == sample["stopped"]
+        chat = writer([{"role": "user", "content": sample["prompt"]}], max_new_tokens=12, do_sample=False)[0]["generated_text"]
+        assert chat[-1] == {"role": "assistant", "content": sample["text"]}
+    assert len(samples) == 2 and any(sample["text"] for sample in samples)
+
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_lm_eval_scores_base_adapter_and_merge_as_eval_py_does(tiny_inputs, tmp_path, capsys, kind):
+    """A local task over the evaluation rows. The template ends a prompt without white space, which lm-eval would count to the answer."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    make_model(tmp_path / "model", initializer_range=0.1, vocab_size=259)  # as many as tokens: lm-eval cuts a base down to them under an adapter
+    make_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    run = make_run(tiny_inputs, tmp_path / "p", model={"path": str(tmp_path / "model"), "quant": kind})
+    assert export.main([f"--ckpt={run}", f"--merge={tmp_path / 'merge'}", "--dtype=fp32"]) == export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'adapter'}"]) == 0
+    tokenizer = data.load_tokenizer(tmp_path / "merge")
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        for line in (tiny_inputs / "eval.jsonl").read_text().splitlines():
+            chat = json.loads(line)["messages"]
+            prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+            file.write(json.dumps({"prompt": prompt, "answer": tokenizer.apply_chat_template(chat, tokenize=False).removeprefix(prompt)}) + "\n")
+    task = {"task": "rows", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}, "test_split": "test",
+            "output_type": "loglikelihood", "doc_to_text": "{{prompt}}", "doc_to_target": "{{answer}}", "target_delimiter": "", "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]}
+    rows = data.tokenize(data.read_rows(str(tiny_inputs / "eval.jsonl")), tokenizer, evaluation.settings.Data())
+
+    def scored(**arguments):
+        """Nats a supervised token, by lm-eval."""
+        client = HFLM(device="cpu", dtype="float32", batch_size=2, **arguments)
+        found = lm_eval.simple_evaluate(client, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0)
+        return -sum(sample["filtered_resps"][0][0] for sample in found["samples"]["rows"]) / rows.supervised.sum()
+
+    of_rows = f"--data={tiny_inputs / 'eval.jsonl'}"
+    base, adapter, merge = (scored(pretrained=str(tmp_path / "model")), scored(pretrained=str(tmp_path / "model"), peft=str(tmp_path / "adapter")), scored(pretrained=str(tmp_path / "merge")))
+    assert base == pytest.approx(loss_of(capsys, f"--model={tmp_path / 'model'}", of_rows, *FP32), abs=1e-4)
+    assert adapter == pytest.approx(loss_of(capsys, f"--ckpt={run}", *FP32), abs=1e-4)  # over unquantised weights, as PEFT loads them
+    assert merge == pytest.approx(loss_of(capsys, f"--ckpt={run}"), abs=1e-4) and abs(base - merge) > 0.3
+    assert (abs(adapter - merge) < 1e-4) == (kind == "none")
