@@ -97,6 +97,7 @@ class Eval:
     samples: int = key(4, "generation samples from the first evaluation rows", low=0)
     prompts: str = key("", "file of prompts to sample from instead: one a line, or JSONL with prompt or messages")
     max_new_tokens: int = key(64, "longest generation sample in tokens", low=1)
+    unquantised: str = key("auto", "evaluate the untouched model in 16 bits before the run, to tell learning from making good what quantisation spoilt; auto: where it fits in memory", choices=("auto", "no"))
     patience: int = key(0, "early stopping: stop after this many evaluations without improvement; 0: off", low=0)
     min_delta: float = key(0.0, "early stopping: a smaller fall of eval loss is no improvement, in nats", low=0.0)
 
@@ -123,6 +124,7 @@ class Memory:
 class Log:
     every_steps: int = key(25, "a console line and adapter histograms every so many steps; metrics.jsonl holds every step", low=1)
     tensorboard: bool = key(True, "write TensorBoard events beside metrics.jsonl")
+    report: bool = key(True, "write report.md and its plots when the run ends")
 
 
 FORECAST_WARNINGS = ("coverage below one epoch", "many epochs", "small rate area", "rate ends at nothing", "high rate", "long warm-up",

@@ -91,10 +91,11 @@ def longest_fits(network, rows, max_tokens):
     return fits
 
 
-def rehearse(network, window, forward_backward):
-    """Run the first window once for its time, changing nothing. Returns {"seconds", "tokens"} of it.
+def rehearse(network, window, forward_backward, budget_gib):
+    """Run the first window once for its time, changing nothing. Returns forecast.Facts' {"step_seconds", "peak_bytes", "available_bytes"}.
 
-    window: micro-batches; forward_backward: train.py's own, called before for what is compiled or recorded at the first use.
+    window: micro-batches; forward_backward: train.py's own. On a GPU it runs three times, since the first two compile and record. The
+    peak is that of the whole process so far: on a GPU the longest rows were tried before.
     """
     device, flat = network.device, network.adapter_memory.flat
     weight = torch.tensor(0.0, device=device)
@@ -105,8 +106,13 @@ def rehearse(network, window, forward_backward):
                 forward_backward(batch, weight)
             if device.type == "cuda":
                 torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
     flat.grad.zero_()
-    return {"seconds": time.perf_counter() - began, "tokens": sum(len(batch.input_ids) for batch in window)}
+    if device.type == "cuda":
+        return {"step_seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated(), "available_bytes": int(room(device, budget_gib) / MARGIN)}
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"step_seconds": seconds, "peak_bytes": peak, "available_bytes": peak + model.free_memory(device)}
 
 
 def room(device, budget_gib):

@@ -256,6 +256,11 @@ def weight_files(folder):
     return {name: single for name in trust.tensor_shapes(single)}
 
 
+def stored_bytes(config):
+    """Bytes of a model's weight files."""
+    return sum(file.stat().st_size for file in set(weight_files(local_folder(config.model.path, config.model.revision)).values()))
+
+
 def read_tensor(file, name, device):
     """One tensor of a safetensors file on `device`. The file is opened for this tensor alone, so that its pages go with it."""
     from safetensors import SafetensorError, safe_open

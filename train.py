@@ -6,14 +6,18 @@
     python train.py CONFIG --resume=CHECKPOINT         go back to that one
     python train.py CONFIG --resume --accept=NAME,...  go on though NAME changed
     python train.py CONFIG --overwrite                 replace an earlier run
+    python train.py CONFIG --preflight                 only the forecast: what the run would see, need and take
     python train.py --help                             every key and its default
 
 A step consumes micro_batch_size x accumulation samples. Their loss is summed over all supervised tokens of the window
 and divided once, so how the window is cut into micro-batches changes nothing but rounding (and which elements adapter
 dropout hits). Nothing inside a step waits for a GPU: the host reads a step's figures while the next one runs. State is
-saved between steps only. Exit codes: 0 done; 2 bad configuration or input; 4 stopped, because steps were not finite;
-130 or 143 interrupted, with a checkpoint saved. Leaves out: forecasts and alerts, and several GPUs.
+saved between steps only. Exit codes: 0 done; 2 bad configuration or input; 3 refused by the forecast; 4 stopped by an alert
+(steps that are not finite, dead gradients); 5 finished, but short of what criteria.enforce asks for; 130 or 143 interrupted,
+with a checkpoint saved. Leaves out: several GPUs.
 """
+import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -23,6 +27,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when torch first asks for GPU memory: fewer gaps between tensors
@@ -30,23 +35,28 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 import torch
 from tqdm import tqdm
 
+import alerts
 import checkpoint
 import config as settings
 import data
 import eval as evaluation
+import forecast
 import graphs
 import memory
 import model
 import quant
 import record
+import report
 import schedule
+import verdict
 
 
-def train(config, run, guard, resume, accept):
+def train(config, run, guard, resume, accept, preflight):
     """Train as `config` says, in the run folder `run`. Returns the exit code.
 
     guard: the lock on the folder, None where there is no such folder yet: it is made when settings, data and model are
     accepted. resume: the checkpoint to go on from, or None. accept: names of differences to it that are accepted.
+    preflight: end with the forecast.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
@@ -56,7 +66,12 @@ def train(config, run, guard, resume, accept):
     saved = load_checkpoint(resume) if resume else None
     initial = load_initial(config) if config.lora.init_from and not resume else None
     max_steps, total_samples = schedule.plan_steps(config, len(rows))
+    facts = forecast.Facts.of(rows, eval_rows)
+    outlook = forecast.forecast(config, facts)
+    if forecast.refusals(outlook, config.forecast):
+        return refuse(outlook, config)
 
+    unquantised = None if resume or preflight else evaluate_unquantised(config, device, eval_rows)
     network = model.load(config, device)
     evaluation.check_vocabulary(network, rows, eval_rows)
     adapters = model.adapters(network)
@@ -79,19 +94,13 @@ def train(config, run, guard, resume, accept):
              "plan": plan, "origin": origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
     if saved:
         state = restore(saved, resume, accept, state, adapters, moments, scaler, device)
+    fatal = []  # alerts that end the run
+    stopped = lambda: state["nonfinite"] == config.train.nonfinite_limit or bool(fatal)
     stopped_early = lambda: 0 < config.eval.patience <= state["without_improvement"]
     finished = lambda: stopped_early() or state["evaluated"] == max_steps  # which is the last thing that a run does
     if finished():
         print(f"finished already: {resume} is the end of the run")
-        return conclude(run, state, max_steps)
-
-    due = lambda every, step: step in (0, max_steps) or every > 0 and step % every == 0
-    owed = due(config.eval.every_steps, state["step"]) and state["evaluated"] != state["step"]  # the first one, or one that was interrupted
-    guard = guard or checkpoint.lock(run)  # held until the process ends
-    interrupted = catch_signals()
-    recorder = open_record(run, config, state, resume, owed)
-    introduce(config, run, rows, eval_rows, network, state, max_steps, total_samples)
-    progress = tqdm(total=max_steps, initial=state["step"], unit="step", dynamic_ncols=True, disable=None)
+        return conclude(run, config, state, max_steps)
 
     def forward_backward(batch, weight):
         """Add weight x the gradient of a micro-batch's summed loss to flat.grad, and return that loss."""
@@ -101,6 +110,38 @@ def train(config, run, guard, resume, accept):
 
     if plan["graphs"]:
         forward_backward = graphs.Replayed(network, forward_backward)
+    first_samples = data.sample_stream(len(rows), config.train.seed, *schedule.window_samples(min(state["step"] + 1, max_steps), config, total_samples))
+    probed = memory.rehearse(network, data.pack(rows, first_samples, plan["max_tokens"]), forward_backward, config.memory.budget_gib)
+    probed["step_seconds"] *= total_samples / max_steps / max(1, len(first_samples))
+    outlook = forecast.forecast(config, dataclasses.replace(facts, trainable=len(flat), memory=memory_parts(network, moments, probed), **probed))
+    if forecast.refusals(outlook, config.forecast):
+        return refuse(outlook, config)
+    if preflight:
+        print(forecast.show_forecast(outlook))
+        return 0
+
+    due = lambda every, step: step in (0, max_steps) or every > 0 and step % every == 0
+    owed = due(config.eval.every_steps, state["step"]) and state["evaluated"] != state["step"]  # the first one, or one that was interrupted
+    guard = guard or checkpoint.lock(run)  # held until the process ends
+    interrupted = catch_signals()
+    recorder = open_record(run, config, state, resume, owed, outlook)
+    introduce(run, config, rows, network, state, outlook)
+    watch, raised = alerts.Alerts(config, max_steps, len(rows)), {}  # raised: step -> its alerts
+    for line in record.read_metrics(run) if resume else ():
+        watch.see(line)
+    progress = tqdm(total=max_steps, initial=state["step"], unit="step", dynamic_ncols=True, disable=None)
+
+    def attend(step, values):
+        """Write figures of a step down, and raise the alerts that they call for."""
+        recorder.write(step, values)
+        found = watch.see({"step": step, **values})
+        if found:
+            raised[step] = [*raised.get(step, []), *found]
+            recorder.write(step, {"alerts": alerts.as_text(raised[step])})
+            recorder.text(step, "alerts", "\n\n".join(f"**{alert.severity}: {alert.name}** {alert.evidence} {alert.cause} {alert.remedy}" for alert in raised[step]))
+            for alert in found:
+                say(tell(f"ALERT at step {step}: {alert.name} ({alert.severity})", alert))
+        fatal.extend(alert.name for alert in watch.fatal(found))
 
     def settle(done):
         """Read a step's figures off the device and write them down. A step that was not applied is told with its rows."""
@@ -126,7 +167,7 @@ def train(config, run, guard, resume, accept):
                 norms = [norm for name, norm in zip(adapters, adapter_norms) if f".{matrix}." in name]
                 values[f"adapters/{matrix}_norm"] = sum(norms) / len(norms)
                 recorder.histogram(step, f"adapters/{matrix}_norm", torch.tensor(norms))
-        recorder.write(step, values)
+        attend(step, values)
         state["line"] = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
         progress.set_postfix(loss=f"{loss:.3f}", lr=f"{values['train/learning_rate']:.1e}", tok_s=f"{values['train/tokens_per_second']:.0f}", refresh=False)
         progress.update(step - progress.n)
@@ -137,19 +178,24 @@ def train(config, run, guard, resume, accept):
 
     def evaluate(step):
         """Evaluate and sample, write both down, and remember the best. What an interruption cuts short, the resumed run does."""
-        figures, _ = evaluation.evaluate(network, eval_rows, config.eval.max_rows, plan["max_tokens"], interrupted)
+        figures, by_row = evaluation.evaluate(network, eval_rows, config.eval.max_rows, plan["max_tokens"], interrupted)
         if figures is None:
             return
         loss = figures["loss"]
-        recorder.write(step, {f"eval/{name}": figures[name] for name in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "seconds")})
-        recorder.write(step, {"eval/adapter_digest": hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()[:12]})
+        values = {f"eval/{name}": figures[name] for name in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "seconds")}
+        values["eval/adapter_digest"] = hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()[:12]
+        evaluation.keep(run, f"step-{step:06d}", by_row, step, eval_rows, tokenizer, network)
+        if unquantised and step == 0:
+            values |= {f"eval/unquantised_{name}": unquantised[0][name] for name in ("loss", "token_accuracy")}
+            evaluation.keep(run, "unquantised", unquantised[1], 0, eval_rows, tokenizer, network)
         say(f"step {step}/{max_steps}  evaluation loss {loss:.4f}  perplexity {figures['perplexity']:.2f}  token accuracy {figures['token_accuracy']:.4f}")
         samples = evaluation.generate(network, tokenizer, prompts, config.eval.max_new_tokens, end_ids)
         if samples:
-            recorder.write(step, {"eval/stop_rate": evaluation.stop_rate(samples), "eval/samples": json.dumps(samples)})
+            values |= {f"eval/{name}": value for name, value in evaluation.sample_figures(samples).items()} | {"eval/samples": json.dumps(samples)}
             recorder.text(step, "eval/samples", "\n\n".join(f"**{sample['prompt']}**\n\n{sample['text']}" for sample in samples))
             if step in (0, max_steps):
                 say(f"samples {'before' if step == 0 else 'after'} training:\n{evaluation.show(samples)}\n")
+        attend(step, values)
         better = math.isfinite(loss) and (state["best_loss"] is None or loss < state["best_loss"] - config.eval.min_delta)
         if better:
             state.update(best_loss=loss, best_step=step or None)
@@ -166,7 +212,7 @@ def train(config, run, guard, resume, accept):
 
     if owed:
         evaluate(state["step"])
-    leaving = bool(interrupted) or stopped_early()
+    leaving = bool(interrupted) or stopped_early() or stopped()
     if leaving or owed and state["step"]:
         where = save(state["step"])
     began, first, pending = time.perf_counter(), state["step"] + 1, []
@@ -205,14 +251,16 @@ def train(config, run, guard, resume, accept):
 
         evaluation_due, save_due = due(config.eval.every_steps, step), due(config.save.every_steps, step)
         boundary = evaluation_due or save_due or bool(interrupted)
-        while len(pending) > (0 if boundary else 1) and state["nonfinite"] < config.train.nonfinite_limit:
+        while len(pending) > (0 if boundary else 1) and not stopped():
             settle(pending.pop(0))  # of the step before, while a GPU is busy with this one
-        if state["nonfinite"] == config.train.nonfinite_limit:
+        if stopped():
             break
         if not boundary:
             continue
         if evaluation_due and not interrupted:
             evaluate(step)
+        if stopped():
+            break
         leaving = bool(interrupted) or stopped_early()
         if save_due or leaving or state["best_step"] == step:
             where = save(step)
@@ -221,14 +269,17 @@ def train(config, run, guard, resume, accept):
 
     progress.close()
     recorder.close()
-    if state["nonfinite"] == config.train.nonfinite_limit:
+    if stopped():
         print(f"stopped: {state['nonfinite']} steps in a row were not finite, and none of them was applied; their rows are named above. "
-              "Mend the rows or the settings, then go on from the last checkpoint with --resume.")
+              "Mend the rows or the settings, then go on from the last checkpoint with --resume." if not fatal else
+              f"stopped after step {state['step']} by the alert: {', '.join(dict.fromkeys(fatal))}; see above for cause and remedy. alerts.stop says which alerts do that.")
+        if config.log.report:
+            print(f"look     {report.write(run)[0]}")
         return 4
     if not finished():
         print(f"interrupted after step {state['step']}; saved {where}; go on with --resume")
         return 128 + interrupted[0]
-    return conclude(run, state, max_steps)
+    return conclude(run, config, state, max_steps)
 
 
 # ------------------------------------------------------------------------------------------------------------ set-up
@@ -308,12 +359,13 @@ def texts_of(tokenizer):
         return {path.name: path.read_text(encoding="utf-8") for path in pathlib.Path(folder).iterdir() if path.suffix in (".json", ".jinja", ".txt")}
 
 
-def open_record(run, config, state, resume, owed):
+def open_record(run, config, state, resume, owed, outlook):
     """The recorder, and settings and surroundings written down. Where an evaluation is owed, its step's line is still open."""
     if not resume:  # what lies there has no checkpoint to go on from, or is to be overwritten
-        for old in [run / "checkpoints", run / "metrics.jsonl", *run.glob("events.out.tfevents.*")]:
+        for old in [run / "checkpoints", run / "evaluations", run / "metrics.jsonl", run / "verdict.json", run / "report.md", run / "plots", *run.glob("events.out.tfevents.*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    for name, tree in (("config.json", config.to_dict()), ("environment.json", record.environment())):
+    told = {"figures": outlook.figures, "findings": [dataclasses.asdict(found) for found in outlook.findings], "acknowledged": outlook.acknowledged}
+    for name, tree in (("config.json", config.to_dict()), ("environment.json", record.environment()), ("forecast.json", told)):
         (run / f".{name}.tmp").write_text(json.dumps(tree, indent=1), encoding="utf-8")
         os.replace(run / f".{name}.tmp", run / name)
     recorder = record.Recorder(run, config.log.tensorboard, state["step"] - owed if resume else None)
@@ -323,28 +375,55 @@ def open_record(run, config, state, resume, owed):
     return recorder
 
 
-def introduce(config, run, rows, eval_rows, network, state, max_steps, total_samples):
-    """What is about to happen, in a few lines."""
-    counts, evaluated = rows.counts, min(len(eval_rows), config.eval.max_rows or len(eval_rows))
-    sizes = sorted({config.samples_per_step, *(samples for _, samples in config.schedule.batch_points)} if config.schedule.batch_points else {config.samples_per_step})
-    print(f"run        {run}" + (f", going on after step {state['step']:,}" if state["step"] else ""))
+def introduce(run, config, rows, network, state, outlook):
+    """What is about to happen: the forecast, and how it will be done."""
+    plan, hidden = state["plan"], rows.counts["turns_unsupervised"]
+    print(f"run       {run}" + (f", going on after step {state['step']:,}" if state["step"] else ""))
     for accepted in state["accepted"]:
-        print(f"           accepted at step {accepted['step']}: another {', another '.join(name for name in accepted if name != 'step')}")
-    print(f"rows       {len(rows):,} to train on, {evaluated:,} to evaluate on\n"
-          f"           {counts['tokens']:,} tokens, {counts['supervised_tokens'] / counts['tokens']:.1%} of them supervised")
-    for name, what in (("rows_skipped", "rows could not be read"), ("rows_truncated", "rows cut to data.max_length"), ("rows_lost", "rows lost to data.max_length"),
-                       ("rows_unsupervised", "rows without a supervised token"), ("turns_unsupervised", "answers not supervised: the chat template hides what the model wrote")):
-        if counts[name]:
-            print(f"           {counts[name]:,} {what}")
-    print(f"steps      {max_steps:,} of {' to '.join(str(size) for size in sizes[::max(1, len(sizes) - 1)])} samples: {total_samples:,} samples, {total_samples / len(rows):.2f} epochs")
-    print(f"rate       {config.schedule.lr_kind}, peak {config.schedule.learning_rate:g} after {config.schedule.lr_warmup_steps} steps, floor {config.schedule.lr_min:g}")
-    print(f"network    {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
-    for part, (dtypes, size) in model.memory_table(network).items():
-        print(f"           {size / 2**20:>9,.1f} MiB  {part} ({', '.join(sorted(dtypes))})")
-    plan = state["plan"]
-    print(f"packing    up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed"
-          + (", their inputs on the host" if plan["offload"] else "") + (", embeddings on the host" if plan["host_embeddings"] else "") + f"\n           ({plan['why']})\n"
-          f"           {network.fused_layers} layers fused, " + ("replayed as CUDA graphs\n" if state["plan"]["graphs"] else f"no CUDA graphs: {state['plan']['why_no_graphs']}\n"), flush=True)
+        print(f"          accepted at step {accepted['step']}: another {', another '.join(name for name in accepted if name != 'step')}")
+    print(forecast.show_forecast(outlook))
+    if hidden:
+        print(f"\n{hidden:,} answers are not supervised: the chat template hides what the model wrote")
+    print(f"network   {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}\n"
+          f"packing   up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed"
+          + (", their inputs on the host" if plan["offload"] else "") + (", embeddings on the host" if plan["host_embeddings"] else "") + f"\n          ({plan['why']}); "
+          f"{network.fused_layers} layers fused, " + ("replayed as CUDA graphs\n" if plan["graphs"] else f"no CUDA graphs:\n          {plan['why_no_graphs']}\n"), flush=True)
+
+
+def refuse(outlook, config):
+    """Tell why the run does not begin. Returns the exit code."""
+    print(forecast.show_forecast(outlook))
+    print(f"\nrefused: {', '.join(found.name for found in forecast.refusals(outlook, config.forecast))}; nothing was written")
+    return 3
+
+
+def evaluate_unquantised(config, device, eval_rows):
+    """(figures, by row) of the untouched model in 16 or 32 bits, as eval.evaluate gives them; None where it is not asked for or does not fit.
+
+    What training gains is told against it too: making good what quantisation spoilt is not yet learning.
+    """
+    if config.eval.unquantised == "no" or config.model.quant == "none":
+        return None
+    if config.eval.unquantised == "auto" and 1.3 * model.stored_bytes(config) > model.free_memory(device):
+        print("note: the unquantised model does not fit beside what is in memory, so it is not evaluated; eval.unquantised=no leaves it out without a word")
+        return None
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quant="none"))
+    network = model.load(plain, device)
+    figures = evaluation.evaluate(network, eval_rows, config.eval.max_rows, config.memory.max_tokens or (8192 if device.type == "cuda" else 2048))
+    del network
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return figures
+
+
+def memory_parts(network, moments, probed):
+    """{part: bytes} of the network, the optimizer and, on a GPU, what the probed step took beside them."""
+    parts = {f"{part} ({', '.join(sorted(dtypes))})": size for part, (dtypes, size) in model.memory_table(network).items()}
+    parts["optimizer and gradients (float32)"] = sum(tensor.nbytes for tensor in moments.values()) + network.adapter_memory.flat.grad.nbytes
+    if network.device.type == "cuda":
+        parts["activations"] = max(0, probed["peak_bytes"] - sum(parts.values()))
+    return parts
 
 
 # -------------------------------------------------------------------------------------------------- pieces of the loop
@@ -416,8 +495,16 @@ def catch_signals():
     return caught
 
 
-def conclude(run, state, max_steps):
-    """The end of a run in a few lines: what changed, and where to look. Returns the exit code."""
+def tell(heading, alert):
+    """An alert as lines of 80 columns."""
+    lines = [heading]
+    for label, text in (("seen", alert.evidence), ("cause", alert.cause), ("remedy", alert.remedy)):
+        lines += textwrap.wrap(text, 80, initial_indent=f"  {label:<8}", subsequent_indent=" " * 10, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def conclude(run, config, state, max_steps):
+    """The end of a run: what changed, the verdict, the report, and where to look. Returns the exit code."""
     metrics = record.read_metrics(run)
     losses = [line["train/loss"] for line in metrics if math.isfinite(line.get("train/loss", math.nan))]
     evals = [line for line in metrics if "eval/loss" in line]
@@ -428,17 +515,24 @@ def conclude(run, state, max_steps):
     print(f"train      loss {median(losses[:edge]):.4f} -> {median(losses[-edge:]):.4f} (medians of the first and last {edge} steps)")
     print("evaluation " + ", ".join(f"{what} {evals[0][tag]:.4f} -> {evals[-1][tag]:.4f}" for what, tag in (("loss", "eval/loss"), ("token accuracy", "eval/token_accuracy"))))
     print(f"           best after step {state['best_step']}: {run}@best" if state["best_step"] else "           no evaluation was better than the one before step 1")
+    judged = verdict.of_run(run)
+    verdict.write(run, judged)
+    print(f"\n{verdict.shown(judged)}\n")
+    if config.log.report:
+        print(f"report     {report.write(run)[0]}")
     print(f"look       tensorboard --logdir {run.parent}\n           python eval.py --ckpt {run}")
-    return 0
+    return verdict.exit_code(judged)
 
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__ + settings.describe())
         return 0
-    words, flags, overrides = settings.command_line(argv, {"out": "", "resume": None, "accept": "", "overwrite": False})
+    words, flags, overrides = settings.command_line(argv, {"out": "", "resume": None, "accept": "", "overwrite": False, "preflight": False})
     if len(words) != 1:
         raise ValueError(f"give one configuration, as in: python train.py configs/approach1.json (got {' '.join(words) or 'none'})")
+    if flags["preflight"] and (flags["resume"] or flags["overwrite"] or flags["accept"]):
+        raise ValueError("--preflight is the forecast of a new run; leave --resume, --accept and --overwrite out")
     if flags["resume"] and flags["overwrite"] or flags["accept"] and not flags["resume"]:
         raise ValueError("--overwrite starts anew and --resume goes on: give one of them; --accept goes with --resume")
     path = pathlib.Path(settings.find(words[0]))
@@ -446,15 +540,15 @@ def main(argv):
     run = pathlib.Path(flags["out"] or f"runs/{path.stem}")
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run}: is a file; name a folder for the run with --out=")
-    guard = checkpoint.lock(run) if run.is_dir() else None
+    guard = checkpoint.lock(run) if run.is_dir() and not flags["preflight"] else None
     resume, problems = None, []
     if flags["resume"]:
         resume, problems = checkpoint.newest_valid(run) if flags["resume"] is True else (checkpoint.find(flags["resume"]), [])
-    elif any(run.glob("checkpoints/step-*")) and not flags["overwrite"]:
+    elif any(run.glob("checkpoints/step-*")) and not flags["overwrite"] and not flags["preflight"]:
         raise ValueError(f"{run}: holds the checkpoints of an earlier run; go on with --resume, choose another folder with --out=, or replace it with --overwrite")
     for problem in problems:
         print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
-    return train(config, run, guard, resume, flags["accept"].split(",") if flags["accept"] else [])
+    return train(config, run, guard, resume, flags["accept"].split(",") if flags["accept"] else [], flags["preflight"])
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def measure(case, steps, work, npz, overrides):
     held_out.write_text("".join(open(rows).readlines()[:4]))
     given = dict(override.lstrip("-").split("=", 1) for override in overrides)
     keys = {"model.path": folder, "data.train": rows, "data.eval": held_out, "data.max_length": 8192, "train.micro_batch_size": 1, "train.accumulation": samples, "train.max_steps": steps,
-            "schedule.lr_warmup_steps": 2, "eval.samples": 0, "eval.every_steps": 0, "save.every_steps": 0, "log.every_steps": 25} | settings | given
+            "schedule.lr_warmup_steps": 2, "eval.samples": 0, "eval.unquantised": "no", "eval.every_steps": 0, "save.every_steps": 0, "log.every_steps": 25} | settings | given
     base = work / "base.json"
     base.write_text("{}")
     command = [sys.executable, str(PROJECT / "train.py"), str(base), f"--out={run}", "--overwrite", *(f"--{key}={value}" for key, value in keys.items())]
