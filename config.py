@@ -166,21 +166,27 @@ class Alerts:
 @dataclass(frozen=True)
 class Criteria:
     """What a run must reach to have succeeded: judged by verdict.py, explained in docs/VERDICT.md."""
-    enforce: str = key("none", "exit code 5 where the finished run does not pass this set; optimal: and the minimum", choices=("none", "minimum", "optimal"))
-    baseline: str = key("unquantised", "falls and gains count from the untrained model in 16 or 32 bits, or from it as quantised, whose repair then counts as learning", choices=("unquantised", "quantised"))
+    enforce: str = key("none", "exit code 5 where the finished run does not pass this set; optimal: and the minimum",
+                       choices=("none", "minimum", "optimal"))
+    baseline: str = key("unquantised", "falls and gains count from the untrained model in 16 or 32 bits, or from it as quantised, "
+                        "whose repair then counts as learning", choices=("unquantised", "quantised"))
     confidence: float = key(0.95, "probability with which an interval holds the true value", low=0.5, high=0.999)
     milestone_step: int = key(500, "milestone: by this step", low=1)
     milestone_train_loss_drop: float = key(0.2, "milestone: the training loss fell by more than this, in nats; 0: not judged", low=0.0)
     minimum_train_loss_drop: float = key(0.5, "minimum: the training loss fell by more than this, in nats; 0: not judged", low=0.0)
     minimum_eval_loss_drop: float = key(0.2, "minimum: the evaluation loss fell by more than this, in nats; 0: not judged", low=0.0)
-    minimum_token_accuracy_gain: float = key(5.0, "minimum: token accuracy on evaluation rows rose by more than this, in points; 0: not judged", low=0.0, high=100.0)
+    minimum_token_accuracy_gain: float = key(5.0, "minimum: token accuracy on evaluation rows rose by more than this, in points; 0: not judged",
+                                             low=0.0, high=100.0)
     minimum_gradient_norm: float = key(0.0, "minimum: every applied step's gradient norm, before clipping, lay above this", low=0.0)
     optimal_train_loss_drop: float = key(1.0, "optimal: the training loss fell by more than this, in nats; 0: not judged", low=0.0)
     optimal_perplexity: float = key(6.0, "optimal: perplexity on evaluation rows is below this; 0: not judged", low=0.0)
-    optimal_coherent_share: float = key(0.5, "optimal: a larger share of the samples than this is coherent; 0: not judged", low=0.0, high=0.99)
+    optimal_coherent_share: float = key(0.5, "optimal: a larger share of the samples than this is coherent; 0: not judged",
+                                        low=0.0, high=0.99)
     optimal_steady_parts: int = key(4, "optimal: the evaluation loss fell in each of so many equal parts of the run; 0: not judged", low=0)
-    coherent_repetition: float = key(0.2, "a sample is incoherent if a larger share of its 4-grams repeats an earlier one", low=0.0, high=1.0)
-    coherent_overlap: float = key(0.1, "a sample is incoherent if its overlap with the reference (F1 of words) is smaller", low=0.0, high=1.0)
+    coherent_repetition: float = key(0.2, "a sample is incoherent if a larger share of its 4-grams repeats an earlier one",
+                                     low=0.0, high=1.0)
+    coherent_overlap: float = key(0.1, "a sample is incoherent if its overlap with the reference (F1 of words) is smaller",
+                                  low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)

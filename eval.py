@@ -100,7 +100,8 @@ def sample_figures(samples):
         return {}
     answered = [sample for sample in samples if sample["reference"]]
     figures = {"stop_rate": stop_rate(samples), "repetition": sum(verdict.repetition(sample["text"]) for sample in samples) / len(samples)}
-    return figures | ({"overlap": sum(verdict.overlap(sample["text"], sample["reference"]) for sample in answered) / len(answered)} if answered else {})
+    shared = [verdict.overlap(sample["text"], sample["reference"]) for sample in answered]
+    return figures | ({"overlap": sum(shared) / len(shared)} if shared else {})
 
 
 def keep(run, name, by_row, step, rows, tokenizer, network):
@@ -109,8 +110,9 @@ def keep(run, name, by_row, step, rows, tokenizer, network):
     With it goes what tells whether two such files can be compared: the rows, the tokenizer, and whose adapter it was.
     """
     sha = lambda content, digits: hashlib.sha256(content).hexdigest()[:digits]
-    return record.save_evaluation(run, name, by_row, {"step": str(step), "rows_digest": rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str().encode(), 16),
-                                                      "adapter_digest": sha(network.adapter_memory.flat.detach().cpu().numpy(), 12)})
+    whose = {"step": str(step), "rows_digest": rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str().encode(), 16),
+             "adapter_digest": sha(network.adapter_memory.flat.detach().cpu().numpy(), 12)}
+    return record.save_evaluation(run, name, by_row, whose)
 
 
 def show(samples, width=80):
@@ -154,17 +156,19 @@ def configure(ckpt, model_path, overrides):
 
 
 def kept_as(folder, untrained, overrides):
-    """(run folder, step, name) that --keep writes the evaluation of a checkpoint's folder under. Raises ValueError where it would not be the run's own."""
+    """(run folder, step, name) that --keep writes a checkpoint's evaluation under. Raises ValueError where it would not be the run's own."""
     run = folder.absolute().parents[1] if folder else None
     if not run or not (run / "config.json").is_file() or not folder.name.startswith("step-"):
-        raise ValueError(f"--keep: {folder or 'a model'} is not a run's checkpoint, so there is no run to keep its figures in; name one with --ckpt=runs/NAME@step-000500")
+        raise ValueError(f"--keep: {folder or 'a model'} is not a run's checkpoint, so there is no run to keep its figures in; name one "
+                         "with --ckpt=runs/NAME@step-000500")
     allowed = ("memory.", "eval.samples", "eval.max_new_tokens", "eval.prompts") + ("model.quant",) * untrained
     wrong = [f"--{key}={value}" for key, value in overrides if not key.startswith(allowed) or key == "model.quant" and value != "none"]
     if wrong:
         raise ValueError(f"--keep: {' '.join(wrong)} would make it another evaluation than the run's own; leave that or --keep out")
     tree = json.loads((run / "config.json").read_text(encoding="utf-8"))
     if untrained and tree.get("lora", {}).get("init_from"):
-        raise ValueError(f"--untrained: {run} started from an adapter (lora.init_from), so its untrained model is not what it was measured against; evaluate it without --keep")
+        raise ValueError(f"--untrained: {run} started from an adapter (lora.init_from), so its untrained model is not what it was measured "
+                         "against; evaluate it without --keep")
     unquantised = untrained and dict(overrides).get("model.quant") == "none"
     step = 0 if untrained else int(folder.name[5:])
     return run, step, "unquantised" if unquantised else f"step-{step:06d}"
@@ -174,7 +178,8 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
-    words, flags, overrides = settings.command_line(argv, {"ckpt": "", "model": "", "data": "", "prompts": "", "json": False, "keep": False, "untrained": False})
+    texts, switches = dict.fromkeys(("ckpt", "model", "data", "prompts"), ""), dict.fromkeys(("json", "keep", "untrained"), False)
+    words, flags, overrides = settings.command_line(argv, texts | switches)
     if words:
         raise ValueError(f"{words[0]}: unexpected; name a run or checkpoint with --ckpt")
     if not flags["ckpt"] and not flags["model"]:
@@ -201,11 +206,13 @@ def main(argv):
     name = pathlib.Path(config.data.eval or config.data.train).name
     if flags["json"]:
         strict = {key: value if math.isfinite(value) else None for key, value in figures.items()}  # JSON has no NaN
-        print(json.dumps({"adapter": str(folder) if adapter else None, "model": config.model.path, "quant": config.model.quant, "compute_dtype": config.model.compute_dtype, "data": name, **strict,
-                          "stop_rate": None, **sample_figures(samples), "samples": samples}, indent=1))
+        about = {"adapter": str(folder) if adapter else None, "model": config.model.path, "quant": config.model.quant,
+                 "compute_dtype": config.model.compute_dtype, "data": name}
+        print(json.dumps(about | strict | {"stop_rate": None, **sample_figures(samples), "samples": samples}, indent=1))
         return 0
     some = "" if figures["rows"] == len(rows) else f"the first {figures['rows']:,} of "
-    print(f"adapter         {'none, before training' if flags['untrained'] else folder or 'none'}\nmodel           {config.model.path}\n                {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
+    print(f"adapter         {'none, before training' if flags['untrained'] else folder or 'none'}\nmodel           {config.model.path}")
+    print(f"                {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
     print(f"rows            {some}{len(rows):,} of {name}")
     print(f"loss            {figures['loss']:.4f} nats a token, over {figures['supervised_tokens']:,} supervised tokens")
     print(f"perplexity      {figures['perplexity']:.3f}\ntoken accuracy  {figures['token_accuracy']:.4f}\ntime            {figures['seconds']:.1f} s")

@@ -99,7 +99,7 @@ def test_a_difference_smaller_than_its_noise_is_said_to_be_unclear(tmp_path, cap
 def test_runs_that_do_not_differ_in_a_bit_are_said_to_be_the_same(tmp_path, capsys):
     runs = [make_run(tmp_path / name) for name in "ab"]
     compare.main([str(run) for run in runs])
-    assert "same to the last bit: did the setting change anything?" in capsys.readouterr().out
+    assert "same as a to the last bit: did the setting change anything?" in capsys.readouterr().out
 
 
 def test_rows_without_a_target_count_for_nothing(tmp_path, capsys):
@@ -156,8 +156,8 @@ def test_a_step_without_figures_but_with_a_checkpoint_is_named_with_the_command_
 @pytest.mark.parametrize("how, said", [
     (lambda run: edit_metadata(run, tokenizer="other"), "tokenizers differ"), (lambda run: edit_metadata(run, rows_digest="other"), "other rows"),
     (lambda run: edit_metadata(run, tokenizer=None), "do not say of which tokenizer.*python eval.py --ckpt .*b --keep"), (lambda run: edit_metadata(run, rows_digest=None), "do not say of which rows"),
-    (lambda run: [path.unlink() for path in (run / "evaluations").glob("*")], "holds no figures by row; make them with: python eval.py --ckpt .*b --keep"),
-    (lambda run: [path.unlink() for path in (run / "evaluations").glob("step-000[12]*")] + [(run / "evaluations" / "step-000050.safetensors").unlink()], "only figures of step 0, before training"),
+    (lambda run: [path.unlink() for path in (run / "evaluations").glob("*")], "holds no figures by row. Make them with: python eval.py --ckpt .*b --keep"),
+    (lambda run: [path.unlink() for path in (run / "evaluations").glob("step-000[12]*")] + [(run / "evaluations" / "step-000050.safetensors").unlink()], "holds only figures of step 0, before training"),
     (lambda run: (run / "metrics.jsonl").unlink(), "no such file"), (lambda run: (run / "config.json").write_text("{"), "config.json: not valid JSON"),
     (lambda run: (run / "evaluations" / "step-000200.safetensors").write_bytes(b"x"), "step-000200.safetensors: not a whole")])
 def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path, how, said):
@@ -194,7 +194,7 @@ def test_a_run_whose_evaluation_is_not_finite_is_shown_without_a_difference(tmp_
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", evals={0: 4.6, 100: 3.0, 200: math.nan})
     found = compared(a, b, capsys=capsys)
     assert found["runs"][1]["loss"] is None and found["runs"][1]["loss_difference"] is None and found["runs"][0]["loss"] > 0
-    assert compare.main([str(b), str(a)]) == 0 and "no finite loss to compare" in capsys.readouterr().out
+    assert compare.main([str(b), str(a)]) == 0 and "a loss is not finite" in capsys.readouterr().out
     assert [run["at_step"] for run in compared(a, b, "--at=best", capsys=capsys)["runs"]] == [200, 100]
 
 
