@@ -23,6 +23,7 @@ import numpy as np
 
 import config as settings
 import record
+import words
 
 PASS, FAIL, INCONCLUSIVE, ALREADY_MET = "PASS", "FAIL", "INCONCLUSIVE", "ALREADY MET"
 SETS = ("milestone", "minimum", "optimal")
@@ -216,21 +217,21 @@ def estimates(metrics, rows, keys):
 PIECES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\d|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{1,16}|[^\w\s]|_")
 
 
-def words(text):
+def pieces(text):
     """Words in lower case; digits, signs and CJK characters one by one, endless words in pieces of 16 letters."""
     return PIECES.findall(text.lower())
 
 
 def repetition(text):
     """Share of the 4-grams of words that stood in the text before: 0 none … 1 (Welleck et al. 2020, seq-rep-4, section 6)."""
-    pieces = words(text)
-    grams = [tuple(pieces[i:i + 4]) for i in range(len(pieces) - 3)]
+    found = pieces(text)
+    grams = [tuple(found[i:i + 4]) for i in range(len(found) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def overlap(text, reference):
     """F1 of the words that a text shares with its reference, 0 … 1, as SQuAD scores answers (Rajpurkar et al. 2016, section 6.1)."""
-    written, wanted = collections.Counter(words(text)), collections.Counter(words(reference))
+    written, wanted = collections.Counter(pieces(text)), collections.Counter(pieces(reference))
     shared = (written & wanted).total()
     return 2 * shared / (written.total() + wanted.total()) if shared else 0.0
 
@@ -239,9 +240,9 @@ def coherent(sample, criteria):
     """Whether a generation sample says something, ends by itself (or was cut off where its reference is longer still), does not
     go round in circles, and has words in common with its reference, where there is one."""
     text, reference = sample["text"], sample.get("reference") or ""
-    ended = sample["stopped"] or len(words(reference)) > len(words(text))
+    ended = sample["stopped"] or len(pieces(reference)) > len(pieces(text))
     related = not reference or overlap(text, reference) >= criteria.coherent_overlap
-    return bool(words(text)) and ended and related and repetition(text) <= criteria.coherent_repetition
+    return bool(pieces(text)) and ended and related and repetition(text) <= criteria.coherent_repetition
 
 
 def samples_of(line):
@@ -352,8 +353,7 @@ def drop_of(run, losses, threshold, set, name):
     """A Criterion on the fall of the training loss over `losses`, a list of one value a step."""
     lengths = windows(len(losses))
     if lengths[1] < MIN_WINDOW:
-        steps = f"{len(losses)} training step{'s' * (len(losses) != 1)}"
-        return unmeasured(set, name, threshold, f"{steps} recorded; it takes {4 * MIN_WINDOW} to tell a fall from noise.")
+        return unmeasured(set, name, threshold, f"{words.count(len(losses), 'training step')} recorded; it takes {4 * MIN_WINDOW} to tell a fall from noise.")
     ends = losses[:lengths[0]], losses[-lengths[1]:]
     bad = [sum(not math.isfinite(loss) for loss in end) for end in ends]
     if 2 * bad[1] > lengths[1]:
@@ -366,25 +366,25 @@ def drop_of(run, losses, threshold, set, name):
               f"{drop[0]:.3f} below {start_of(run)}.")
     if sum(bad):
         reason += f" {sum(bad)} steps without a finite loss are left out."
-    return counted(run, set, name, threshold, drop, reason, 0)
+    return counted(run, set, name, threshold, drop, reason, 0, paired=False)
 
 
 def start_of(run):
     return f"the {'quantised ' * (run.quant != 'none')}model that it started from"
 
 
-def counted(run, set, name, threshold, gain, reason, which, unit=1.0):
+def counted(run, set, name, threshold, gain, reason, which, unit=1.0, paired=True):
     """The Criterion on a fall or gain that was measured from the quantised model: less the repair of the quantisation, unless that counts.
 
-    which: 0 loss, in nats; 1 token accuracy. unit: threshold and figures are in these.
+    which: 0 loss, in nats; 1 token accuracy. unit: threshold and figures are in these. paired: the gain is of the evaluation rows
+    too; otherwise the two are independent, and their draws are put together as they come.
     """
     what, form = ("nats", ".3f") if which == 0 else ("points", ".1f")
     low_allowance = 0.0
     if run.quant != "none" and run.criteria.baseline == "unquantised":
         repair, quant = repair_measured(run, which), run.quant or "quantising"
         if repair is not None:
-            own_rows = name.startswith("train")  # the two are then independent, and their draws go together as they come
-            gain = gain - unit * repair if own_rows else minus(gain, unit * repair)
+            gain = minus(gain, unit * repair) if paired else gain - unit * repair
             reason += f" Of it {unit * repair[0]:{form}} repair what {quant} cost the untrained model on evaluation rows; the rest counts."
         else:
             low_allowance = unit * MOST_REPAIR.get(run.quant, MOST_REPAIR["nf4"])[which]
@@ -486,13 +486,13 @@ def gradient_norm(run):
         return unmeasured("minimum", name, threshold, f"None of {len(lines):,} recorded steps was applied.", FAIL)
     low = [f"{step:,}" for step, norm in applied if not norm > threshold]
     smallest = min((norm for _, norm in applied if math.isfinite(norm)), default=None)
-    skipped = f" {len(lines) - len(applied):,} others were not applied." if len(applied) < len(lines) else ""
+    skipped = f" {words.count(len(lines) - len(applied), 'other')} not applied." if len(applied) < len(lines) else ""
     if low:
-        reason = (f"{len(low):,} of {len(applied):,} applied steps had a norm of {threshold:g} or less, or none that is a number: "
-                  f"{', '.join(low[:5] + ['…'] * (len(low) > 5))}." + skipped)
+        reason = (f"{len(low):,} of {words.count(len(applied), 'applied step')} had a norm of {threshold:g} or less, or none that is a "
+                  f"number: {words.listed(low)}." + skipped)
         return finish(run, Criterion("minimum", name, FAIL, threshold, smallest, smallest, smallest, reason), final=True)
     middle = float(np.median([norm for _, norm in applied]))
-    reason = f"Of {len(applied):,} applied steps the smallest norm before clipping is {smallest:.3g}, the median {middle:.3g}."
+    reason = f"Of {words.count(len(applied), 'applied step')} the smallest norm before clipping is {smallest:.3g}, the median {middle:.3g}."
     return finish(run, Criterion("minimum", name, PASS, threshold, smallest, smallest, smallest, reason + skipped))
 
 
@@ -534,7 +534,7 @@ def coherent_samples(run):
               + f". {ended:.0%} stop by themselves, {again:.0%} of their 4-grams stood before"
               + (f", and their overlap with the references is {sum(common) / len(common):.2f}." if common else "."))
     if outcome == INCONCLUSIVE:
-        reason += f" {len(after)} samples cannot tell; --eval.samples={max(16, 4 * len(after))} would."
+        reason += f" {words.count(len(after), 'sample')} cannot tell; --eval.samples={max(16, 4 * len(after))} would."
     if held and outcome == PASS:
         outcome, reason = ALREADY_MET, "So many were coherent before training. " + reason
     return finish(run, Criterion("optimal", name, outcome, threshold, *figures(*share(after)), reason))
@@ -560,7 +560,7 @@ def steady_improvement(run):
     if bad:
         return unmeasured("optimal", name, threshold, f"The evaluation loss at step {bad[0]:,} is not finite.", FAIL)
     if len(steps) < count + 1:
-        why = (f"{len(run.evals)} evaluations are too few to see each of {count} parts of the run; it takes one before training and "
+        why = (f"{words.count(len(run.evals), 'evaluation')}: too few to see each of {count} parts of the run; it takes one before training and "
                f"{count} spread over it (eval.every_steps).")
         return unmeasured("optimal", name, threshold, why)
     level = 1 - (1 - run.criteria.confidence) / count
