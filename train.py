@@ -305,14 +305,16 @@ def load_checkpoint(path):
 def origin(config, tokenizer, rows, eval_rows, base_weights, plan):
     """What shapes a run's curve, by name: settings as they are, content as digests. Compared when the run is resumed.
 
-    Evaluating, saving and logging do not shape it, nor does memory but for the packing; files may move, with their content.
+    Evaluating, judging, saving and logging do not shape it, nor does memory but for packing and kept copies; files may move, with
+    their content.
     """
-    free = ("eval.", "save.", "log.", "forecast.", "alerts.", "memory.checkpoint_layers", "memory.keep_dequantized", "model.path", "data.train", "data.eval", "data.chat_template")
+    sections = ("eval.", "save.", "log.", "forecast.", "alerts.", "proof.", "criteria.")
+    free = ("memory.checkpoint_layers", "memory.budget_gib", "memory.offload", "model.path", "data.train", "data.eval", "data.chat_template")
     sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
-    shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(free[:5])}
+    shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(sections)}
     contents = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
                 "chat template": sha(tokenizer.chat_template or ""), "base weights": base_weights}
-    return shaping | {name: digest[:16] for name, digest in contents.items()} | {"memory.max_tokens": plan["max_tokens"]}
+    return shaping | {name: digest[:16] for name, digest in contents.items()} | {f"memory.{name}": plan[name] for name in ("max_tokens", "keep_dequantized")}
 
 
 def restore(saved, path, accept, fresh, adapters, moments, scaler, device):

@@ -402,7 +402,7 @@ def test_files_may_move_and_a_run_may_be_watched_otherwise(launch, tmp_path, tin
     shutil.rmtree(tmp_path / "run/checkpoints/step-000008")
     shutil.copytree(tiny_inputs, tmp_path / "moved")
     moved = [f"--model.path={tmp_path / 'moved/model'}", f"--data.train={tmp_path / 'moved/train.jsonl'}", f"--data.eval={tmp_path / 'moved/eval.jsonl'}"]
-    assert launch("run", "--resume", *moved, "--eval.every_steps=3", "--save.every_steps=1", "--memory.keep_dequantized=no", "--memory.checkpoint_layers=1") == 0
+    assert launch("run", "--resume", *moved, "--eval.every_steps=3", "--save.every_steps=1", "--memory.checkpoint_layers=1", "--criteria.minimum_eval_loss_drop=9", "--alerts.window=20") == 0
     assert curve(tmp_path / "run") == curve(tmp_path / "whole") and newest(tmp_path / "run")["state"]["accepted"] == []
 
 
