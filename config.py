@@ -117,7 +117,7 @@ class Memory:
     loss_chunk: int = key(2048, "supervised tokens whose logits exist at one time", low=1)
     graphs: str = key("auto", "replay micro-batches as CUDA graphs: auto where kernels are shorter than their launches", choices=("auto", "no"))
     fused: bool = key(True, "fast path for Llama-shaped layers; false: transformers' own layers, the slow twin")
-    keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; auto: where no layer is set to be recomputed and a quarter of the free memory holds them", choices=("auto", "yes", "no"))
+    keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; auto: where a quarter of the free memory holds them and, on a GPU, no layer is set to be recomputed", choices=("auto", "yes", "no"))
 
 
 @dataclass(frozen=True)
