@@ -18,6 +18,7 @@ import typing
 from dataclasses import dataclass
 
 PROJECT = pathlib.Path(__file__).resolve().parent
+DROPS = ("duplicate", "near_duplicate", "leak", "unanswered", "empty", "one_word", "echo", "repetition", "encoding", "template_tokens")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -59,6 +60,14 @@ class Data:
     too_long: str = key("truncate", "what happens to a longer row", choices=("truncate", "drop", "refuse"))
     bad_rows: str = key("refuse", "what happens when a row cannot be read", choices=("refuse", "skip"))
     supervise: str = key("assistant", "which tokens the loss counts: assistant turns, or all", choices=("assistant", "all"))
+    mixture: list = key([], "several sources in place of data.train: [[source, weight], ...]; a source's weight is its share of the samples")
+    first_rows: int = key(0, "take the first so many rows of each training source and read no further (a hub data set is then streamed); 0: all", low=0)
+    drop: list = key([], "training rows to leave out, by what `python data.py CONFIG --check` finds: " + ", ".join(DROPS))
+    audit: str = key("auto", "what a start looks for: auto: all, but near duplicates in files up to 16 MiB only", choices=("auto", "full", "off"))
+    cache: str = key("auto", "folder where tokens are kept between starts; auto: rawlora in $XDG_CACHE_HOME or ~/.cache; off: nowhere")
+    near_duplicate: float = key(0.8, "rows are near duplicates from this Jaccard similarity of their 5-character shingles on, or one word apart", low=0.5, high=1.0)
+    columns: list = key([], "rows with other column names: KEY=COLUMN, as in prompt=question,completion=answers.text.0")
+    roles: list = key([], "turns with other role names: NAME=ROLE, as in bot=assistant")
     chat_template: str = key("", "file with a Jinja chat template, for tokenizers without one")
 
 
@@ -295,6 +304,15 @@ def _contradictions(c, errors):
     for name, given, known in (("forecast.acknowledge", c.forecast.acknowledge, FORECAST_WARNINGS), ("alerts.stop", c.alerts.stop, ALERTS),
                                ("alerts.ignore", c.alerts.ignore, ALERTS)):
         errors += [f"{name}: there is no {json.dumps(rule)}; there are {', '.join(known)}" for rule in given if rule not in known]
+    if c.data.mixture and not all(isinstance(m, list) and len(m) == 2 and isinstance(m[0], str) and m[0] and type(m[1]) in (int, float) and 0 < m[1] < math.inf for m in c.data.mixture):
+        errors.append(f"data.mixture: must be a list of [source, weight above 0], got {json.dumps(c.data.mixture)}")
+    elif len({m[0] for m in c.data.mixture}) < len(c.data.mixture):
+        errors.append(f"data.mixture: a source stands twice in {json.dumps(c.data.mixture)}; keep one and add up its weights")
+    elif c.data.mixture and c.data.train != Data.train:
+        errors.append("data.mixture, data.train: the mixture stands in place of data.train; remove one of them")
+    for name in c.data.drop:
+        if name not in DROPS:
+            errors.append(f"data.drop: there is no check called {json.dumps(name)}; there are {', '.join(DROPS)}")
     if not c.data.train:
         errors.append("data.train: name a file or a hub data set")
     if not c.model.path:
@@ -384,6 +402,8 @@ def located(config):
     tree = config.to_dict()
     for section, name in (("model", "path"), ("lora", "init_from"), ("data", "train"), ("data", "eval"), ("data", "chat_template"), ("eval", "prompts")):
         tree[section][name] = find(tree[section][name]) if tree[section][name] else ""
+    tree["data"]["mixture"] = [[find(source), weight] for source, weight in config.data.mixture]
+    tree["data"]["train"] = Data.train if config.data.mixture else tree["data"]["train"]
     return from_dict(tree)
 
 

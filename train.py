@@ -60,9 +60,8 @@ def train(config, run, guard, resume, accept, preflight):
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
-    train_records, eval_records = data.read_splits(config)
-    rows, eval_rows = data.tokenize(train_records, tokenizer, config.data), data.tokenize(eval_records, tokenizer, config.data)
-    prompts, end_ids = data.prompts(config, tokenizer, eval_records), data.end_of_turn(tokenizer)
+    rows, eval_rows = data.load(config, tokenizer)
+    prompts, end_ids = data.prompts(config, tokenizer), data.end_of_turn(tokenizer)
     saved = load_checkpoint(resume) if resume else None
     initial = load_initial(config) if config.lora.init_from and not resume else None
     max_steps, total_samples = schedule.plan_steps(config, len(rows))
@@ -219,7 +218,7 @@ def train(config, run, guard, resume, accept, preflight):
     for step in range(first, max_steps + 1) if not leaving else ():
         clock = [mark(device)]
         start, count = schedule.window_samples(step, config, total_samples)
-        samples = data.sample_stream(len(rows), config.train.seed, start, count)
+        samples = data.samples(rows, config.train.seed, start, count)
         window = data.pack(rows, samples, plan["max_tokens"])
         supervised, tokens = sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window)
 
@@ -309,7 +308,8 @@ def origin(config, tokenizer, rows, eval_rows, base_weights, plan):
     their content.
     """
     sections = ("eval.", "save.", "log.", "forecast.", "alerts.", "proof.", "criteria.")
-    free = ("memory.checkpoint_layers", "memory.budget_gib", "memory.offload", "model.path", "data.train", "data.eval", "data.chat_template")
+    free = ("memory.checkpoint_layers", "memory.budget_gib", "memory.offload", "model.path", "data.train", "data.eval", "data.chat_template",
+            "data.mixture", "data.first_rows", "data.drop", "data.audit", "data.cache", "data.near_duplicate", "data.columns", "data.roles")
     sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
     shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(sections)}
     contents = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
@@ -384,6 +384,7 @@ def introduce(run, config, rows, network, state, outlook):
     for accepted in state["accepted"]:
         print(f"          accepted at step {accepted['step']}: another {', another '.join(name for name in accepted if name != 'step')}")
     print(forecast.show_forecast(outlook))
+    print("".join(f"{line}\n" for line in rows.remarks), end="")
     if hidden:
         print(f"\n{hidden:,} answers are not supervised: the chat template hides what the model wrote")
     print(f"network   {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}\n"

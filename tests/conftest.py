@@ -1,11 +1,16 @@
 """Shared by all tests: the project on the path, no network, few threads, and tiny model folders made on the spot."""
+import atexit
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="rawlora-tests-")  # token caches of tests, removed with the last of them
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

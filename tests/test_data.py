@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import config
 import data
+import tokens
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
@@ -480,7 +481,7 @@ def test_a_row_without_targets_is_kept_and_counted():
 def test_rows_across_chunks_are_those_of_one_chunk(monkeypatch):
     many = EQUAL_ROWS + LONG_ROWS + [{"messages": CHAT}] * 3
     whole = tokenized(many)
-    monkeypatch.setattr(data, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(tokens, "CHUNK_ROWS", 2)
     assert tokenized(many).digest == whole.digest
 
 
@@ -501,7 +502,7 @@ def test_rows_are_held_out_by_seed_alone_and_stand_in_one_split_only(tmp_path):
 
     def names(seed):
         cfg = config.from_dict({"data": dict(train=source, eval="", eval_rows=7), "train": dict(seed=seed)})
-        return [rows.names for rows in data.load(cfg, make_tokenizer())]
+        return [list(rows.names) for rows in data.load(cfg, make_tokenizer())]
     train, evaluation = names(0)
     assert len(evaluation) == 7 and sorted(train + evaluation) == sorted(f"{source}:{i}" for i in range(1, 51))
     np.random.seed(3), torch.manual_seed(3)

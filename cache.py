@@ -1,0 +1,201 @@
+"""Token sets on disk: memory-mapped, found again by what shapes them, and never half there.
+
+An entry is a folder named by a key, the SHA-256 of everything that shapes its content. It is written under another name, synced
+and renamed, so it is whole or it is not there; writers of one key wait for each other at a lock that the system releases when
+they die. An entry's files carry their SHA-256, which is compared at each use: a damaged entry is told, removed and made anew.
+Tokens are Arrow streams of one batch (`datasets.Dataset.from_file` opens them), so that their arrays can be used where they lie.
+Leaves out: what a key holds (data.py), and any limit on size: entries may be deleted at any time.
+"""
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+FORMAT = 1
+STALE_SECONDS = 24 * 3600  # what a killed writer left is swept after that
+_temporary = []  # folders of runs without a cache, removed when the process ends
+
+
+def folder(setting):
+    """The folder that data.cache names, made if need be; None where it is off, or the default place cannot be written.
+
+    Raises ValueError where a folder that was asked for cannot be written.
+    """
+    if setting == "off":
+        return None
+    path = pathlib.Path(setting).expanduser()
+    if setting == "auto":
+        path = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "rawlora"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        if setting == "auto":
+            print(f"warning: tokens are not kept: {path} cannot be written ({error.strerror}); data.cache=FOLDER names another place", file=sys.stderr)
+            return None
+        raise ValueError(f"data.cache: {path} cannot be written ({error.strerror}); name another folder, or off") from None
+    return path
+
+
+def key(what):
+    """The name of an entry: a digest of a JSON-ready description of all that shapes it."""
+    return hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def entry(place, name, build):
+    """The folder of entry `name`, written by build(folder) where it is not there yet. place: a folder, or None: a temporary one.
+
+    build returns the JSON-ready dict kept in meta.json. Raises what build raises, and leaves nothing then; ValueError where the disk is full.
+    """
+    if place is None:
+        _temporary.append(tempfile.TemporaryDirectory(prefix="rawlora-"))
+        path = pathlib.Path(_temporary[-1].name)
+        _write_meta(path, build(path))
+        return path
+    path = place / name
+    if _whole(path):
+        return path
+    with _locked(place / f"{name}.lock"):
+        if _whole(path):  # another process made it meanwhile
+            return path
+        _sweep(place)
+        temporary = place / f"{name}.{os.getpid()}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            _write_meta(temporary, build(temporary))
+            os.rename(temporary, path)
+            _sync(place)
+        except OSError as error:
+            raise ValueError(f"data.cache: {place} cannot be written ({error.strerror or error}); make room, name another folder, or off") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def meta(path):
+    """What an entry's build returned."""
+    return json.loads((path / "meta.json").read_text(encoding="utf-8"))["meta"]
+
+
+@contextlib.contextmanager
+def _locked(path):
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that reads the same rows ({path})", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_meta(path, what):
+    files = {}
+    for file in sorted(path.iterdir()):
+        files[file.name] = [file.stat().st_size, _sha256(file)]
+        _sync(file)
+    (path / "meta.json").write_text(json.dumps({"files": files, "meta": what}), encoding="utf-8")
+    _sync(path / "meta.json"), _sync(path)
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _whole(path):
+    """Whether an entry is there with every file as it was written; one that is damaged is removed."""
+    if not path.is_dir():
+        return False
+    try:
+        files = json.loads((path / "meta.json").read_text(encoding="utf-8"))["files"]
+        wrong = [name for name, (size, digest) in files.items() if (path / name).stat().st_size != size or _sha256(path / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        wrong = [f"meta.json ({type(error).__name__})"]
+    if not wrong:
+        return True
+    print(f"warning: {path}: damaged ({', '.join(wrong)}); it is made anew", file=sys.stderr)
+    shutil.rmtree(path, ignore_errors=True)
+    return False
+
+
+def _sweep(place):
+    for left in place.glob("*.tmp"):
+        with contextlib.suppress(OSError):  # another process may sweep too
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- tokens
+
+class Names(Sequence):
+    """The names of R rows as they lie in a file: a list of texts that is not in memory."""
+
+    def __init__(self, column):
+        self.column = column
+
+    def __len__(self):
+        return len(self.column)
+
+    def __getitem__(self, r):
+        return self.column[r].as_py() if not isinstance(r, slice) else self.column[r].to_pylist()
+
+    def __eq__(self, other):
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+
+def write_tokens(path, parts):
+    """Write (ids int32, supervised bool, lengths int64, names) after another of `parts` as the Arrow file `path`.
+
+    They go through files beside it, so that they are never in memory together. Returns the SHA-256 of ids, offsets and supervised.
+    """
+    import pyarrow
+    spools = [open(path.with_suffix(f".{name}"), "w+b") for name in ("ids", "supervised", "names")]
+    lengths, name_lengths = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
+    try:
+        for ids, supervised, part_lengths, names in parts:
+            names = [name.encode("utf-8", "replace") for name in names]
+            for spool, piece in zip(spools, (ids.astype(np.int32).tobytes(), supervised.astype(np.uint8).tobytes(), b"".join(names))):
+                spool.write(piece)
+            lengths.append(np.asarray(part_lengths, np.int64)), name_lengths.append(np.array([len(name) for name in names], np.int64))
+        for spool in spools:
+            spool.flush()
+        ids, supervised, letters = (np.memmap(spool, dtype, "r") for spool, dtype in zip(spools, (np.int32, np.uint8, np.uint8)))
+        offsets, name_offsets = (np.cumsum(np.concatenate(each)) for each in (lengths, name_lengths))
+        lists = [pyarrow.LargeListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values)) for values in (ids, supervised)]
+        texts = pyarrow.LargeStringArray.from_buffers(len(name_offsets) - 1, pyarrow.py_buffer(name_offsets), pyarrow.py_buffer(letters))
+        batch = pyarrow.record_batch([*lists, texts], ["ids", "supervised", "name"])
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        digest = hashlib.sha256(ids)
+        digest.update(offsets), digest.update(supervised)
+        return digest.hexdigest()
+    finally:
+        for spool in spools:
+            spool.close()
+            os.unlink(spool.name)
+
+
+def read_tokens(path):
+    """(ids int32 (T,), offsets int64 (R + 1,), supervised bool (T,), names) of an Arrow file, mapped, not read."""
+    import pyarrow
+    batch = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_next_batch()
+    ids, supervised, names = (batch.column(name) for name in ("ids", "supervised", "name"))
+    return ids.values.to_numpy(), ids.offsets.to_numpy(), supervised.values.to_numpy().view(bool), Names(names)
