@@ -544,7 +544,20 @@ def _example(names, row, why, other, width):
     lines = _wrapped("    ", name, width)
     if other is not None:
         lines += _wrapped("      like ", names[other][0], width)
-    return lines + _wrapped("      ", why, width) + [f"      {sources.shown_row(record)[:width - 6]}"]
+    lines += _wrapped("      ", why, width)
+    for text in [_said(record)] + ([_said(names[other][1])] if other is not None and why != "the same turns" else []):
+        lines.append(f"      {text}"[:width])
+    return lines
+
+
+def _said(record):
+    """A row on one line: what is said by whom, or as it stands where it is no row."""
+    try:
+        prompt, answer = sources.interpret(record, True)
+    except ValueError:
+        return ascii(sources.shown_row(record))[1:-1]
+    turns = [f"{turn['role']}: {turn['content']}" for turn in prompt + answer if turn["role"] != "system"] if isinstance(answer, list) else [answer]
+    return ascii(" | ".join(turns))[1:-1]
 
 
 def _wrapped(lead, text, width):

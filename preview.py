@@ -19,7 +19,8 @@ def lines(rows, tokenizer, end_ids, chosen, packed, max_tokens, ids=False, colou
     for r in chosen:
         begin, end = int(rows.offsets[r]), int(rows.offsets[r + 1])
         tokens, supervised = rows.ids[begin:end].tolist(), rows.supervised[begin:end].tolist()
-        out.append(f"{rows.names[r]}: {len(tokens):,} tokens, {sum(supervised):,} supervised")
+        counts = f": {len(tokens):,} tokens, {sum(supervised):,} supervised"
+        out.append(_tail(rows.names[r], width - len(counts)) + counts)
         out += wrapped(text(tokens, supervised, tokenizer, end_ids, colour), width)
         if not any(t in end_ids for t, s in zip(tokens, supervised) if s):
             out.append("  ! no supervised token ends a turn: this row was cut, or does not teach the model to stop")
@@ -85,6 +86,10 @@ def wrapped(marked, width, indent="  "):
     return out
 
 
+def _tail(name, width):
+    return name if len(name) <= width else "…" + name[1 - width:]
+
+
 def layout(rows, packed, max_tokens, width):
     """Which rows lie in which micro-batch of a step, each as a bar of its length."""
     total = sum(len(batch.input_ids) for batch in packed)
@@ -101,11 +106,11 @@ def layout(rows, packed, max_tokens, width):
         drawn = "".join(" " if c == 0 else "#" if c % 2 else "=" for c in cells)
         out.append(f"  {number:>3} |{drawn}| {bounds[-1]:>6,} tokens")
     first = packed[0]
-    out.append("  micro-batch 1 holds, in this order:")
+    out.append("  micro-batch 1 holds, in this order, positions from 0 in each:")
     for d, r in enumerate(first.samples[:8]):
         a, b = int(first.cu_seqlens[d]), int(first.cu_seqlens[d + 1])
         on = int((first.document == d).sum())
-        out.append(f"    tokens {a:>6,} to {b - 1:>6,}, positions 0 to {b - a - 1:,}, {on:,} predictions counted: {rows.names[r]}")
+        out.append(f"    tokens {a:>6,} to {b - 1:>6,}  {on:>5,} counted  {_tail(rows.names[r], width - 41)}")
     if len(first.samples) > 8:
         out.append(f"    and {len(first.samples) - 8} more")
     return out
