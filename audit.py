@@ -88,6 +88,8 @@ def _around(text, place, reach=15):
 
 def repeats(question, answer):
     """Whether an answer is hardly more than its question again."""
+    if not 0.5 < len(question) / max(1, len(answer)) < 2:
+        return False
     question, answer = (" ".join(text.lower().split()).strip(" ?.!:`\"'") for text in (question, answer))
     return len(question) >= 12 and len(answer) >= 12 and (question in answer or answer in question) and min(len(question), len(answer)) >= 0.8 * max(len(question), len(answer))
 
@@ -315,9 +317,10 @@ def _scan(chunk, columns, roles, special, frame, near):
     if near:
         texts = [spoken(row) for row in turns]
         own = own_text(texts, frame)
+        signature = minhash(own)
         hashes, owner = without_a_word(texts, [text.count(" ") + 1 >= OWN_WORDS for text in own])
         result |= {"texts": [text.encode("utf-8", "surrogatepass") for pair in zip(texts, own) for text in pair], "left_out": hashes, "owner": owner,
-                   "bands": bands(minhash(own)), "long": np.array([len(text) >= 4 * SHINGLE for text in own])}
+                   "signature": signature.astype(np.uint8), "bands": bands(signature), "long": np.array([len(text) >= 4 * SHINGLE for text in own])}
     return result
 
 
@@ -349,7 +352,7 @@ def scan(train, evaluation=(), data=None, special=(), near=True, workers=0, prog
     one = functools.partial(_scan, columns=columns, roles=roles, special=special, frame=frame, near=near)
 
     found, digests, readable, total = [], [], [], 0
-    bounds, long, left_out, owners, banded = [0], [], [], [], []
+    bounds, long, left_out, owners, banded, signatures = [0], [], [], [], [], []
     eval_rows = sum(map(len, evaluation))
     with tempfile.TemporaryFile() as spool:  # the texts, for the comparisons: on disk, since they may be many
         for part in pool.ordered(one, work, workers):
@@ -359,7 +362,7 @@ def scan(train, evaluation=(), data=None, special=(), near=True, workers=0, prog
                 spool.write(b"".join(part["texts"]))
                 bounds.append(np.cumsum([len(text) for text in part["texts"]]) + (bounds[-1][-1] if len(bounds) > 1 else 0))
                 left_out.append(part["left_out"]), owners.append((part["owner"] + total).astype(np.uint32))
-                banded.append(part["bands"]), long.append(part["long"])
+                banded.append(part["bands"]), long.append(part["long"]), signatures.append(part["signature"])
             total += part["rows"]
             progress(total)
         if total == eval_rows:
@@ -367,7 +370,8 @@ def scan(train, evaluation=(), data=None, special=(), near=True, workers=0, prog
         readable = np.concatenate(readable)
         same = _same(np.concatenate(digests), readable)
         spool.flush()
-        alike = _near(np.concatenate([[0], *bounds[1:]]), left_out, owners, banded, np.concatenate(long) & readable, same, eval_rows, spool, data.near_duplicate if data else 0.8) if near else []
+        alike = _near(np.concatenate([[0], *bounds[1:]]), left_out, owners, banded, np.concatenate(signatures), np.concatenate(long) & readable, same, eval_rows,
+                      spool, data.near_duplicate if data else 0.8) if near else []
     return _told(found, same, alike, total, eval_rows, near)
 
 
@@ -402,7 +406,7 @@ def _shared(keys, owners):
     return tuple(map(np.concatenate, zip(*nothing, *found)))
 
 
-def _near(bounds, left_out, owners, banded, long, same, eval_rows, spool, threshold):
+def _near(bounds, left_out, owners, banded, signatures, long, same, eval_rows, spool, threshold):
     """[(row, other row, likeness, words)]: rows that are nearly another, in order; the other one came before, or is an evaluation row.
 
     Each row is compared with the first LEADERS rows of each group it is in. likeness is a Jaccard similarity, or 0 where one word
@@ -423,16 +427,22 @@ def _near(bounds, left_out, owners, banded, long, same, eval_rows, spool, thresh
     view = mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)
     text = lambda r, own=0: view[bounds[2 * r + own]:bounds[2 * r + own + 1]].decode("utf-8", "surrogatepass")
     pieces = functools.lru_cache(20_000)(lambda r: shingles(text(r, 1)))
-    size = np.diff(bounds)[1::2].tolist()
 
-    def compare(row, other, banded):
-        if not banded:
-            words = one_word_apart(text(row), text(other))
-            return words and (0.0, words)
-        if min(size[row], size[other]) < threshold * 0.9 * max(size[row], size[other]):
-            return None  # too unlike in length; bytes stand for shingles, hence the slack
-        value = jaccard(pieces(row), pieces(other))
-        return (value, None) if value >= threshold else None
+    hashes = BANDS * BAND_ROWS
+    enough = hashes * threshold - 4 * (hashes * threshold * (1 - threshold)) ** 0.5  # hashes that rows as alike as that share, but for 1 pair in 30,000
+
+    def like(row, one_word, banded):
+        """(other, likeness, words) of the first of the candidates that `row` is like, or None."""
+        for other in one_word:
+            if words := one_word_apart(text(row), text(other)):
+                return other, 0.0, words
+        if banded:
+            likely = (signatures[banded] == signatures[row]).sum(1) >= enough
+            for other in np.array(banded)[likely].tolist():
+                value = jaccard(pieces(row), pieces(other))
+                if value >= threshold:
+                    return other, value, None
+        return None
 
     leaders, eval_leaders, found = {}, {}, []
     edges = np.concatenate([[0], np.flatnonzero(owner[1:] != owner[:-1]) + 1, [len(owner)]]) if len(owner) else [0]
@@ -444,17 +454,13 @@ def _near(bounds, left_out, owners, banded, long, same, eval_rows, spool, thresh
                 eval_leaders.setdefault(g, []).append(row)
             continue
         for table in (eval_leaders, leaders):  # a leak is told beside a likeness among the training rows
-            seen, hit = set(), None
-            for g, banded in zip(group[begin:end], by_band[begin:end]):
-                for other in table.get(g, ())[:LEADERS]:
-                    if (other, banded) not in seen and not hit:
-                        seen.add((other, banded))
-                        hit = (other, compare(row, other, banded))
-                        hit = hit if hit[1] else None
-                if hit:
-                    break
+            one_word, banded = [], []
+            for g, band in zip(group[begin:end], by_band[begin:end]):
+                if g in table:
+                    (banded if band else one_word).extend(table[g][:LEADERS])
+            hit = like(row, dict.fromkeys(one_word), list(dict.fromkeys(banded))) if one_word or banded else None
             if hit:
-                found.append((row, hit[0], *hit[1]))
+                found.append((row, *hit))
         for g in group[begin:end]:
             if len(leaders.setdefault(g, [])) < LEADERS:
                 leaders[g].append(row)

@@ -23,6 +23,7 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **ROLES, "chatgpt": "assi
                   "function_call": "assistant", "observation": "tool", "function_response": "tool"}
 UNDERSTOOD = "messages; conversations; instruction + output (+ input); prompt + completion; text"
 KEYS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text", "system", "tools")
+SHAPES = (("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"), ("text",))
 TURN_KEYS = ("turn.role", "turn.content")
 SUFFIXES = (".gz", ".zst")  # of packed files
 
@@ -337,23 +338,24 @@ def _messages(turns, key, default, columns, roles):
             raise ValueError(f"{key} begins as a list in JSON, but is none ({error})") from None
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{key} must be a list of at least one turn, got {shown(turns)}")
-    messages = []
+    messages, known, known_from = [], {**ROLES, **roles}, {**SHAREGPT_ROLES, **roles}
+    mapped_role, mapped_content = columns.get("turn.role"), columns.get("turn.content")
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise ValueError(f"{key}, turn {number}: must be an object with {default[0]} and {default[1]}, got {shown(turn)}")
         turn = {name: value for name, value in turn.items() if value is not None}
-        role_key, content_key = (columns.get(mapped) or next((name for name in names if name in turn), usual)
-                                 for mapped, names, usual in (("turn.role", ("role", "from"), default[0]), ("turn.content", ("content", "value"), default[1])))
-        known = {**(SHAREGPT_ROLES if role_key == "from" else ROLES), **roles}
+        role_key = mapped_role or ("role" if "role" in turn else "from" if "from" in turn else default[0])
+        content_key = mapped_content or ("content" if "content" in turn else "value" if "value" in turn else default[1])
+        allowed = known_from if role_key == "from" else known
         role, content = turn.pop(role_key, None), turn.pop(content_key, "" if turn.get("tool_calls") else None)
-        if not isinstance(role, str) or role not in known:
-            raise ValueError(f"{key}, turn {number}: {role_key} must be one of {', '.join(known)}, got {shown(role)}"
+        if not isinstance(role, str) or role not in allowed:
+            raise ValueError(f"{key}, turn {number}: {role_key} must be one of {', '.join(allowed)}, got {shown(role)}"
                              + (f"; data.roles={role}=ROLE says what it is" if isinstance(role, str) else ""))
         if isinstance(content, list) and content and all(isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text" for part in content):
             content = "".join(part["text"] for part in content)  # text in parts, as for models that also take pictures
         if not isinstance(content, str):
             raise ValueError(f"{key}, turn {number}: {content_key} must be text, got {shown(content)}")
-        messages.append({"role": known[role], "content": content, **turn})
+        messages.append({"role": allowed[role], "content": content, **turn})
     return messages
 
 
@@ -367,9 +369,8 @@ def interpret(record, template, columns=None, roles=None):
     if not isinstance(record, dict):
         raise ValueError(f"a row must be an object with keys, got {shown(record)}")
     record = renamed(record, columns)
-    filled = [key for key in record if record[key] is not None]
-    shape = next((keys for present in (filled, record) for keys in (("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"), ("text",))
-                  if all(key in present for key in keys)), None)  # Parquet fills the columns of other kinds of rows with null
+    shape = next((keys for keys in SHAPES if all(record.get(key) is not None for key in keys)), None)  # Parquet fills other kinds' columns with null
+    shape = shape or next((keys for keys in SHAPES if all(key in record for key in keys)), None)
     taken = "system" in columns or shape in (("conversations",), ("instruction", "output"))  # elsewhere a column of that name may be anything
     system = [{"role": "system", "content": _text(record, "system")}] if taken and record.get("system") else []
     if shape == ("messages",):
