@@ -1,6 +1,6 @@
 """What is wrong with a data set before a model sees it: duplicates, leaks into the evaluation rows, rows that teach something bad.
 
-Near duplicates are found in two ways. Rows of 8 to 64 words are given a hash for each word left out: two that share one differ
+Near duplicates are found in two ways. Rows of 5 to 64 words are given a hash for each word left out: two that share one differ
 in that one word. Rows of any length are given a MinHash of their 5-character shingles (Broder 1997) by datasketch's
 permutations, cut into bands as in its MinHashLSH (Indyk & Motwani 1998; Leskovec et al., Mining of Massive Datasets,
 section 3.4): whoever shares a band is compared by the exact Jaccard similarity. The bands are grouped by sorting, not in
@@ -40,7 +40,7 @@ CHECKS = {
 BY_ROW = tuple(CHECKS)[3:]
 SHINGLE = 5             # characters
 BANDS, BAND_ROWS = 12, 5  # 60 permutations: rows alike by 0.8 share a band with probability 0.991, by 0.85 with 0.9985, by 0.5 with 0.32
-WORDS = (8, 64)         # rows of so many words are also compared by leaving out each word,
+WORDS = (5, 64)         # rows of so many words are also compared by leaving out each word,
 OWN_WORDS = 4           # where so many of them are the row's own
 FRAME = 20              # characters of a piece of frame, text that is no row's own,
 FRAME_SHARE = 0.8       # because so many rows have it
@@ -507,11 +507,11 @@ def _told(found, same, alike, total, eval_rows, near):
 
 def report(result, names, examples, source, data, rows, evaluation, width=80):
     """Lines that tell what `scan` found. names: {row: (name, record)} of the rows that examples need; rows, evaluation: their tokens, or None."""
-    lines = _wrapped("rows       ", f"{result['rows']:,} in {source}" + (f", {result['evaluation_rows']:,} to evaluate on in {data.eval}" if data.eval else ""), width)
+    lines = wrapped("rows       ", f"{result['rows']:,} in {source}" + (f", {result['evaluation_rows']:,} to evaluate on in {data.eval}" if data.eval else ""), width)
     for what, tokens in (("to train on", rows), ("to evaluate on", evaluation)):
         if tokens is not None:
             counts, lengths = tokens.counts, np.diff(tokens.offsets)
-            lines += _wrapped("tokens     ", f"{what}: {counts['tokens']:,} in {len(tokens):,} rows, {counts['supervised_tokens'] / counts['tokens']:.1%} of them supervised; "
+            lines += wrapped("tokens     ", f"{what}: {counts['tokens']:,} in {len(tokens):,} rows, {counts['supervised_tokens'] / counts['tokens']:.1%} of them supervised; "
                               f"rows of {lengths.min():,} to {lengths.max():,}, half of them over {int(np.median(lengths)):,}", width)
             for name, text in (("rows_skipped", "rows could not be read and are left out"), ("rows_truncated", f"rows are cut to data.max_length={data.max_length}"),
                                ("rows_lost", f"rows are lost to data.max_length={data.max_length}"), ("rows_unsupervised", "rows have no supervised token"),
@@ -524,14 +524,14 @@ def report(result, names, examples, source, data, rows, evaluation, width=80):
             continue
         dropped = "  (left out: data.drop)" if check in data.drop else ""
         lines += ["", f"{check:<16} {counted[check]:>9,}  {counted[check] / result['rows']:>6.2%}{dropped}"]
-        lines += _wrapped("  ", meaning, width)
+        lines += wrapped("  ", meaning, width)
         for row, _, why, other in [entry for entry in result["found"] if entry[1] == check][:examples]:
             lines += _example(names, row, why, other, width)
     clean = [check for check in CHECKS if not counted[check]]
-    lines += [""] + _wrapped("not found  ", ", ".join(clean), width) if clean else [""]
+    lines += [""] + wrapped("not found  ", ", ".join(clean), width) if clean else [""]
     of_eval = Counter(check for _, check, *_ in result["evaluation_found"])
     if of_eval:
-        lines += [""] + _wrapped("evaluation rows  ", ", ".join(f"{count:,} {check}" for check, count in of_eval.most_common()), width)
+        lines += [""] + wrapped("evaluation rows  ", ", ".join(f"{count:,} {check}" for check, count in of_eval.most_common()), width)
         seen = set()
         for row, check, why, _ in result["evaluation_found"]:
             if check not in seen and check != "one_word":
@@ -539,18 +539,18 @@ def report(result, names, examples, source, data, rows, evaluation, width=80):
                 lines += _example(names, -row - 1, f"{check}: {why}", None, width)
     droppable = [check for check in counted if check not in ("unreadable", *data.drop)]
     if droppable:
-        lines += [""] + _wrapped("to leave rows out  ", f"--data.drop={','.join(check for check in CHECKS if check in droppable and check != 'one_word') or droppable[0]}", width)
+        lines += [""] + wrapped("to leave rows out  ", f"--data.drop={','.join(check for check in CHECKS if check in droppable and check != 'one_word') or droppable[0]}", width)
     if counted["unreadable"]:
-        lines += _wrapped("to pass over what cannot be read  ", "--data.bad_rows=skip", width)
+        lines += wrapped("to pass over what cannot be read  ", "--data.bad_rows=skip", width)
     return lines
 
 
 def _example(names, row, why, other, width):
     name, record = names[row]
-    lines = _wrapped("    ", name, width)
+    lines = wrapped("    ", name, width)
     if other is not None:
-        lines += _wrapped("      like ", names[other][0], width)
-    lines += _wrapped("      ", why, width)
+        lines += wrapped("      like ", names[other][0], width)
+    lines += wrapped("      ", why, width)
     for text in [_said(record)] + ([_said(names[other][1])] if other is not None and why != "the same turns" else []):
         lines.append(f"      {text}"[:width])
     return lines
@@ -566,5 +566,6 @@ def _said(record):
     return ascii(" | ".join(turns))[1:-1]
 
 
-def _wrapped(lead, text, width):
+def wrapped(lead, text, width=80):
+    """`text` as lines of at most `width` columns, `lead` before the first and spaces before the others; words are kept whole."""
     return textwrap.wrap(text, width, initial_indent=lead, subsequent_indent=" " * len(lead), break_on_hyphens=False, break_long_words=False) or [lead]

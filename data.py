@@ -25,6 +25,7 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -219,6 +220,13 @@ def load(cfg, tokenizer):
     return rows, load_evaluation(cfg, tokenizer) if data.eval else _open_rows(path, "eval")
 
 
+def keep_dropped(rows, folder):
+    """Put the file of the rows that data.drop left out into a run's folder as rows-dropped.jsonl; without any, an older one is removed."""
+    (folder / "rows-dropped.jsonl").unlink(missing_ok=True)
+    if rows.dropped:
+        shutil.copyfile(rows.dropped, folder / "rows-dropped.jsonl")
+
+
 def load_evaluation(cfg, tokenizer):
     """The evaluation Rows alone: of data.eval, or held out of the training rows."""
     data = cfg.data
@@ -325,15 +333,15 @@ def _remarks(cfg, seen, fate, dropped):
     lines = []
     telling = {check: count for check, count in counts.items() if check not in ("one_word", "unreadable")}
     if telling:
-        lines.append("audit      " + ", ".join(f"{count:,} {check}" for check, count in sorted(telling.items(), key=lambda entry: -entry[1]))
-                     + " (data.py CONFIG --check shows them)")
+        lines += audit.wrapped("audit     ", ", ".join(f"{count:,} {check}" for check, count in sorted(telling.items(), key=lambda entry: -entry[1])))
+        lines.append("          python data.py CONFIG --check shows them")
     elif cfg.data.audit != "off":
-        lines.append("audit      nothing found" + ("" if seen["near"] else "; near duplicates were not looked for: data.py CONFIG --check does"))
+        lines.append("audit     nothing found" + ("" if seen["near"] else "; python data.py CONFIG --check looks for near duplicates too"))
     if dropped:
         reasons = {}
         for check, *_ in dropped.values():
             reasons[check] = reasons.get(check, 0) + 1
-        lines.append(f"           {len(dropped):,} rows left out by data.drop: " + ", ".join(f"{count:,} {check}" for check, count in reasons.items()))
+        lines += audit.wrapped("dropped   ", f"{len(dropped):,} rows left out by data.drop: " + ", ".join(f"{count:,} {check}" for check, count in reasons.items()) + "; see rows-dropped.jsonl")
     return lines
 
 

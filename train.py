@@ -124,6 +124,7 @@ def train(config, run, guard, resume, accept, preflight):
     guard = guard or checkpoint.lock(run)  # held until the process ends
     interrupted = catch_signals()
     recorder = open_record(run, config, state, resume, owed, outlook)
+    data.keep_dropped(rows, run)
     introduce(run, config, rows, network, state, outlook)
     watch, raised = alerts.Alerts(config, max_steps, len(rows)), {}  # raised: step -> its alerts
     for line in record.read_metrics(run) if resume else ():
