@@ -199,6 +199,13 @@ class Criteria:
 
 
 @dataclass(frozen=True)
+class Proof:
+    enabled: bool = key(True, "gradient proof: stop unless the gradients are those of the loss, before step 1, after step 2 and after the first evaluation")
+    tokens: int = key(0, "gradient proof: supervised tokens of the first rows that it measures the loss on; 0: 64 on a CPU, 512 on a GPU", low=0)
+    parts: str = key("auto", "gradient proof: after step 2 repeat it for each kind of projection; auto: on a GPU", choices=("auto", "yes", "no"))
+
+
+@dataclass(frozen=True)
 class Config:
     model: Model = Model()
     lora: Lora = Lora()
@@ -212,6 +219,7 @@ class Config:
     forecast: Forecast = Forecast()
     alerts: Alerts = Alerts()
     criteria: Criteria = Criteria()
+    proof: Proof = Proof()
 
     def to_dict(self):
         """The resolved settings as plain JSON-ready dictionaries; `from_dict` reads them back."""

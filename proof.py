@@ -1,0 +1,370 @@
+"""The gradient proof: are the adapters' gradients alive, and are they those of the loss. And --overfit N, the oldest sanity check.
+
+Alive is what others look at: a gradient that is neither zero nor infinite. It proves little, since a backward pass that leaves out
+the frozen weights, doubles a factor or reads stale copies has healthy norms too. So `check` asks the loss itself: the weights are
+moved a little along their gradient g and back, forward passes alone measure how far the loss goes with them, and that must be what
+g foretells. How far "a little" is, and how exact "must be", is argued and measured in docs/PROOF.md.
+
+What it cannot see: parts of a gradient that are missing without a trace in the rest (moving along what is left changes the loss by
+just what is left; `dead` names whole matrices of that kind), an error in a part that carries less of |g|^2 than the tolerance
+(`parts` repeats the proof for each kind of projection), and sums over more micro-batches than it is given.
+
+How train.py uses it, in short (the docstrings say the rest):
+
+    batches = proof.sample(rows, data.sample_stream(...), config.proof.tokens, device)    some rows of the first window
+    result = proof.check(network, forward_backward, batches, scaler["scale"])              where proof.due(...) says so
+    print(result.text); recorder.write(step, result.values); if result.ok is False: stop with exit code 4
+    names = proof.dead(views(flat.grad, adapters), "lora_B")                               after the first applied step; then "lora_A"
+"""
+import dataclasses
+import hashlib
+import math
+import re
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+import data
+import model
+
+# relative change of the loss foretold for the smallest of three moves (the others are twice and four times as far), and the error
+# that is allowed before anything is measured: of gradients that are themselves rounded. docs/PROOF.md argues for both.
+FIRST_MOVE = {torch.float64: 5e-4, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.06}
+ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.03}
+SURE = 4          # standard errors that are added to what is allowed
+USELESS = 0.25    # a tolerance beyond this says nothing; the measurement is told as such and stops no run
+SECONDS = 120     # for finding out which modules are wrong, once it is known that some are
+
+
+@dataclass
+class Result:
+    ratio: float        # change of the loss measured / foretold by the gradient: 1 where it is right; nan where nothing could be measured
+    tolerance: float    # how far from 1 the ratio may lie: what is allowed to the dtype, and SURE standard errors of this measurement
+    ok: object          # True, False, or None: the measurement is too noisy to tell
+    text: str           # for the console, wrapped
+    dead: list = field(default_factory=list)    # adapter matrices with a zero or non-finite gradient, by PEFT's name
+    wrong: list = field(default_factory=list)   # modules or kinds of projection whose gradient is not that of the loss
+    parts: dict = field(default_factory=dict)   # {kind of projection: (ratio, tolerance, ok)}, where asked for
+    loss: float = math.nan                      # mean over the supervised tokens of the batches, in nats
+    seconds: float = 0.0
+
+    @property
+    def values(self):
+        """What goes into the record."""
+        return {"proof/ratio": self.ratio, "proof/tolerance": self.tolerance}
+
+
+# ------------------------------------------------------------------------------------------------------------- alive
+
+def dead(named_gradients, matrix=""):
+    """Names of the gradients that are not finite or zero throughout, of those with `matrix` ("lora_A", "lora_B"; empty: all) in them.
+
+    named_gradients: (name, tensor) pairs or a dict. Waits for the device once. For B after the first applied step; for A after the
+    second: its first gradient is zero because B is (Hu et al. 2021, section 4.1). Not to be asked after a window that `telling`
+    says nothing of, nor after a step that was skipped.
+    """
+    chosen = [(name, gradient) for name, gradient in dict(named_gradients).items() if f".{matrix}" in name]
+    if not chosen:
+        return []
+    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in chosen], math.inf)).tolist()
+    return [name for (name, _), norm in zip(chosen, norms) if not (math.isfinite(norm) and norm > 0)]
+
+
+def due_matrix(applied, proved):
+    """Which matrix's gradients to look at after `applied` steps that were really taken: "lora_B" after one, "lora_A" after two, or "".
+
+    proved: a set of those looked at already, to which the caller adds the answer.
+    """
+    return next((matrix for matrix, steps in (("lora_B", 1), ("lora_A", 2)) if applied >= steps and matrix not in proved), "")
+
+
+def telling(window):
+    """Whether a window's gradients can be expected to be non-zero: it supervises a token that has more than one before it.
+
+    (Where there is one token only, attention has no choice, and queries and keys have no gradient.)
+    """
+    return any(bool((batch.position_ids[batch.rows] > 0).any()) for batch in window)
+
+
+def asleep(network, names):
+    """Those of `names` (lora_A matrices) whose B is still zero in the compute dtype: their gradient is zero, and rightly so.
+
+    fp16 has nothing between 0 and 6e-8, so the first steps of a long warm-up may leave B there.
+    """
+    modules = {f"{model.PEFT_PREFIX}{name}.lora_A.weight": module for name, module in network.named_modules() if isinstance(module, model.AdaptedLinear) and module.r}
+    network.adapter_memory.refresh()
+    return [name for name in names if name in modules and not modules[name].working_B.any()]
+
+
+# ------------------------------------------------------------------------------------------------------------ and true
+
+def due(step, first, every, max_steps):
+    """Whether the proof runs at the boundary behind `step` (first - 1: before the first step of this process).
+
+    Before the first step (where B is 0 it sees nothing of A), behind the second, and behind the first evaluation within the run.
+    every: eval.every_steps.
+    """
+    evaluation = max_steps if every <= 0 else min(max_steps, first - 1 - (first - 1) % every + every)
+    return step in (first - 1, min(first + 1, max_steps), evaluation)
+
+
+def sample(rows, order, supervised_tokens=0, device="cpu"):
+    """Micro-batches for `check` from the rows `order` of a data.Rows, one after another until they supervise that many tokens.
+
+    supervised_tokens 0: 64 on a CPU, 512 elsewhere. Rows that would make it more than 8 times as many tokens in all end it too; at
+    least one row, and two micro-batches where there are two, so that adding up gradients is part of what is proved. A gradient is a
+    sum over tokens that are all treated alike, so a few show whatever is wrong with how it is formed; more of them only lower the
+    noise. Rows without a supervised token are passed over.
+    """
+    wanted = supervised_tokens or (64 if torch.device(device).type == "cpu" else 512)
+    chosen, total, supervised = [], 0, 0
+    for row in dict.fromkeys(order):
+        place = slice(rows.offsets[row], rows.offsets[row + 1])
+        length, targets = place.stop - place.start, int(rows.supervised[place].sum())
+        if chosen and (supervised >= wanted or total + length > 8 * wanted):
+            break
+        if targets:
+            chosen, total, supervised = [*chosen, row], total + int(length), supervised + targets
+    half = (len(chosen) + 1) // 2
+    return [batch for part in (chosen[:half], chosen[half:]) for batch in data.pack(rows, part, max(total, 1))]
+
+
+def check(network, forward_backward, batches, scale=1.0, parts=False):
+    """Compare the gradients that training uses with the loss itself. Returns a Result; changes nothing.
+
+    forward_backward(batch, weight): train.py's own, which adds weight x d loss / d adapters to network.adapter_memory.flat.grad and
+    returns the summed loss; graphs.Replayed is called twice, so that a replay is what is checked, and its eager twin is taken where
+    adapters have dropout, since padded masks would be others. batches: data.MicroBatch on the host, as from `sample`.
+    scale: fp16's loss scale; halved here until the gradients are finite. parts: repeat for each kind of projection.
+
+    Weights, moments, generators and the working copies are as before when it returns, bit for bit, and flat.grad is what it was.
+    Costs one forward and backward pass and six forward passes over the batches, seldom more; with `parts` six for each kind.
+    """
+    began, memory, device = time.perf_counter(), network.adapter_memory, network.device
+    flat, supervised = memory.flat, sum(len(batch.targets) for batch in batches)
+    if not supervised:
+        return Result(math.nan, math.nan, None, "gradients  not proved: no supervised token to prove them on")
+    names, adapters = zip(*model.adapters(network).items())
+    places = {name: memory.places[parameter] for name, parameter in zip(names, adapters)}
+    kept_gradient, theta = flat.grad.cpu() if flat.grad.is_cuda else flat.grad.clone(), flat.detach().clone()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            loss, gradient = gradient_of(network, forward_backward, batches, float(scale), supervised)
+            measured = Measurement(network, batches, supervised, theta, gradient)
+            result = judge(measured, loss, {name: gradient[place].view_as(parameter) for (name, place), parameter in zip(places.items(), adapters)}, places, parts)
+        finally:
+            with torch.no_grad():
+                flat.copy_(theta)
+            flat.grad.copy_(kept_gradient)
+            memory.refresh()
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def gradient_of(network, forward_backward, batches, scale, supervised):
+    """(mean loss, gradient of the mean loss in flat's dtype) by train.py's own function, at the largest of scale, scale/16, ... where it is finite."""
+    flat, replayed = network.adapter_memory.flat, hasattr(forward_backward, "eager")
+    if replayed and any(module.dropout for module in network.modules() if isinstance(module, model.AdaptedLinear) and module.r):
+        forward_backward, replayed = forward_backward.eager, False
+    while True:
+        weight = torch.tensor(scale / supervised, device=flat.device)
+        for _ in range(1 + replayed):  # the first time, what is not recorded yet runs eagerly
+            flat.grad.zero_()
+            loss = torch.zeros((), device=flat.device, dtype=torch.float64)
+            for i, batch in enumerate(batches):
+                torch.manual_seed(i)
+                loss += forward_backward(batch, weight)
+        gradient = flat.grad / scale
+        if scale <= 1 or bool(torch.isfinite(gradient).all()):
+            return loss.item() / supervised, gradient
+        scale = max(1.0, scale / 16)
+
+
+class Measurement:
+    """How the loss of some micro-batches goes with the adapters, by forward passes alone."""
+
+    def __init__(self, network, batches, supervised, theta, gradient):
+        self.network, self.supervised, self.theta, self.gradient = network, supervised, theta, gradient
+        self.batches = [batch.to(network.device) for batch in batches]
+        self.dtype = network.adapter_memory.working.dtype
+        self.whole = [slice(0, len(theta))]
+        self.loss = self.losses().sum().item()
+
+    @torch.no_grad()
+    def losses(self):
+        """Each supervised token's share in the mean loss, float64 (S,), at the weights as they are now; dropout masks always the same."""
+        nll = []
+        for i, batch in enumerate(self.batches):
+            torch.manual_seed(i)
+            nll.append(model.summed_loss(self.network, batch)[1].double())
+        return torch.cat(nll) / self.supervised
+
+    @torch.no_grad()
+    def moved(self, slices, step):
+        """(half the difference of `losses` at theta + step g and theta - step g, what g foretells of its sum), g within `slices` alone.
+
+        The network sees the weights rounded to the compute dtype, so what is foretold is g times the move as rounded.
+        """
+        flat, ends, losses = self.network.adapter_memory.flat, [], []
+        for sign in (1, -1):
+            for place in slices:
+                torch.add(self.theta[place], self.gradient[place], alpha=sign * step, out=flat.data[place])
+            losses.append(self.losses())
+            ends.append([flat[place].to(self.dtype, copy=True) for place in slices])
+        for place in slices:
+            flat[place] = self.theta[place]
+        foretold = sum(torch.dot(g.double(), plus.double() - minus.double()) for place, plus_all, minus_all in zip(slices, *ends)
+                       for g, plus, minus in zip(*(t.split(1 << 22) for t in (self.gradient[place], plus_all, minus_all))))
+        return (losses[0] - losses[1]) / 2, foretold.item() / 2
+
+    def ratio(self, slices, first_move, allowed, rounds=4):
+        """(change of the loss measured / foretold, its standard error), the gradient being taken within `slices` alone; nan, inf if it fails.
+
+        Three moves, the second twice and the third four times as long as the first. Half the difference of the loss at the two ends
+        of a move is ratio x + c x^3 + noise, where x is what is foretold; both are fitted. The noise is what the fit leaves, token by
+        token, rounding being independent from one to the next. Moves are made longer where noise limits the answer, shorter where
+        higher orders do (the fifth is of the size of 0.3 times the square of the third, as for sin, tanh, exp), `rounds` times at most.
+        """
+        squared = sum(self.gradient[place].double().square().sum().item() for place in slices)
+        best, move, turned = (math.nan, math.inf), first_move, set()
+        for _ in range(rounds):
+            step = move * self.loss / squared if squared else 0.0
+            changes, x = zip(*(self.moved(slices, step * factor) for factor in (1, 2, 4)))
+            changes, x = torch.stack(changes).cpu(), torch.tensor(x, dtype=torch.float64)
+            finite = bool(changes.isfinite().all()) and bool(x.isfinite().all()) and bool((x > 0).all())
+            bend, noise = math.inf, 0.0
+            if finite:
+                unit = x[-1]
+                design = torch.stack((x / unit, (x / unit) ** 3), dim=1)  # (3, 2)
+                inverse = torch.linalg.inv(design.T @ design)
+                slope, cubic = (inverse @ design.T @ changes.sum(dim=1) / unit).tolist()
+                residual = changes - design @ (inverse @ design.T @ changes)  # (3, S), one degree of freedom a token
+                size = max(1.0, abs(slope))
+                bend, noise = abs(cubic) / size, (residual.square().sum().sqrt() * inverse[0, 0].sqrt() / unit).item() / size
+                error = math.hypot(noise, 0.3 * bend**2)
+                if error < best[1]:
+                    best = slope, error * size if slope else error
+                if error <= max(allowed * 2 / 3, 1e-7):
+                    break
+            longer = finite and noise > 0.3 * bend**2
+            turned.add(longer)
+            if len(turned) == 2:
+                break
+            move = move * (min(4.0, max(1.5, math.sqrt(0.25 / max(bend, 1e-9)))) if longer else max(1 / 16, min(0.6, math.sqrt(0.1 / bend))))
+        return best
+
+
+def judge(measured, loss, gradients, places, parts):
+    """The Result of a Measurement: loss is what the training pass said, gradients and places are by PEFT's name."""
+    dtype = measured.dtype
+    move, allowed = FIRST_MOVE[dtype], ALLOWED[dtype]
+    lacking = dead(gradients, "lora_B")
+    lacking += [name for name in dead(gradients, "lora_A") if name not in asleep(measured.network, [name])] if not lacking else []
+    norm = measured.gradient.double().norm().item()
+    if lacking or not math.isfinite(norm):
+        return Result(math.nan, math.nan, False, wrap(f"gradients  DEAD: {len(lacking)} of {len(gradients)} adapter matrices have a gradient that is zero or not finite: {some(lacking)}. "
+                      + ("Nothing reaches the adapters: the graph is cut between the loss and all of them." if len(lacking) == len([name for name in gradients if ".lora_B." in name]) else
+                         "The graph is cut behind them, or their layers do not run."), ), lacking, wrong=[], loss=loss)
+    ratio, error = measured.ratio(measured.whole, move, allowed)
+    ratio, tolerance, ok = verdict(ratio, error, allowed)
+    if ok is False:  # once more, with other moves and so other rounding, before a run is stopped
+        again = verdict(*measured.ratio(measured.whole, move * 0.7, allowed), allowed)
+        if again[2] is not False:
+            ratio, tolerance, ok = again
+    result = Result(ratio, tolerance, ok, "", loss=loss)
+    apart = abs(loss - measured.loss) > {8: 1e-9, 4: 1e-4, 2: 0.02}[dtype.itemsize] * max(measured.loss, 0.05)
+    if ok and parts and not apart:
+        for kind, slices in grouped(places, kind_of).items():
+            result.parts[kind] = verdict(*measured.ratio(slices, move, allowed, rounds=3), allowed)
+        result.wrong = [kind for kind, (_, _, fine) in result.parts.items() if fine is False]
+    if ok is False:
+        result.wrong, note = locate(measured, places, move, allowed)
+    if apart:
+        result.ok = False
+        result.text = wrap(f"gradients  STALE: the training pass computes a loss of {loss:.5g}, a forward pass over the same rows with the same weights {measured.loss:.5g}. "
+                           "One of them works on old copies of the weights, or in another mode.")
+    elif ok is False and abs(ratio) < tolerance:
+        result.text = wrap(f"gradients  WRONG: the loss does not go with the adapters ({ratio:.3f} of what the gradient foretells, tolerance {tolerance:.3f}): "
+                           f"the forward pass works on stale copies of them, or the gradient is not the loss's. {note}")
+    elif ok is False:
+        result.text = wrap(f"gradients  WRONG: along the gradient the loss changes {ratio:.3f} times as much as the gradient foretells, where 1 +- {tolerance:.3f} is right. {note}")
+    elif result.wrong:
+        result.ok = False
+        listed = ", ".join(f"{kind} {result.parts[kind][0]:.3f} +- {result.parts[kind][1]:.3f}" for kind in result.wrong)
+        result.text = wrap(f"gradients  WRONG in a part: the whole gradient foretells the loss ({ratio:.3f} +- {tolerance:.3f}), that of these projections does not: {listed}.")
+    elif ok is None:
+        result.text = wrap(f"gradients  alive; not proved, since the loss is too noisy or too curved here to measure (ratio {ratio:.3f} +- {tolerance:.3f}).")
+    else:
+        judged = [kind for kind, (_, _, fine) in result.parts.items() if fine]
+        result.text = wrap(f"gradients  proved: the loss changes {ratio:.4f} times as much as they foretell (1 +- {tolerance:.4f} is right)"
+                           + (f"; so it does for each of {', '.join(judged)}" if judged else "") + ".")
+    return result
+
+
+def verdict(ratio, error, allowed):
+    """(ratio, tolerance, ok) of a measured ratio with its standard error; ok None where it cannot be told."""
+    tolerance = allowed * max(1.0, abs(ratio)) + SURE * error
+    if not math.isfinite(ratio) or not tolerance <= USELESS * max(1.0, abs(ratio)):
+        return ratio, tolerance, None
+    return ratio, tolerance, abs(ratio - 1) <= tolerance
+
+
+def locate(measured, places, move, allowed):
+    """(modules whose gradient is wrong, a sentence): layer by layer from the loss backwards, then within the first wrong layer."""
+    deadline, wrong_layers, tried = time.perf_counter() + SECONDS, [], 0
+    layers = grouped(places, layer_of)
+    for layer in reversed(layers):
+        if time.perf_counter() > deadline:
+            break
+        tried += 1
+        if verdict(*measured.ratio(layers[layer], move, allowed, rounds=3), allowed)[2] is False:
+            wrong_layers.append(layer)
+    if not wrong_layers:
+        return [], "No layer is wrong by itself as far as can be measured."
+    inside = {name: slices for name, slices in grouped(places, module_of).items() if layer_of(name + ".") == wrong_layers[0]}
+    wrong = [name for name, slices in inside.items() if verdict(*measured.ratio(slices, move, allowed, rounds=3), allowed)[2] is False]
+    where = f"Seen from the loss, {wrong_layers[0]} is the first of {len(wrong_layers)} wrong layers" + (f" (of {tried} tried)" if tried < len(layers) else f" (of {len(layers)})")
+    return (wrong or wrong_layers[:1]), where + (f", there in {some([name.removeprefix(wrong_layers[0] + '.') for name in wrong])}: look at the backward pass there and just behind it." if wrong else ".")
+
+
+def module_of(name):
+    """model.layers.0.mlp.up_proj of base_model.model.model.layers.0.mlp.up_proj.lora_A.weight."""
+    return name.removeprefix(model.PEFT_PREFIX).rpartition(".lora_")[0] if ".lora_" in name else name.removeprefix(model.PEFT_PREFIX).rstrip(".")
+
+
+def layer_of(name):
+    """The name up to the layer's number: model.layers.0; without a number the module's parent."""
+    module = module_of(name)
+    found = re.match(r"(.*?\.\d+)(\.|$)", module)
+    return found[1] if found else module.rpartition(".")[0]
+
+
+def kind_of(name):
+    """up_proj of ...mlp.up_proj.lora_A.weight."""
+    return module_of(name).rpartition(".")[2]
+
+
+def grouped(places, key):
+    """{key(name): [slices]} of {name: slice}, neighbouring slices joined."""
+    groups = {}
+    for name, place in sorted(places.items(), key=lambda item: item[1].start):
+        slices = groups.setdefault(key(name), [])
+        if slices and slices[-1].stop == place.start:
+            slices[-1] = slice(slices[-1].start, place.stop)
+        else:
+            slices.append(place)
+    return groups
+
+
+def some(names, shown=4):
+    """The first few of some names, and how many more there are."""
+    names = [module_of(name) if ".lora_" not in name else name.removeprefix(model.PEFT_PREFIX).removesuffix(".weight") for name in names]
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def wrap(text, width=80):
+    """Text in lines of `width` columns, the later ones under the first one's second word (column 11)."""
+    import textwrap
+    return "\n".join(textwrap.wrap(" ".join(text.split(" ")), width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False))
