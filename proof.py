@@ -11,10 +11,13 @@ just what is left; `dead` names whole matrices of that kind), an error in a part
 
 How train.py uses it, in short (the docstrings say the rest):
 
-    batches = proof.sample(rows, data.sample_stream(...), config.proof.tokens, device)    some rows of the first window
-    result = proof.check(network, forward_backward, batches, scaler["scale"])              where proof.due(...) says so
-    print(result.text); recorder.write(step, result.values); if result.ok is False: stop with exit code 4
-    names = proof.dead(views(flat.grad, adapters), "lora_B")                               after the first applied step; then "lora_A"
+    what = proof.due(config, step, first, max_steps, device)                      at each boundary, `first` being this process's first step
+    batches = proof.sample(config, rows, samples_of_the_first_window, device)
+    result = proof.check(network, forward_backward, batches, scaler["scale"], parts=what == "parts")
+    say(result.text); recorder.write(step, result.values); if result.ok is False: save nothing, exit code 4
+
+    matrix = proof.due_matrix(applied, looked_at)                                 behind a step; applied: moments["step"], those really taken
+    if matrix and proof.telling(window): names = proof.dead(views(flat.grad, adapters), matrix); less proof.asleep(network, names)
 """
 import dataclasses
 import hashlib
@@ -100,25 +103,29 @@ def asleep(network, names):
 
 # ------------------------------------------------------------------------------------------------------------ and true
 
-def due(step, first, every, max_steps):
-    """Whether the proof runs at the boundary behind `step` (first - 1: before the first step of this process).
+def due(config, step, first, max_steps, device="cpu"):
+    """What to prove at the boundary behind `step`: "" (nothing), "whole", or "parts": each kind of projection by itself too.
 
-    Before the first step (where B is 0 it sees nothing of A), behind the second, and behind the first evaluation within the run.
-    every: eval.every_steps.
+    first: the first step of this process, so first - 1 is the boundary before it. Proved is there (where B is 0 it sees nothing of A),
+    behind the second step, with parts, and behind the first evaluation within the run.
     """
+    if not config.proof.enabled:
+        return ""
+    every, second = config.eval.every_steps, min(first + 1, max_steps)
     evaluation = max_steps if every <= 0 else min(max_steps, first - 1 - (first - 1) % every + every)
-    return step in (first - 1, min(first + 1, max_steps), evaluation)
+    parts = config.proof.parts == "yes" or config.proof.parts == "auto" and torch.device(device).type != "cpu"
+    return "parts" if step == second and parts else "whole" if step in (first - 1, second, evaluation) else ""
 
 
-def sample(rows, order, supervised_tokens=0, device="cpu"):
-    """Micro-batches for `check` from the rows `order` of a data.Rows, one after another until they supervise that many tokens.
+def sample(config, rows, order, device="cpu"):
+    """Micro-batches for `check` from the rows `order` of a data.Rows, one after another until they supervise proof.tokens tokens.
 
-    supervised_tokens 0: 64 on a CPU, 512 elsewhere. Rows that would make it more than 8 times as many tokens in all end it too; at
+    proof.tokens 0: 64 on a CPU, 512 elsewhere. Rows that would make it more than 8 times as many tokens in all end it too; at
     least one row, and two micro-batches where there are two, so that adding up gradients is part of what is proved. A gradient is a
     sum over tokens that are all treated alike, so a few show whatever is wrong with how it is formed; more of them only lower the
     noise. Rows without a supervised token are passed over.
     """
-    wanted = supervised_tokens or (64 if torch.device(device).type == "cpu" else 512)
+    wanted = config.proof.tokens or (64 if torch.device(device).type == "cpu" else 512)
     chosen, total, supervised = [], 0, 0
     for row in dict.fromkeys(order):
         place = slice(rows.offsets[row], rows.offsets[row + 1])
@@ -189,7 +196,7 @@ class Measurement:
         self.network, self.supervised, self.theta, self.gradient = network, supervised, theta, gradient
         self.batches = [batch.to(network.device) for batch in batches]
         self.dtype = network.adapter_memory.working.dtype
-        self.whole = [slice(0, len(theta))]
+        self.whole = [(slice(0, len(theta)), 1.0)]
         self.loss = self.losses().sum().item()
 
     @torch.no_grad()
@@ -202,57 +209,67 @@ class Measurement:
         return torch.cat(nll) / self.supervised
 
     @torch.no_grad()
-    def moved(self, slices, step):
-        """(half the difference of `losses` at theta + step g and theta - step g, what g foretells of its sum), g within `slices` alone.
+    def moved(self, direction, step):
+        """(half the difference of `losses` at both ends of a move, what the mean loss gains at its ends, what g foretells of half the difference).
 
-        The network sees the weights rounded to the compute dtype, so what is foretold is g times the move as rounded.
+        direction: [(slice of flat, factor)]; the ends are theta +- step x factor x g there. The network sees the weights rounded to the
+        compute dtype, so what is foretold is g times the move as rounded.
         """
         flat, ends, losses = self.network.adapter_memory.flat, [], []
         for sign in (1, -1):
-            for place in slices:
-                torch.add(self.theta[place], self.gradient[place], alpha=sign * step, out=flat.data[place])
+            for place, factor in direction:
+                torch.add(self.theta[place], self.gradient[place], alpha=sign * step * factor, out=flat.data[place])
             losses.append(self.losses())
-            ends.append([flat[place].to(self.dtype, copy=True) for place in slices])
-        for place in slices:
+            ends.append([flat[place].to(self.dtype, copy=True) for place, _ in direction])
+        for place, _ in direction:
             flat[place] = self.theta[place]
-        foretold = sum(torch.dot(g.double(), plus.double() - minus.double()) for place, plus_all, minus_all in zip(slices, *ends)
-                       for g, plus, minus in zip(*(t.split(1 << 22) for t in (self.gradient[place], plus_all, minus_all))))
-        return (losses[0] - losses[1]) / 2, foretold.item() / 2
+        foretold = torch.zeros((), device=flat.device, dtype=torch.float64)
+        for (place, _), plus, minus in zip(direction, *ends):
+            for g, p, m in zip(*(part.split(1 << 22) for part in (self.gradient[place], plus, minus))):
+                foretold += torch.dot(g.double(), p.double() - m.double())
+        return (losses[0] - losses[1]) / 2, (losses[0] + losses[1]).sum().item() / 2 - self.loss, foretold.item() / 2
 
-    def ratio(self, slices, first_move, allowed, rounds=4):
-        """(change of the loss measured / foretold, its standard error), the gradient being taken within `slices` alone; nan, inf if it fails.
+    def ratio(self, direction, first_move, allowed, rounds=4):
+        """(change of the loss measured / foretold, its standard error) along a direction as in `moved`; (nan, inf) if there is no telling.
 
         Three moves, the second twice and the third four times as long as the first. Half the difference of the loss at the two ends
         of a move is ratio x + c x^3 + noise, where x is what is foretold; both are fitted. The noise is what the fit leaves, token by
-        token, rounding being independent from one to the next. Moves are made longer where noise limits the answer, shorter where
-        higher orders do (the fifth is of the size of 0.3 times the square of the third, as for sin, tanh, exp), `rounds` times at most.
+        token, rounding being independent from one to the next, or in their sum, whichever is more. Moves are made longer where noise
+        limits the answer and shorter where bending does, `rounds` times at most: the fifth order is of the size of 0.3 times the square
+        of the third (as for sin, tanh, exp), and a move is too long for any of this where ratios of its thirds differ by a half,
+        or where the loss rises at both its ends by more than is foretold.
         """
-        squared = sum(self.gradient[place].double().square().sum().item() for place in slices)
+        squared = sum(factor * self.gradient[place].double().square().sum().item() for place, factor in direction)
         best, move, turned = (math.nan, math.inf), first_move, set()
         for _ in range(rounds):
             step = move * self.loss / squared if squared else 0.0
-            changes, x = zip(*(self.moved(slices, step * factor) for factor in (1, 2, 4)))
+            changes, gained, x = zip(*(self.moved(direction, step * factor) for factor in (1, 2, 4)))
             changes, x = torch.stack(changes).cpu(), torch.tensor(x, dtype=torch.float64)
-            finite = bool(changes.isfinite().all()) and bool(x.isfinite().all()) and bool((x > 0).all())
             bend, noise = math.inf, 0.0
-            if finite:
-                unit = x[-1]
+            if bool(changes.isfinite().all()) and bool(x.isfinite().all()) and bool((x > 0).all()):
+                unit, sums = x[-1], changes.sum(dim=1)
                 design = torch.stack((x / unit, (x / unit) ** 3), dim=1)  # (3, 2)
                 inverse = torch.linalg.inv(design.T @ design)
-                slope, cubic = (inverse @ design.T @ changes.sum(dim=1) / unit).tolist()
+                slope, cubic = (inverse @ design.T @ sums / unit).tolist()
                 residual = changes - design @ (inverse @ design.T @ changes)  # (3, S), one degree of freedom a token
+                spread = residual.square().sum().sqrt().item() / unit.item()
                 size = max(1.0, abs(slope))
-                bend, noise = abs(cubic) / size, (residual.square().sum().sqrt() * inverse[0, 0].sqrt() / unit).item() / size
-                error = math.hypot(noise, 0.3 * bend**2)
-                if error < best[1]:
-                    best = slope, error * size if slope else error
-                if error <= max(allowed * 2 / 3, 1e-7):
+                bend, noise = abs(cubic) / size, spread * inverse[0, 0].sqrt().item() / size
+                error, secants = math.hypot(noise, 0.3 * bend**2), (sums / x).tolist()
+                left, apart = residual.sum(dim=1).norm().item() / unit.item(), abs(secants[0] - secants[2])
+                too_long = left > 4 * spread or gained[2] > max(1.0, abs(secants[2])) * unit.item() * (1 + 4 * spread) \
+                    or apart > 0.5 * max(map(abs, secants)) and apart > 4 * spread * (unit / x[0]).item()
+                if too_long:
+                    bend = max(bend, 1.0)
+                elif error < best[1]:
+                    best = slope, error * size
+                if not too_long and error <= max(allowed * 2 / 3, 1e-7):
                     break
-            longer = finite and noise > 0.3 * bend**2
+            longer = bend < 0.15 and noise > 0.3 * bend**2
             turned.add(longer)
-            if len(turned) == 2:
+            if len(turned) == 2 and math.isfinite(best[1]):
                 break
-            move = move * (min(4.0, max(1.5, math.sqrt(0.25 / max(bend, 1e-9)))) if longer else max(1 / 16, min(0.6, math.sqrt(0.1 / bend))))
+            move *= min(4.0, math.sqrt(0.3 / max(bend, 1e-9))) if longer else 0.3 if bend < 2 else max(1 / 16, math.sqrt(0.1 / bend))
         return best
 
 
@@ -347,14 +364,14 @@ def kind_of(name):
 
 
 def grouped(places, key):
-    """{key(name): [slices]} of {name: slice}, neighbouring slices joined."""
+    """{key(name): [(slice, 1.0)]} of {name: slice}: directions for Measurement, neighbouring slices joined."""
     groups = {}
     for name, place in sorted(places.items(), key=lambda item: item[1].start):
         slices = groups.setdefault(key(name), [])
-        if slices and slices[-1].stop == place.start:
-            slices[-1] = slice(slices[-1].start, place.stop)
+        if slices and slices[-1][0].stop == place.start:
+            slices[-1] = slice(slices[-1][0].start, place.stop), 1.0
         else:
-            slices.append(place)
+            slices.append((place, 1.0))
     return groups
 
 
