@@ -29,14 +29,14 @@ def plan(config, network, rows, before):
     What the probe chose is tried on the longest rows, and chosen again with less memory where that does not fit.
     Raises ValueError with the remedy where nothing fits.
     """
-    asked, layers = config.memory, len(network.get_decoder().layers)
+    layers = len(network.get_decoder().layers)
     kept = any(module.kept is not None for module in network.modules() if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight))
-    if network.device.type == "cuda" and asked.budget_gib:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, asked.budget_gib * 2**30 / torch.cuda.get_device_properties(network.device).total_memory))
-    max_tokens = asked.max_tokens or before.get("max_tokens")
-    checkpoint_layers = min(layers, asked.checkpoint_layers) if asked.checkpoint_layers >= 0 else before.get("checkpoint_layers")
+    if network.device.type == "cuda" and config.memory.budget_gib:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory.budget_gib * 2**30 / torch.cuda.get_device_properties(network.device).total_memory))
+    max_tokens = config.memory.max_tokens or before.get("max_tokens")
+    checkpoint_layers = min(layers, config.memory.checkpoint_layers) if config.memory.checkpoint_layers >= 0 else before.get("checkpoint_layers")
     chosen = {"max_tokens": max_tokens, "checkpoint_layers": checkpoint_layers, "keep_dequantized": kept and before.get("keep_dequantized", True),
-              "offload": before.get("offload", asked.offload == "yes"), "host_embeddings": before.get("host_embeddings", asked.offload == "yes")}
+              "offload": before.get("offload", config.memory.offload == "yes"), "host_embeddings": before.get("host_embeddings", config.memory.offload == "yes")}
     if network.device.type != "cuda":
         chosen |= {"max_tokens": max_tokens or 2048, "checkpoint_layers": checkpoint_layers or 0, "offload": False, "host_embeddings": False, "why": "fixed on a CPU"}
     elif max_tokens and checkpoint_layers is not None:
@@ -45,9 +45,9 @@ def plan(config, network, rows, before):
         window = max(config.samples_per_step, *(samples for _, samples in config.schedule.batch_points), 1) if config.schedule.batch_points else config.samples_per_step
         lengths = rows.offsets[1:] - rows.offsets[:-1]
         sizes = [max_tokens] if max_tokens else sizes_for(int(window * lengths.mean() * 1.3), int(lengths.max()))
-        found, limit = probe(network, kept), room(network.device, asked.budget_gib)
+        found, limit = probe(network, kept), room(network.device, config.memory.budget_gib)
         for less in (1.0, 0.9, 0.8, 0.7):
-            chosen |= best(choices(found, sizes, checkpoint_layers, asked, limit * less), limit * less)
+            chosen |= best(choices(found, sizes, checkpoint_layers, config.memory, limit * less), limit * less)
             apply(network, chosen)
             if longest_fits(network, rows, chosen["max_tokens"]):
                 break
@@ -55,7 +55,7 @@ def plan(config, network, rows, before):
     if not longest_fits(network, rows, chosen["max_tokens"]):
         raise ValueError(f"memory: a micro-batch of the longest rows does not fit on the GPU; lower memory.max_tokens (now {chosen['max_tokens']:,}) or data.max_length (the longest row has "
                          f"{int((rows.offsets[1:] - rows.offsets[:-1]).max()):,} tokens), or raise memory.checkpoint_layers (now {chosen['checkpoint_layers']})")
-    why_not = "memory.graphs is no" if asked.graphs == "no" else graphs.serves(network, chosen["checkpoint_layers"])
+    why_not = "memory.graphs is no" if config.memory.graphs == "no" else graphs.serves(network, chosen["checkpoint_layers"])
     return chosen | {"graphs": not why_not, "why_no_graphs": why_not}
 
 
