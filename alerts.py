@@ -196,7 +196,7 @@ class Alerts:
         if self.step == self.max_steps and len(self.blocks) > 2:
             first, last = self.blocks[0], self.blocks[-1]
             error = math.hypot(first[2], last[2])
-            if first[1] - last[1] < 2 * error and 2 * error < 0.1 * abs(first[1]):
+            if rules.flat(first[1], last[1], error):
                 told = f"Median of the first {self.size} steps {first[1]:.4f}, of the last {last[1]:.4f} (standard error {error:.4f})."
                 found += self.judged([], [finding("warning", "training loss flat", told)])
         return found
@@ -211,7 +211,7 @@ class Alerts:
         self.area += rate * applied
         self.top, self.peak = max(self.top, rate), max(self.peak, rate)
         self.low = self.low + 1 if rate < self.alerts.negligible_rate * self.peak or rate == 0 else 0
-        found = []
+        found = self.judged([], rules.too_high(self.peak))
         if "noise_scale" in line:
             found += self.noise(line["noise_scale"], line.get("samples", 0))
         if self.low != max(5, self.max_steps // 100):

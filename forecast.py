@@ -15,10 +15,9 @@ import textwrap
 from dataclasses import dataclass, field
 
 import schedule
-from rules import Finding, rate_figures
+from rules import HIGH_RATE, Finding, rate_figures
 
 SMALL_AREA = 0.02      # see docs/HEALTH.md for these: a twentieth of what QLoRA's own recipe sums to
-HIGH_RATE = 0.02       # a step then moves B by as much as the elements of A are large (1 / sqrt(width))
 MANY_EPOCHS = 20
 FEW_SUPERVISED = 0.03  # of all tokens
 CUT, CUT_TOKENS, LOST = 0.10, 0.05, 0.05  # of the rows; of the supervised tokens; of the rows

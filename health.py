@@ -235,11 +235,12 @@ def training_loss(record):
     climbs = list(rules.diverged(blocks, alerts)) if len(blocks) > 2 and first > 0 else []
     yield from climbs
     told = f"Median of the first tenth {first:.4f}, of the last {last:.4f}: a change of {last - first:+.4f}, with a standard error of {error:.4f}."
-    if climbs or first - last >= 2 * error and first != last or by_heart(record):
+    still = rules.flat(first, last, error)
+    if climbs or by_heart(record) or not any(losses):
         return
-    if 2 * error > 0.1 * abs(first):
-        yield unjudged("fall of the training loss", f"{told} The noise would hide a fall of 10 %; log more often or train longer")
-    else:
+    if still is None:
+        yield unjudged("fall of the training loss", f"{told} The noise could hide a fall of 10 %; log more often or train longer")
+    if still:
         yield finding("warning", "training loss flat", told + " That is noise." * (last - first < 2 * error), first=first, last=last, error=error)
 
 
@@ -259,8 +260,11 @@ def learning_rate(record):
         when = f", when at most {covered:.1%} of the rows had been seen." if early else "."
         yield finding("warning" if early or steps - figures["negligible_from"] >= 0.1 * steps else "note", "rate ends at nothing",
                       f"{told} From step {figures['negligible_from']:,} on it is below 1 % of the peak{when}", **figures)
+    yield from rules.too_high(figures["peak"])
     if 0 < figures["area"] < SMALL_AREA:
-        yield finding("note", "small rate area", f"The rates add up to {figures['area']:.3g}, which is little for adapters (below {SMALL_AREA:g}).", **figures)
+        nothing = figures["area"] < SMALL_AREA / 200  # no adapter is moved by that, and hardly a whole model
+        yield finding("warning" if nothing else "note", "small rate area",
+                      f"The rates add up to {figures['area']:.3g}, which is little for adapters (below {SMALL_AREA:g}).", **figures)
 
 
 def data_coverage(record):

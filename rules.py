@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 SEVERITIES = ("fault", "warning", "note", "unjudged")
 ROTE = 1e-3        # nats: a loss below this has been learnt by heart, and its gradient may vanish in rounding
+HIGH_RATE = 0.02   # the elements of A are about 1 / sqrt(width) large, 0.02 to 0.04 in common models
 MOVES = 1e-6       # sum of rates after which an evaluation in 16 bits differs in some digit: Adam moves a weight by about the rate a step
 CUT = ("Train ten steps on ten rows and look at the gradients. With gradient checkpointing set gradient_checkpointing_kwargs="
        "{'use_reentrant': False}, or call model.enable_input_require_grads(). Then check that the adapters have requires_grad=True, that the "
@@ -76,6 +77,9 @@ ADVICE = {  # name: (cause, remedy)
         "Evaluate on a few training rows: the two must then agree. Else divide the loss by the supervised tokens of the whole window."),
     "rate ends at nothing": (
         "The schedule falls to zero, and the steps near its end teach next to nothing.", "Give the rate a floor of a tenth of its peak."),
+    "high rate": (
+        "One step of Adam moves each weight of B by about the rate, and by this one as far as the weights of A are large (1 / sqrt(width)). Training "
+        "then diverges or stalls where the network saturates.", "Adapters train at 1e-4 to 1e-3. (Other optimizers than Adam count otherwise.)"),
     "learning rate of zero": ("The schedule or the optimizer got no rate.", "Set a learning rate above 0."),
     "small rate area": ("Few steps or a low rate.", "For adapters: more steps, or a peak of 1e-4 to 2e-4."),
     "coverage below one epoch": ("Too few steps or too few samples a step for this many rows. This explains weak learning.", ""),
@@ -249,6 +253,19 @@ def diverged(blocks, alerts):
         yield finding("fault", "divergence", told, **numbers)
     elif newest[1] - lowest[1] > max(6 * math.hypot(newest[2], lowest[2]), 0.5 * (first[1] - lowest[1]), 0.1 * abs(lowest[1])):
         yield finding("warning", "divergence", told, **numbers)
+
+
+def flat(first, last, error):
+    """Whether a loss stands where it began: a fall that is no more than noise, where a fall of a tenth would have shown. None: the noise hides it."""
+    if first - last >= 2 * error and first != last:
+        return False
+    return True if first - last + 2 * error < 0.1 * abs(first) else None
+
+
+def too_high(peak):
+    """Beyond HIGH_RATE a step of Adam is no small one any more."""
+    if peak > HIGH_RATE:
+        yield finding("warning", "high rate", f"The rate is {peak:.3g}.", peak=peak)
 
 
 def guessing(loss, where, alerts):

@@ -230,6 +230,12 @@ def test_a_training_loss_that_is_a_multiple_of_the_evaluation_loss_names_the_mul
     assert "training and evaluation disagree" not in {one.name for _, one in raised(s, healthy(s, loss=lambda t, rng: 5 - t))}
 
 
+@pytest.mark.parametrize("rate, told", [(0.1, True), (0.02, False), (1e-3, False)])
+def test_a_rate_that_moves_weights_by_their_own_size_is_told(rate, told):
+    s = setup(schedule={"learning_rate": rate})
+    assert ("high rate" in {one.name for _, one in raised(s, healthy(s))}) == told
+
+
 def test_a_rate_that_dies_early_is_told_when_it_does_and_the_end_of_a_cosine_after_an_epoch_is_not():
     s = setup(400, schedule={"lr_kind": "points", "lr_points": [[0, 1.0], [150, 0.0]], "lr_min": 0.0})
     step, found = first(s, healthy(s), "rate ends at nothing")

@@ -167,6 +167,19 @@ def test_figures_of_the_rate_are_the_sum_over_steps_even_where_few_were_recorded
     assert rules.rate_figures([(1, 0.0), (10**12, 1e-4)])["peak"] == 1e-4  # a wild step number costs no time
 
 
+def test_a_rate_beyond_reason_and_one_that_sums_to_nothing_are_warnings():
+    assert found(with_tag("train/learning_rate", lambda line: 0.3))["high rate"].severity == "warning"
+    assert found(with_tag("train/learning_rate", lambda line: 1e-9))["small rate area"].severity == "warning"
+    assert found(with_tag("train/learning_rate", lambda line: 2e-5))["small rate area"].severity == "note"
+    assert not {"high rate", "small rate area"} & set(found(healthy(1)))
+
+
+def test_a_fall_that_the_noise_leaves_open_is_not_called_flat():
+    few = [{"step": step, "loss": loss} for step, loss in enumerate((5.9, 6.1, 5.6, 5.8, 5.4, 5.7, 5.5, 5.6), start=1)]
+    judged = {f.name: f for f in health.diagnose(health.to_record("test", few))}
+    assert "training loss flat" not in judged and "could hide" in judged["fall of the training loss"].evidence
+
+
 def test_coverage_comes_from_the_epoch_or_from_samples_and_rows():
     short = [line | {"train/epoch": line["step"] / 4000} for line in healthy(1)]
     assert found(short)["coverage below one epoch"].figures["coverage"] == pytest.approx(0.1)
