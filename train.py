@@ -13,7 +13,7 @@ A step consumes micro_batch_size x accumulation samples. Their loss is summed ov
 and divided once, so how the window is cut into micro-batches changes nothing but rounding (and which elements adapter
 dropout hits). Nothing inside a step waits for a GPU: the host reads a step's figures while the next one runs. State is
 saved between steps only. Exit codes: 0 done; 2 bad configuration or input; 3 refused by the forecast; 4 stopped by an alert
-(steps that are not finite, dead gradients); 5 finished, but short of what criteria.enforce asks for; 130 or 143 interrupted,
+(steps that are not finite, dead or wrong gradients); 5 finished, but short of what criteria.enforce asks for; 130 or 143 interrupted,
 with a checkpoint saved. Leaves out: several GPUs.
 """
 import dataclasses
@@ -44,6 +44,7 @@ import forecast
 import graphs
 import memory
 import model
+import proof
 import quant
 import record
 import report
@@ -201,6 +202,20 @@ def train(config, run, guard, resume, accept, preflight):
             state.update(best_loss=loss, best_step=step or None)
         state.update(evaluated=step, without_improvement=0 if better else state["without_improvement"] + 1)
 
+    def prove(step):
+        """Compare the gradients with the loss itself, where that is due: they may be alive and wrong."""
+        what = proof.due(config, step, first, max_steps, device)
+        if not what or interrupted:
+            return
+        start, count = schedule.window_samples(min(step + 1, max_steps), config, total_samples)
+        batches = proof.sample(config, rows, data.sample_stream(len(rows), config.train.seed, start, count), device)
+        result = proof.check(network, forward_backward, batches, scaler["scale"], parts=what == "parts")
+        say(result.text)
+        if step >= first or owed:  # the line of an earlier step is closed
+            recorder.write(step, result.values)
+        if result.ok is False:
+            fatal.append("wrong gradients")
+
     def save(step):
         """A checkpoint of this step boundary."""
         recorder.flush()
@@ -210,12 +225,13 @@ def train(config, run, guard, resume, accept, preflight):
         texts = {"adapter_config.json": model.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(state, indent=1)}
         return checkpoint.save(run, step, tensors, texts | texts_of(tokenizer), config.save.keep, state["best_step"])
 
+    began, first, pending, applied, alive = time.perf_counter(), state["step"] + 1, [], 0, set()
     if owed:
         evaluate(state["step"])
+    prove(state["step"])
     leaving = bool(interrupted) or stopped_early() or stopped()
     if leaving or owed and state["step"]:
         where = save(state["step"])
-    began, first, pending = time.perf_counter(), state["step"] + 1, []
     for step in range(first, max_steps + 1) if not leaving else ():
         clock = [mark(device)]
         start, count = schedule.window_samples(step, config, total_samples)
@@ -240,6 +256,15 @@ def train(config, run, guard, resume, accept, preflight):
         if fp16 and supervised:
             rescale(scaler, finite)
 
+        if len(alive) < 2 and proof.telling(window):  # the first steps: waiting for the device costs nothing yet
+            applied += bool(finite)
+            matrix = proof.due_matrix(applied, alive)
+            dead = proof.dead(views(flat.grad, adapters), matrix) if matrix and finite else []
+            alive |= {matrix} if matrix and finite else set()
+            if dead and config.proof.enabled:
+                say(f"gradients  DEAD: after step {step} {len(dead)} of the {matrix} have a gradient that is zero or not finite: {proof.some(dead)}")
+                fatal.append("dead gradients")
+
         clock.append(mark(device))
         figures = torch.stack((loss, grad_norm, finite, scaler["scale"])).float()
         if due(config.log.every_steps, step):
@@ -249,8 +274,8 @@ def train(config, run, guard, resume, accept, preflight):
             "train/learning_rate": learning_rate, "train/clip_threshold": threshold, "train/samples": count, "train/tokens": tokens,
             "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)}})
 
-        evaluation_due, save_due = due(config.eval.every_steps, step), due(config.save.every_steps, step)
-        boundary = evaluation_due or save_due or bool(interrupted)
+        evaluation_due, save_due, proof_due = due(config.eval.every_steps, step), due(config.save.every_steps, step), proof.due(config, step, first, max_steps, device)
+        boundary = evaluation_due or save_due or bool(proof_due) or bool(interrupted) or bool(fatal)
         while len(pending) > (0 if boundary else 1) and not stopped():
             settle(pending.pop(0))  # of the step before, while a GPU is busy with this one
         if stopped():
@@ -259,6 +284,7 @@ def train(config, run, guard, resume, accept, preflight):
             continue
         if evaluation_due and not interrupted:
             evaluate(step)
+        prove(step)
         if stopped():
             break
         leaving = bool(interrupted) or stopped_early()

@@ -95,7 +95,7 @@ def settings_of(inputs, path):
     tiny = {"model": {"path": str(inputs / "model")}, "data": {"train": str(inputs / "train.jsonl"), "eval": str(inputs / "eval.jsonl")},
             "lora": {"r": 4, "alpha": 8.0}, "train": {"micro_batch_size": 2, "accumulation": 2, "max_steps": 8},
             "schedule": {"learning_rate": 1e-2, "lr_min": 1e-3, "lr_warmup_steps": 2}, "eval": {"every_steps": 4, "samples": 1, "max_new_tokens": 3, "unquantised": "no"},
-            "save": {"every_steps": 4}, "log": {"every_steps": 4, "tensorboard": False, "report": False}}
+            "save": {"every_steps": 4}, "log": {"every_steps": 4, "tensorboard": False, "report": False}, "proof": {"enabled": False}}
     path.write_text(json.dumps(tiny))
     return path
 
