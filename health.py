@@ -141,7 +141,8 @@ def zero_loss(record):
     """A language model's loss is never exactly 0.0 but for what rounding leaves of rows known by heart; that of RL has another meaning."""
     losses = record.series("loss")
     zeros = [step for step, loss in losses if loss == 0]
-    if len(zeros) > len(losses) / 2 and all(loss >= 0 for _, loss in losses) and not by_heart(record) and not record.rewarded:
+    ending = next((i for i, (_, loss) in enumerate(reversed(losses)) if loss != 0), len(losses))  # zeros in a row at the end
+    if (len(zeros) > len(losses) / 2 or ending > 2) and all(loss >= 0 for _, loss in losses) and not by_heart(record) and not record.rewarded:
         yield finding("fault", "loss of zero", f"The training loss is exactly 0.0 in {len(zeros):,} of {len(losses):,} recorded steps.")
 
 
@@ -270,9 +271,9 @@ def learning_rate(record):
 def data_coverage(record):
     """Rows that were never seen taught nothing. It weakens learning in proportion, and by itself it fails no run."""
     covered = coverage(record)
-    if covered is None:
+    if covered is None and not record.doubts:
         yield unjudged("coverage", "the record holds no epoch" + ("" if record.rows else "; give the rows of the training set as --rows=N, which helps where samples are recorded"))
-    elif covered < 1 - 1e-3:
+    elif covered is not None and covered < 1 - 1e-3:
         seen = f": {covered * record.rows:,.0f} of {record.rows:,} rows" if record.rows else ""
         found = finding("warning", "coverage below one epoch", f"The run saw {covered:.1%} of its training rows{seen}.", coverage=covered)
         if dead_from(record) is not None:

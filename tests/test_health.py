@@ -291,3 +291,120 @@ def test_the_command_answers_in_a_second_without_torch_and_exits_2_where_it_cann
     assert time.time() - start < 10
     missing = subprocess.run([sys.executable, "health.py", "no/such.json"], cwd=PROJECT, capture_output=True, text=True)
     assert missing.returncode == 2 and missing.stderr.startswith("error: no/such.json") and "Traceback" not in missing.stderr
+
+
+# ------------------------------------------------------------------------------------------------- records of others
+
+def dead(step, text=str):
+    """The figures of one logged step of a dead run, as a trainer writes them: numbers, or text of them."""
+    return {"loss": text(round(2.7335 + 0.01 * (step % 7), 4)), "grad_norm": text(0.0), "learning_rate": text(5e-05)}
+
+
+TRL = {"mean_token_accuracy": "0.4971", "num_tokens": "61440", "entropy": "2.631"}
+AXOLOTL = {"memory/max_active (GiB)": 5.1, "memory/device_reserved (GiB)": 6.2, "tokens/train_per_sec_per_gpu": 1531.2, "ppl": 15.4}
+EVALUATED = {"eval_loss": "2.931", "eval_runtime": "3.1", "eval_mean_token_accuracy": "0.51", "eval_num_tokens": 10.0}
+
+
+@pytest.mark.parametrize("extra, text", [({}, float), (TRL, str), (AXOLOTL, float), ({"train_speed(iter/s)": 0.3, "memory(GiB)": 5.2}, float)], ids=["Trainer", "TRL", "axolotl", "others"])
+def test_trainer_states_of_the_trainers_kin_are_diagnosed_alike(tmp_path, extra, text):
+    history = [{"step": step, "epoch": text(step / 5000), **dead(step, text), **extra} for step in range(10, 301, 10)]
+    history += [{"step": step, "epoch": step / 5000, **EVALUATED} for step in (100, 200, 300)]
+    history.append({"step": 300, "total_flos": 1e15, "train_loss": 2.74, "train_runtime": 812.0})
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "max_steps": 300, "num_train_epochs": 1, "best_metric": None}))
+    judged = {f.name: f.severity for f in health.diagnose(health.read(tmp_path))}
+    assert judged["dead gradients"] == judged["evaluation frozen"] == "fault" and judged["coverage below one epoch"] == "warning"
+
+
+def test_llama_factorys_and_swifts_logs_are_read_by_their_own_names_of_a_step(tmp_path):
+    factory = [{"current_steps": step, "total_steps": 300, "loss": 2.7 + step % 7 / 100, "lr": 5e-05, "epoch": step / 5000, "percentage": step / 3, "elapsed_time": "0:01:00",
+                "remaining_time": "0:09:00"} for step in range(10, 301, 10)]
+    factory += [{"current_steps": step, "total_steps": 300, "eval_loss": 2.931, "epoch": step / 5000} for step in (100, 200, 300)] + [{"current_steps": 300, "total_steps": 300, "epoch": 0.06}]
+    swift = [{"loss": 2.7, "grad_norm": 0.0, "learning_rate": 5e-05, "token_acc": 0.5, "epoch": step / 5000, "global_step/max_steps": f"{step}/300", "percentage": "3.33%"} for step in range(10, 301, 10)]
+    swift.append({"last_model_checkpoint": "output/checkpoint-300", "best_metric": 2.9})
+    for name, entries in (("trainer_log.jsonl", factory), ("logging.jsonl", swift)):
+        (tmp_path / name).write_text("\n".join(json.dumps(entry) for entry in entries) + "\n")
+    read = health.read(tmp_path / "trainer_log.jsonl")
+    judged = {f.name: f for f in health.diagnose(read)}
+    assert read.planned_steps == 300 and len(read.series("loss")) == 30 and "LLaMA-Factory" in read.kind
+    assert judged["evaluation frozen"].severity == "fault" and "no gradient norm" in judged["gradients"].evidence
+    assert health.read(tmp_path / "logging.jsonl").steps[-1]["step"] == 300
+    assert {f.name for f in health.diagnose(health.read(tmp_path / "logging.jsonl")) if f.severity == "fault"} == {"dead gradients"}
+
+
+def test_a_console_log_is_read_with_the_steps_of_its_progress_bar_or_by_counting(tmp_path):
+    line = "{'loss': '2.7%d', 'grad_norm': '0', 'learning_rate': '5e-05', 'epoch': '0.0%d'}"
+    plain = "Loading model\n" + "\n".join(line % (i % 7, i % 9) for i in range(1, 31)) + "\n{'eval_loss': 2.931, 'epoch': 0.1}\n{'loss': nan, 'grad_norm': nan, 'epoch': 0.1}\n"
+    bars = "\n".join(f"  {i}%|# | {10 * i}/300 [00:{i:02d}<09:00,  1.0s/it]\n{line % (i % 7, i % 9)}\n 50%|#  | 3/6 [00:01<00:01]" for i in range(1, 31))
+    (tmp_path / "plain.log").write_text(plain)
+    (tmp_path / "bars.txt").write_text(bars)
+    counted, stepped = health.read(tmp_path / "plain.log"), health.read(tmp_path / "bars.txt")
+    assert counted.steps[-1]["step"] == 31 and math.isnan(counted.steps[-1]["loss"]) and "no progress bar" in counted.doubts[0]
+    assert stepped.steps[-1]["step"] == 300 and stepped.planned_steps == 300 and "dead gradients" in {f.name for f in health.diagnose(stepped)}
+    (tmp_path / "other.log").write_text("{'colour': 'red'}")
+    with pytest.raises(ValueError, match="holds no line such as"):
+        health.read(tmp_path / "other.log")
+
+
+def test_of_several_evaluation_sets_one_is_followed_and_always_the_same():
+    lines = [{"step": step, "eval_b_loss": 2.0 + step, "eval_b_runtime": 1.0} | ({"eval_a_loss": 1.0} if step > 1 else {}) for step in range(1, 5)]
+    assert [value for _, value in health.to_record("test", lines).series("eval_loss")] == [3.0, 4.0, 5.0, 6.0]
+
+
+def test_the_epoch_of_a_stream_says_nothing_of_coverage(tmp_path):
+    history = [{"step": step, "epoch": step / 1000, **dead(step, float)} for step in range(10, 301, 10)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "max_steps": 1000, "num_train_epochs": 9223372036854775807}))
+    judged = {f.name: f for f in health.diagnose(health.read(tmp_path))}
+    assert "coverage below one epoch" not in judged and "stream of unknown length" in judged["coverage"].evidence
+    assert "stops at step 300 of 1,000" in judged["the end of the run"].evidence
+
+
+def test_the_loss_of_reinforcement_learning_is_not_judged_by_its_level():
+    lines = [{"step": step, "loss": 0.0 if step < 5 else 0.001 * (step % 3), "grad_norm": 0.0 if step % 5 == 0 else 0.3, "learning_rate": 1e-6, "reward": 0.1 + step / 100, "reward_std": 0.1}
+             for step in range(1, 100)]
+    judged = {f.name: f for f in health.diagnose(health.to_record("test", lines))}
+    assert "rewards" in judged["training loss"].evidence and judged["steps without gradient"].severity == "note"
+    assert not {"loss of zero", "training loss flat", "divergence", "spikes of the training loss"} & set(judged)
+
+
+def test_a_loss_learnt_down_to_zero_is_not_a_loss_of_zero_nor_dead():
+    lines = [{"step": step, "loss": round(3 * math.exp(-step / 8), 4), "grad_norm": 0.0 if step > 100 else math.exp(-step / 20), "learning_rate": 1e-4, "epoch": step} for step in range(1, 200)]
+    judged = {f.name: f.severity for f in health.diagnose(health.to_record("test", lines))}
+    assert judged["nothing left to learn"] == "note" and not {"loss of zero", "dead gradients", "training loss flat"} & set(judged)
+
+
+def test_the_trainers_filtered_nan_is_recognised():
+    """With logging_nan_inf_filter, the default, a loss of NaN is written as 0.0; the norm beside it gives it away."""
+    lines = [{"step": step, "loss": 2.5 - step / 200 if step < 100 else 0.0, "grad_norm": 0.7 if step < 100 else math.nan, "learning_rate": 1e-4} for step in range(5, 300, 5)]
+    judged = {f.name: f for f in health.diagnose(health.to_record("test", lines))}
+    assert judged["non-finite gradient norm"].severity == judged["loss of zero"].severity == "fault" and "logging_nan_inf_filter" in judged["loss of zero"].cause
+
+
+def test_what_a_run_of_ours_adds_to_its_record_is_judged():
+    proof = healthy(1)
+    proof[0] |= {"proof/ratio": 0.31, "proof/tolerance": 0.04}
+    assert found(proof)["wrong gradients"].severity == "fault" and "wrong gradients" not in found([proof[0] | {"proof/ratio": 1.01}, *proof[1:]])
+    still = [line | ({"adapters/delta_ratio": 0.0} if "eval/loss" in line else {}) for line in healthy(1)]
+    assert found(still)["adapters never moved"].severity == "fault"
+    before = [{"step": 0, "eval/loss": 3.4, "eval/unquantised_loss": 1.1}, *healthy(1)]
+    assert found(before)["damage by quantisation"].severity == "warning"
+    worse = [{"step": 0, "eval/loss": 1.0}, *healthy(1)]
+    assert found(worse)["evaluation worse than before training"].severity == "warning"
+
+
+def test_a_record_is_found_inside_folders_and_two_runs_of_events_are_not_mixed(tmp_path):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+    for run in ("a", "b"):
+        writer = SummaryWriter(str(tmp_path / "out" / "runs" / run))
+        for step in range(1, 30):
+            writer.add_scalar("train/grad_norm", 0.0, step)
+        writer.close()
+    assert len(health.read(tmp_path / "out" / "runs" / "a").steps) == 29
+    with pytest.raises(ValueError, match="events of 2 runs; name one"):
+        health.read(tmp_path / "out")
+
+
+def test_json_output_holds_every_finding_for_programs(capsys):
+    assert health.main([str(FAILED_RUN), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["findings"][0]["name"] == "dead gradients" and printed["steps"] == 500 and "Dead gradients" in printed["headline"]
