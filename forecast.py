@@ -21,6 +21,7 @@ SMALL_AREA = 0.02      # see docs/HEALTH.md for these: a twentieth of what QLoRA
 MANY_EPOCHS = 20
 FEW_SUPERVISED = 0.03  # of all tokens
 CUT, CUT_TOKENS, LOST = 0.10, 0.05, 0.05  # of the rows; of the supervised tokens; of the rows
+LEAKED, DUPLICATE = 0.01, 0.10  # of the evaluation rows; of the training rows
 LONG_WARMUP = 0.5      # of the steps
 NEARLY_FULL = 0.95     # of the memory
 KNOWN = ("By itself that fails no run: with correct gradients, settings of 8.9 % coverage and area 0.0125 took SmolLM2-135M in NF4 from an evaluation "
@@ -36,6 +37,7 @@ class Facts:
     eval_rows: int | None = None
     longest: int | None = None            # tokens of the longest row
     counts: dict = field(default_factory=dict)   # data.Rows.counts: rows_read, rows_truncated, rows_lost, …
+    audit: dict = field(default_factory=dict)    # {check: rows} of data's audit: duplicate, near_duplicate, leak
     trainable: int | None = None          # trainable parameters
     memory: dict = field(default_factory=dict)   # {part: bytes}, such as weights, adapters, optimizer, activations
     peak_bytes: int | None = None         # most memory in use in a probed step
@@ -134,6 +136,14 @@ def forecast(config, facts):
         warn("rows lost", f"{lost:.1%} of the rows teach nothing: {f['lost_share'] or 0:.1%} lost to data.max_length, {f['skipped_share'] or 0:.1%} could not be read, "
              f"{f['unsupervised_share'] or 0:.1%} hold no supervised token.", "Whole rows are missing from training, often the long ones.",
              "Raise data.max_length, mend the rows, or look at the chat template.")
+    leaked, twice = facts.audit.get("leak", 0), facts.audit.get("duplicate", 0) + facts.audit.get("near_duplicate", 0)
+    if leaked > LEAKED * (facts.eval_rows or facts.rows):
+        warn("leaked rows", f"{leaked:,} training rows stand among the {facts.eval_rows or 0:,} evaluation rows too, the same or nearly.",
+             "The evaluation then measures what was learnt by heart, and looks better than it is.", "--data.drop=leak; python data.py CONFIG --check shows them.")
+    if twice > DUPLICATE * facts.rows:
+        warn("duplicate rows", f"{twice:,} of {facts.rows:,} training rows repeat an earlier one, or nearly.",
+             "A row that stands twice is learnt twice: more epochs for some rows than were asked for.",
+             "--data.drop=duplicate,near_duplicate; python data.py CONFIG --check shows them.")
     if facts.peak_bytes and facts.available_bytes and NEARLY_FULL * facts.available_bytes < facts.peak_bytes <= facts.available_bytes:
         warn("memory nearly full", f"A step takes {gib(facts.peak_bytes)} of {gib(facts.available_bytes)}.", "Fragmentation or a neighbour on the same device ends such runs.",
              "Lower memory.max_tokens a little.")
@@ -145,6 +155,13 @@ def refusals(outcome, forecast_config):
     that acknowledge does not name."""
     return [found for found in outcome.findings
             if found.severity == "refuse" or forecast_config.strict and found.name not in forecast_config.acknowledge]
+
+
+def as_json(outcome):
+    """A Forecast as plain JSON-ready data: {"figures", "findings", "acknowledged"}, the curve of the rate thinned to 200 points."""
+    points = outcome.figures["rates"]
+    thinned = [points[at * (len(points) - 1) // 199] for at in range(200)] if len(points) > 200 else points
+    return {"figures": outcome.figures | {"rates": thinned}, "findings": [vars(found) for found in outcome.findings], "acknowledged": outcome.acknowledged}
 
 
 # -------------------------------------------------------------------------------------------------------------- console

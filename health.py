@@ -262,7 +262,7 @@ def learning_rate(record):
         yield finding("warning" if early or steps - figures["negligible_from"] >= 0.1 * steps else "note", "rate ends at nothing",
                       f"{told} From step {figures['negligible_from']:,} on it is below 1 % of the peak{when}", **figures)
     yield from rules.too_high(figures["peak"])
-    if 0 < figures["area"] < SMALL_AREA:
+    if 0 < figures["area"] < SMALL_AREA and not any(doubt.startswith("steps") for doubt in record.doubts):
         nothing = figures["area"] < SMALL_AREA / 200  # no adapter is moved by that, and hardly a whole model
         yield finding("warning" if nothing else "note", "small rate area",
                       f"The rates add up to {figures['area']:.3g}, which is little for adapters (below {SMALL_AREA:g}).", **figures)

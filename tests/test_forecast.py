@@ -85,6 +85,8 @@ SICK_AND_WELL = [
     ("heavy truncation", "warning", dict(facts=counted(rows_truncated=5000)), dict(facts=counted(rows_truncated=4000))),
     ("heavy truncation", "warning", dict(facts=counted(supervised_tokens_lost=60_000)), dict(facts=counted(supervised_tokens_lost=40_000))),
     ("rows lost", "warning", dict(facts=counted(rows_lost=1500, rows_unsupervised=1500)), dict(facts=counted(rows_lost=1500))),
+    ("leaked rows", "warning", dict(facts=dataclasses.replace(FACTS, eval_rows=500, audit={"leak": 20})), dict(facts=dataclasses.replace(FACTS, eval_rows=500, audit={"leak": 5}))),
+    ("duplicate rows", "warning", dict(facts=dataclasses.replace(FACTS, audit={"duplicate": 3000, "near_duplicate": 2000})), dict(facts=dataclasses.replace(FACTS, audit={"duplicate": 3000}))),
     ("memory nearly full", "warning", dict(facts=dataclasses.replace(FACTS, peak_bytes=int(7.9 * GIB), available_bytes=8 * GIB)), {}),
 ]
 
@@ -132,6 +134,13 @@ def test_two_stages_the_second_adds_memory_and_time_and_nothing_is_guessed_befor
     text = forecast.show_forecast(second)
     assert "4,884,480 parameters" in text and "weights 85.8 MiB" in text and "2.00 GiB in the probed step, of 80.00 GiB" in text and "60.0 minutes" in text
     assert second.figures["seconds"] == pytest.approx(3600)
+
+
+def test_a_forecast_becomes_json_and_stays_small():
+    import json
+    tree = json.loads(json.dumps(forecast.as_json(of("approach2"))))
+    assert tree["figures"]["area"] == pytest.approx(0.545, abs=1e-3) and len(tree["figures"]["rates"]) == 200 and tree["figures"]["rates"][-1][0] == 5000
+    assert json.loads(json.dumps(forecast.as_json(of("seed-failure"))))["findings"][0]["remedy"]
 
 
 def test_the_curve_is_the_schedule_from_its_first_step_to_its_last():
