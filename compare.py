@@ -396,9 +396,12 @@ def conclusions(comparison):
             yield f"{name} is the same as {first} to the last bit: did the setting change anything?"
         else:
             told = {"lower": f"is better than {first} on these rows", "higher": f"is worse than {first} on these rows",
-                    "unclear": f"cannot be told apart from {first}"}[sense(gap)]
+                    "unclear": f"cannot be told apart from {first}"}[sense(gap) if comparison["rows"] >= verdict.MIN_ROWS else "unclear"]
             value, low, high = (signed(gap[part], ".4f") for part in ("value", "low", "high"))
             yield f"{name} {told}: {value} nats a token, {CONFIDENCE:.0%} interval {low} to {high}."
+    if comparison["rows"] < verdict.MIN_ROWS:
+        yield (f"{words.count(comparison['rows'], 'row')}: too few to tell runs apart, and for intervals to be wide enough; it takes "
+               f"{verdict.MIN_ROWS}.")
     for group in comparison["seeds"]:
         loss, names = group["loss"], words.plain(", ".join(group["runs"]))
         yield (f"{names} differ in their seed alone: loss {loss['mean']:.4f} ± {loss['deviation']:.4f} over "

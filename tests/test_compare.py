@@ -102,6 +102,13 @@ def test_runs_that_do_not_differ_in_a_bit_are_said_to_be_the_same(tmp_path, caps
     assert "same as a to the last bit: did the setting change anything?" in capsys.readouterr().out
 
 
+def test_few_rows_tell_no_runs_apart_however_they_differ(tmp_path, capsys):
+    runs = [make_run(tmp_path / name, evals={0: 4.6, 200: last}, rows=verdict.MIN_ROWS - 1) for name, last in (("a", 2.0), ("b", 3.0))]
+    compare.main([str(run) for run in runs])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "b cannot be told apart from a: +1.0" in shown and "19 rows: too few" in shown
+
+
 def test_rows_without_a_target_count_for_nothing(tmp_path, capsys):
     runs = []
     for name, by in (("a", 0.0), ("b", 0.1)):
@@ -369,6 +376,24 @@ def test_a_training_that_does_not_end_well_ends_ab_with_its_code_and_one_that_fa
 def test_several_seeds_are_one_command(trainer, capsys):
     assert compare.main(["--ab=train.seed=0,1,2", "tiny.json"]) == 0
     assert "differ in their seed alone" in capsys.readouterr().out
+
+
+def test_ab_with_the_real_trainer_trains_compares_and_takes_its_runs_the_second_time(tiny_inputs, tmp_path, monkeypatch, capsys):
+    import train
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "catch_signals", list)  # in this process, which goes on afterwards
+    monkeypatch.setattr(compare.subprocess, "run", lambda command: SimpleNamespace(returncode=train.main(command[2:])))
+    (tmp_path / "tiny.json").write_text(json.dumps({
+        "model": {"path": str(tiny_inputs / "model"), "compute_dtype": "fp32"}, "data": {name: str(tiny_inputs / f"{name}.jsonl") for name in ("train", "eval")},
+        "train": {"max_steps": 4, "micro_batch_size": 2, "accumulation": 2}, "schedule": {"learning_rate": 1e-2, "lr_warmup_steps": 1},
+        "lora": {"r": 4, "alpha": 8}, "eval": {"samples": 0}, "log": {"tensorboard": False}}))
+    for said in ("training with lora.r=2", "runs/tiny-2: finished, with the same settings; taken as it is"):
+        assert compare.main(["--ab", "lora.r=2,4", "tiny.json", "--json", "--out=ab"]) == 0
+        shown = capsys.readouterr().out
+        assert said in shown
+    found, metrics = json.loads(shown[shown.index("\n{") + 1:]), record.read_metrics(tmp_path / "runs" / "tiny-4")
+    assert [run["name"] for run in found["runs"]] == ["2", "4"] and found["settings"]["lora.r"] == [2, 4] and found["rows"] == 6
+    assert found["runs"][1]["loss"] == pytest.approx(metrics[-1]["eval/loss"]) and (tmp_path / "ab" / "compare.md").is_file()
 
 
 def test_values_are_split_at_commas_outside_brackets():
