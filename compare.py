@@ -54,7 +54,7 @@ def read_run(folder):
     metrics, name = record.read_metrics(folder), folder.resolve().name
     tree = {section: values for section, values in read_json(folder / "config.json").items() if isinstance(values, dict)}
     every = record.read_evaluations(folder)
-    kept, notes = verdict.same_evaluations(metrics, every)
+    kept, _, notes = verdict.same_evaluations(metrics, every)
     recorded, last = {line["step"] for line in metrics if "eval/loss" in line}, metrics[-1]["step"] if metrics else 0
     by_hand = {step for step in every if type(step) is int and step not in recorded and step <= last}  # eval.py --keep, between evaluations
     steps = sorted(by_hand | {step for step in kept if type(step) is int})
@@ -64,8 +64,8 @@ def read_run(folder):
         raise ValueError(f"{folder / 'evaluations'} {there}.{why} Make them with: python eval.py --ckpt {folder} --keep")
     flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
     return {"path": folder, "name": name, "config": flat, **verdict.progress(tree, metrics), "metrics": metrics,
-            "environment": read_json(folder / "environment.json"), "evaluations": {step: every[step][0] for step in steps}, "metadata": {step: every[step][1] for step in steps},
-            "notes": [f"{name}: {note}" for note in notes]}
+            "environment": read_json(folder / "environment.json"), "evaluations": {step: every[step][0] for step in steps},
+            "metadata": {step: every[step][1] for step in steps}, "notes": [f"{name}: {note}" for note in notes]}
 
 
 def name_apart(runs, longest=12):

@@ -179,7 +179,7 @@ class Criteria:
                        choices=("none", "minimum", "optimal"))
     baseline: str = key("unquantised", "falls and gains count from the untrained model in 16 or 32 bits, or from it as quantised, "
                         "whose repair then counts as learning", choices=("unquantised", "quantised"))
-    confidence: float = key(0.95, "probability with which an interval holds the true value", low=0.5, high=0.999)
+    confidence: float = key(0.95, "probability with which an interval holds the true value", low=0.5, high=0.99)
     milestone_step: int = key(500, "milestone: by this step", low=1)
     milestone_train_loss_drop: float = key(0.2, "milestone: the training loss fell by more than this, in nats; 0: not judged", low=0.0)
     minimum_train_loss_drop: float = key(0.5, "minimum: the training loss fell by more than this, in nats; 0: not judged", low=0.0)

@@ -62,7 +62,8 @@ class Evidence:
     """What a record holds for the criteria. Estimates are float64 (1 + RESAMPLES,), or (1,) where there are no figures by row."""
     criteria: settings.Criteria
     metrics: list             # of record.read_metrics
-    quant: str                # model.quant, empty where it is not known
+    quant: str                # model.quant, empty where it is not known, none where there is nothing to repair
+    start: str                # what the run started from, in a word or two
     step: int                 # the last one recorded
     planned_steps: int        # 0 where it is not known
     state: str                # see progress
@@ -165,31 +166,38 @@ def progress(tree, metrics):
 
 
 def same_evaluations(metrics, evaluations):
-    """The per-row evaluations that belong to the record, and what was left out: ({step or "unquantised": arrays}, [notes]).
+    """({step or "unquantised": arrays} of the evaluations by row that belong to the record, steps that were evaluated on other rows
+    than the last evaluation, [notes] on what was left out).
 
     One belongs where its rows are those of the last one and its figures are the recorded ones: another run's file, or one of
     steps that were cut off since, is left out.
     """
     recorded = {line["step"]: line for line in metrics if "eval/loss" in line}
-    if metrics and "eval/unquantised_loss" in metrics[0]:
-        recorded["unquantised"] = {"eval/loss": metrics[0]["eval/unquantised_loss"]}
     last = max((key for key in evaluations if key in recorded and key != "unquantised"), default=None)
-    found, notes = {}, []
+    found, others, notes = {}, set(), []
+    counts = {key: number(line.get("eval/supervised_tokens")) for key, line in recorded.items() if "eval/supervised_tokens" in line}
+    for key, count in counts.items():
+        if count != counts[max(counts)]:
+            others |= {key, "unquantised"} if key == 0 else {key}  # which was measured together with step 0
+            notes.append(f"The evaluation at step {key:,} counted {count:,.0f} supervised tokens, the last one "
+                         f"{counts[max(counts)]:,.0f}: it was made on other rows, and was left out.")
+    unquantised = {"eval/loss": metrics[0].get("eval/unquantised_loss")} if metrics else {}
     for key, (arrays, metadata) in evaluations.items():
         if key not in recorded and key != "unquantised":
             continue  # of a checkpoint that was evaluated later, by hand
-        name, line = key if isinstance(key, str) else f"step-{key:06d}", recorded.get(key, {})
+        name, line = (f"step-{key:06d}", recorded[key]) if key in recorded else (key, unquantised)
         rows, about = evaluations[last] if last is not None else (arrays, metadata)
         loss = arrays["nll"].sum() / arrays["tokens"].sum() if arrays["tokens"].sum() else math.nan
         stated, digests = line.get("eval/loss"), {line.get("eval/adapter_digest"), metadata.get("adapter_digest")} - {None}
         if not np.array_equal(arrays["tokens"], rows["tokens"]) or metadata.get("rows_digest") != about.get("rows_digest"):
+            others.add(key)
             notes.append(f"evaluations/{name}.safetensors is of other rows than the last evaluation, and was left out.")
         elif len(digests) > 1 or math.isfinite(number(stated)) and not abs(loss - stated) <= 1e-3 * max(1.0, abs(stated)):
             notes.append(f"evaluations/{name}.safetensors is not the recorded evaluation (its loss is {loss:.4f}, the recorded {stated}; "
                          "or the adapters are others), and was left out.")
         else:
             found[key] = arrays
-    return found, notes
+    return found, others, notes
 
 
 def estimates(metrics, rows, keys):
@@ -274,12 +282,16 @@ def judge(config_dict, metrics, evaluations):
     """The Verdict on a run: its settings as a nested dict ({}: all at their defaults), record.read_metrics and
     record.read_evaluations of it ({}: no figures by row). Raises ValueError for criteria that break their rules."""
     criteria = settings.from_dict({"criteria": config_dict.get("criteria", {})}, origin="criteria").criteria
-    rows, notes = same_evaluations(metrics, evaluations)
-    evals = points(metrics, "eval/loss")
+    rows, others, notes = same_evaluations(metrics, evaluations)
+    evals = [(step, loss) for step, loss in points(metrics, "eval/loss") if step not in others]
+    quant, adapter = config_dict.get("model", {}).get("quant", ""), config_dict.get("lora", {}).get("init_from", "")
     division = parts([step for step, _ in evals], criteria.optimal_steady_parts)
-    keys = {step for step, _ in evals[:1] + evals[-1:]} | set(division) | {"unquantised"}
+    keys = {step for step, _ in evals[:1] + evals[-1:]} | set(division)
+    if not adapter and "unquantised" not in others:  # an adapter that the run started from has repaired already what it could
+        keys.add("unquantised")
     losses, accuracies = estimates(metrics, rows, sorted(keys, key=str))
-    run = Evidence(criteria, metrics, quant=config_dict.get("model", {}).get("quant", ""), **progress(config_dict, metrics), evals=evals,
+    start = "adapter" if adapter else "model" if quant == "none" else "quantised model"
+    run = Evidence(criteria, metrics, quant="none" if adapter else quant, start=start, **progress(config_dict, metrics), evals=evals,
                    parts=division, losses=losses, accuracies=accuracies,
                    rows=max((int((arrays["tokens"] > 0).sum()) for arrays in rows.values()), default=0))
     repair = repair_measured(run, 0)
@@ -353,7 +365,8 @@ def drop_of(run, losses, threshold, set, name):
     """A Criterion on the fall of the training loss over `losses`, a list of one value a step."""
     lengths = windows(len(losses))
     if lengths[1] < MIN_WINDOW:
-        return unmeasured(set, name, threshold, f"{words.count(len(losses), 'training step')} recorded; it takes {4 * MIN_WINDOW} to tell a fall from noise.")
+        return unmeasured(set, name, threshold, f"{words.count(len(losses), 'training step')} recorded; it takes {4 * MIN_WINDOW} to tell "
+                          "a fall from noise.")
     ends = losses[:lengths[0]], losses[-lengths[1]:]
     bad = [sum(not math.isfinite(loss) for loss in end) for end in ends]
     if 2 * bad[1] > lengths[1]:
@@ -363,14 +376,10 @@ def drop_of(run, losses, threshold, set, name):
                           f"of the last {lengths[1]}, so there is too little to measure a fall from.")
     first, last, drop = window_drop(*ends, 1)
     reason = (f"Training loss {first:.4f} -> {last:.4f}, medians of the first {lengths[0]} and the last {lengths[1]} steps: "
-              f"{drop[0]:.3f} below {start_of(run)}.")
+              f"{drop[0]:.3f} below the {run.start} that it started from.")
     if sum(bad):
         reason += f" {sum(bad)} steps without a finite loss are left out."
     return counted(run, set, name, threshold, drop, reason, 0, paired=False)
-
-
-def start_of(run):
-    return f"the {'quantised ' * (run.quant != 'none')}model that it started from"
 
 
 def counted(run, set, name, threshold, gain, reason, which, unit=1.0, paired=True):
@@ -454,7 +463,7 @@ def against_start(run, set, name, threshold, figures, better, form, unit, which,
         return Criterion(set, name, outcome, threshold, float(gain[0]), low, high, reason + without_rows(gain))
     gain = unit * better * minus(figures[last], start)
     reason = (f"{tag.capitalize()} {start[0]:{form}} -> {figures[last][0]:{form}} at step {last:,}: "
-              f"{gain[0]:.{3 if which == 0 else 1}f} against {start_of(run)}.")
+              f"{gain[0]:.{3 if which == 0 else 1}f} against the {run.start} that it started from.")
     digests = [line.get("eval/adapter_digest") for line in run.metrics if "eval/loss" in line]
     if digests[0] is not None and digests[0] == digests[-1]:
         reason += " The adapters are to the last bit what they were before training."
@@ -503,15 +512,15 @@ def perplexity(run):
         return why_not
     level = lambda losses: np.exp(np.minimum(losses, 700.0))
     judged = lambda losses: (float(level(losses)[0]), *interval(level(losses), run.criteria.confidence))
-    after, untrained = judged(run.losses[last]), "untrained and quantised" if run.quant != "none" else "untrained"
-    starts = {untrained: 0, "untrained and unquantised": "unquantised"}
+    after = judged(run.losses[last])
+    starts = {f"the {run.start} before training": 0, "the unquantised model": "unquantised"}
     before = {what: judged(run.losses[key]) for what, key in starts.items() if key in run.losses}
     outcome = decide(*after, threshold, below=True)
     reason = "; ".join([f"At step {last:,}", *(f"{what} {figures[0]:.2f}" for what, figures in before.items())]) + "."
     reason += without_rows(run.losses[last])
     held = [what for what, figures in before.items() if decide(*figures, threshold, below=True) == PASS]
     if held and outcome == PASS:
-        outcome, reason = ALREADY_MET, f"The model was below it {held[0]}, so this shows nothing that was learnt. " + reason
+        outcome, reason = ALREADY_MET, f"{held[0].capitalize()} was below it, so this shows nothing that was learnt. " + reason
     return finish(run, Criterion("optimal", name, outcome, threshold, *after, reason), by_rows=True)
 
 
@@ -560,8 +569,8 @@ def steady_improvement(run):
     if bad:
         return unmeasured("optimal", name, threshold, f"The evaluation loss at step {bad[0]:,} is not finite.", FAIL)
     if len(steps) < count + 1:
-        why = (f"{words.count(len(run.evals), 'evaluation')}: too few to see each of {count} parts of the run; it takes one before training and "
-               f"{count} spread over it (eval.every_steps).")
+        why = (f"{words.count(len(run.evals), 'evaluation')}: too few to see each of {count} parts of the run; it takes one before "
+               f"training and {count} spread over it (eval.every_steps).")
         return unmeasured("optimal", name, threshold, why)
     level = 1 - (1 - run.criteria.confidence) / count
     falls = [minus(run.losses[a], run.losses[b]) for a, b in zip(steps, steps[1:])]

@@ -198,7 +198,7 @@ def test_a_perplexity_that_held_before_training_and_no_longer_does_fails(tmp_pat
 
 def test_what_only_the_unquantised_model_met_is_already_met_too(tmp_path):
     found = outcomes(make_run(tmp_path / "run", evals={0: 2.5, 200: 1.2}, unquantised=1.3))
-    assert found["optimal perplexity"].outcome == "ALREADY MET" and "unquantised" in found["optimal perplexity"].reason
+    assert found["optimal perplexity"].outcome == "ALREADY MET" and "The unquantised model was below it" in found["optimal perplexity"].reason
 
 
 def test_an_interval_that_straddles_the_threshold_is_inconclusive(tmp_path):
@@ -336,6 +336,24 @@ def test_an_evaluation_file_of_other_rows_or_of_another_run_is_left_out_and_name
     assert [any(name in note for note in notes) for name in ("step-000050", "step-000100", "step-000150", "step-000200")] == [True, True, True, False]
 
 
+def test_evaluations_on_other_rows_than_the_last_ones_are_not_compared_with_it(tmp_path):
+    run = make_run(tmp_path / "files")
+    for key in (0, "unquantised"):
+        arrays, metadata = record.read_evaluations(run)[key]
+        record.save_evaluation(run, "unquantised" if key else "step-000000", arrays, metadata | {"rows_digest": "others"})
+    found = outcomes(run)
+    assert found["minimum eval loss drop"].outcome == "INCONCLUSIVE" and "holds no evaluation loss of the untrained model" in found["minimum eval loss drop"].reason
+    counted = make_run(tmp_path / "counts", keep=False, change={step: {"eval/supervised_tokens": 100 if step < 200 else 300} for step in (0, 50, 100, 150, 200)})
+    assert outcomes(counted)["minimum eval loss drop"].measured is None
+    assert len(verdict.of_run(counted).notes) == 4 and outcomes(counted)["optimal steady improvement"].outcome == "INCONCLUSIVE"
+
+
+def test_a_run_that_started_from_an_adapter_is_judged_against_that_adapter(tmp_path):
+    run = make_run(tmp_path / "run", evals={0: 2.2, 200: 2.1}, unquantised=3.9, sections={"lora": {"init_from": "runs/before"}})
+    drop = outcomes(run)["minimum eval loss drop"]
+    assert drop.outcome == "FAIL" and drop.measured == pytest.approx(0.1, abs=0.05) and "against the adapter that it started from" in drop.reason
+
+
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.dictionaries(st.sampled_from(["train/loss", "train/grad_norm", "train/skipped", "train/epoch", "train/samples", "eval/loss", "eval/token_accuracy", "eval/samples", "eval/unquantised_loss",
                                                  "eval/adapter_digest", "eval/unquantised_token_accuracy"]),
@@ -444,7 +462,7 @@ def test_a_threshold_of_zero_leaves_its_criterion_out(tmp_path):
     assert [c.name for c in judged.criteria] == ["gradient norm in every step"] and judged.outcome == "PASS" and judged.sets["optimal"] == "INCONCLUSIVE"
 
 
-@pytest.mark.parametrize("arguments, said", [(["RUN", "--train.max_steps=3"], "only criteria"), (["RUN", "--criteria.perplexity=3"], "unknown key"), (["RUN", "--criteria.confidence=2"], "must be <= 0.999"),
+@pytest.mark.parametrize("arguments, said", [(["RUN", "--train.max_steps=3"], "only criteria"), (["RUN", "--criteria.perplexity=3"], "unknown key"), (["RUN", "--criteria.confidence=2"], "must be <= 0.99"),
                                              ([], "give one run folder"), (["nowhere"], "no such file")])
 def test_bad_input_is_refused_in_one_message(tmp_path, arguments, said):
     run = make_run(tmp_path / "run")
