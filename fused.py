@@ -110,8 +110,8 @@ class Group:
     def backward(self, grad, low, mask, B_too=True):
         """For grad (T, out) and low (T, ranks): d loss / d x (T, in), and d loss / d low (T, ranks). Adds to the gradients of all B, unless told not to."""
         if self.short and self.kept is not None:  # launches are dear: one product for both
-            both = grad @ self.weight(grad.dtype, self.in_features + self.ranks, self.out_features)
-            dx, d_low = both[:, :self.in_features], both[:, self.in_features:]
+            both = grad @ self.weight(grad.dtype, self.width, self.out_features)  # whole rows, which attention wants to begin at 16 bytes
+            dx, d_low = both[:, :self.in_features], both[:, self.in_features:self.in_features + self.ranks]
             if self.adapted and mask is None:
                 torch.addmm(dx, d_low, self.working_A, alpha=self.scaling, out=dx)
         else:

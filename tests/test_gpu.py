@@ -243,7 +243,7 @@ def test_a_run_on_a_gpu_learns_and_goes_on_after_a_stop(tiny_inputs, tmp_path, k
     settings.write_text(json.dumps({}))
     where = [f"--model.path={tiny_inputs / 'model'}", f"--data.train={tiny_inputs / 'train.jsonl'}", f"--data.eval={tiny_inputs / 'eval.jsonl'}"]
     common = [str(settings), f"--out={tmp_path / 'run'}", *where, f"--model.quant={kind}", "--train.micro_batch_size=4", "--train.accumulation=2", "--schedule.learning_rate=3e-3", "--schedule.lr_min=1e-4",
-              "--schedule.lr_warmup_steps=2", "--eval.every_steps=10", "--eval.samples=2", "--eval.max_new_tokens=4", "--save.every_steps=10", *options]
+              "--schedule.lr_warmup_steps=2", "--data.audit=off", "--eval.every_steps=10", "--eval.samples=2", "--eval.max_new_tokens=4", "--save.every_steps=10", *options]
     assert train.main([*common, "--train.max_steps=20"]) == 0
     import record
     losses = [line["train/loss"] for line in record.read_metrics(tmp_path / "run") if "train/loss" in line]
