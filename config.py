@@ -47,6 +47,7 @@ class Lora:
     alpha: float = key(32.0, "the adapter's output is scaled by alpha/r (rslora: alpha/sqrt(r))", above=0)
     dropout: float = key(0.0, "probability that an element of an adapter's input is dropped", low=0.0, high=0.99)
     rslora: bool = key(False, "scale by alpha/sqrt(r), so that the scale of an update does not fall with the rank")
+    dora: bool = key(False, "DoRA: adapt directions and train the lengths of the weights' rows beside them; without the fast path, so slower")
     targets: list = key(list(PROJECTIONS), "projections that get an adapter, by the last part of their name; [\"all-linear\"]: all but the head")
     init_from: str = key("", "start from this adapter folder (PEFT format) instead of B = 0")
 

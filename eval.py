@@ -150,7 +150,7 @@ def configure(ckpt, model_path, overrides):
     lora, tensors, base = model.read_adapter(folder)
     run = next((parent for parent in folder.absolute().parents[:2] if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
     tree = json.loads((run / "config.json").read_text(encoding="utf-8")) if run else {"model": {"path": base}}
-    tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "targets": lora.targets}
+    tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "dora": lora.dora, "targets": lora.targets}
     config = settings.located(settings.from_dict(tree, overrides, str(run / "config.json") if run else "command line"))
     return config, tensors, folder
 

@@ -69,10 +69,10 @@ def fate_figures(sums):
     return {"size": math.sqrt(update / (weight or 1)), "survives": along / (update or 1), "noise": math.sqrt(error / (update or 1)), "lost": lost / (count or 1)}
 
 
-def merge(base, lora_A, lora_B, scaling, dtype, seed=None):
+def merge(base, lora_A, lora_B, magnitude, scaling, dtype, seed=None):
     """(W + scaling B A in `dtype`, the sums of `fate`): summed in fp32 (fp64 where W has it) and rounded once.
 
-    base (out, in), lora_A (r, in), lora_B (out, r). With a seed, bf16 is rounded stochastically: an update is often smaller than
+    base (out, in), lora_A (r, in), lora_B (out, r); magnitude None, or DoRA's (out,), to which the rows are stretched. With a seed, bf16 is rounded stochastically: an update is often smaller than
     half the distance of two bf16 numbers, and rounding to the nearest would drop it again and again; see `round_stochastically`.
     """
     wide = torch.promote_types(base.dtype, torch.float32)
@@ -80,6 +80,9 @@ def merge(base, lora_A, lora_B, scaling, dtype, seed=None):
     generator = torch.Generator().manual_seed(seed or 0)
     for rows in quant.pieces(len(base), 1024):  # wide copies of a whole weight would be the largest thing in memory
         piece, update = base[rows].to(wide), scaling * (lora_B[rows] @ lora_A)
+        if magnitude is not None:
+            turned = piece + update
+            update = turned * (magnitude[rows].to(turned) / torch.linalg.vector_norm(turned, dim=1))[:, None] - piece
         out[rows] = round_stochastically(piece + update, generator) if seed is not None and dtype == torch.bfloat16 else (piece + update).to(dtype)
         sums += fate(update, out[rows].to(wide) - piece, piece)
     return out, sums
@@ -116,7 +119,8 @@ class Source:
         for name, tensor in adapter.items():
             module, _, matrix = name.removeprefix(model.PEFT_PREFIX).rpartition(".lora_")
             shape = self.shapes.get(f"{module}.weight")
-            if f"{module}.weight" not in self.quantised or tuple(tensor.shape) != ((config.lora.r, shape[1]) if matrix == "A.weight" else (shape[0], config.lora.r)):
+            wanted = {"A.weight": lambda: (config.lora.r, shape[1]), "B.weight": lambda: (shape[0], config.lora.r), "magnitude_vector": lambda: (shape[0],)}
+            if f"{module}.weight" not in self.quantised or matrix not in wanted or tuple(tensor.shape) != wanted[matrix]():
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} is no adapter for {type(self.network).__name__} in {self.folder}; it belongs to another model: name that with --model")
 
     def base(self, name):
@@ -129,9 +133,10 @@ class Source:
         return tensor.to(self.compute)
 
     def matrices(self, name):
-        """(lora_A, lora_B) of a weight, or None where it has no adapter."""
+        """(lora_A, lora_B, DoRA's magnitude or None) of a weight, or None where it has no adapter."""
         stem = model.PEFT_PREFIX + name.removesuffix(".weight")
-        return (self.adapter[f"{stem}.lora_A.weight"], self.adapter[f"{stem}.lora_B.weight"]) if f"{stem}.lora_A.weight" in self.adapter else None
+        found = tuple(self.adapter.get(f"{stem}.{part}") for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
+        return found if found[0] is not None else None
 
     def merged(self, name, dtype):
         """(the weight with its adapter in `dtype`, the sums of `fate` or None). Raises ValueError where `dtype` cannot hold it."""
@@ -420,7 +425,7 @@ def merge_into(out, source, adapter, folder, config, tokenizer, end_ids, rows, d
             remedy = "merge onto the dequantised base (without --onto=original)" if source.original else "look at --dtype=fp32, or serve the adapter beside its base (--adapter)"
             print(f"error: the merge is not what was trained: {'; '.join(why)} (allowed: {tolerance:g} nats). Nothing was kept; {remedy}, or allow more with --tolerance=NATS", file=sys.stderr)
             return 5
-        facts = [("adapter", f"LoRA, rank {config.lora.r}, alpha {config.lora.alpha:g}{', rsLoRA' if config.lora.rslora else ''}, merged into the weights"),
+        facts = [("adapter", f"{'DoRA' if config.lora.dora else 'LoRA'}, rank {config.lora.r}, alpha {config.lora.alpha:g}{', rsLoRA' if config.lora.rslora else ''}, merged into the weights"),
                  ("base", "the unquantised weights" if source.original else f"the weights as they were in training: {kind}"), ("stored in", bits), ("update", " ".join(update)),
                  ("evaluation rows", counted), *((f"loss {what}", value) for what, value in losses), ("logits through merge and adapter", compared)]
         (work / "README.md").write_text(card("merged model", config, folder, facts), encoding="utf-8")
@@ -474,7 +479,7 @@ def main(argv):
     if "adapter" in outs:
         with unfinished(outs["adapter"]) as work:
             write_adapter(work, folder, config, adapter, tokenizer)
-            (work / "README.md").write_text(card("adapter", config, folder, [("adapter", f"LoRA in PEFT's format, rank {config.lora.r}, alpha {config.lora.alpha:g}"), ("trained over", f"{config.model.quant} weights")]), encoding="utf-8")
+            (work / "README.md").write_text(card("adapter", config, folder, [("adapter", f"{'DoRA' if config.lora.dora else 'LoRA'} in PEFT's format, rank {config.lora.r}, alpha {config.lora.alpha:g}"), ("trained over", f"{config.model.quant} weights")]), encoding="utf-8")
             publish(work, outs["adapter"])
         print(f"adapter    {len(adapter)} matrices, the checkpoint's bit for bit\nwritten    {outs['adapter']}")
     if "merge" in outs:

@@ -4,7 +4,7 @@ Projections that read the same input (q, k, v; gate, up) are one product with on
 SwiGLU are one kernel each way; adapter gradients are summed straight into their fp32 buffers; silu(gate) * up is computed again in
 the backward pass instead of stored. The plain path, transformers' own layer with AdaptedLinear, is the slow twin: `install` runs
 both on every layer it takes over and leaves alone what does not agree. Leaves out: layers with other norms, activations or
-normed queries, and LLM.int8(), whose outliers are chosen by waiting for the GPU; they train on the plain path.
+normed queries, DoRA, and LLM.int8(), whose outliers are chosen by waiting for the GPU; they train on the plain path.
 """
 import functools
 
@@ -429,7 +429,7 @@ def fits(layer):
         return False
     linear = [module for part in (layer.self_attn, layer.mlp) for name, module in part.named_children() if name.endswith("_proj")]
     return type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm)) \
-        and not any(isinstance(module.weight, quant.LLMInt8Weight) for module in linear)
+        and not any(isinstance(module.weight, quant.LLMInt8Weight) or module.dora for module in linear)
 
 
 @torch.no_grad()

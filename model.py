@@ -47,10 +47,10 @@ class AdaptedLinear(nn.Module):
     """y = x W^T + b + scaling * dropout(x) A^T B^T, W and b frozen (Hu et al. 2021, section 4.1). r = 0: no adapter.
 
     lora_A (r, in) and lora_B (out, r) are trained in `adapter_dtype`; products run in x's dtype. x: (..., in) -> y: (..., out).
-    `weight` is a quant.FrozenWeight, set when its tensor has been read.
+    `weight` is a quant.FrozenWeight, set when its tensor has been read. With `dora`, lora_magnitude_vector (out,) is trained too.
     """
 
-    def __init__(self, in_features, out_features, bias=None, r=0, scaling=1.0, dropout=0.0, device=None, adapter_dtype=torch.float32):
+    def __init__(self, in_features, out_features, bias=None, r=0, scaling=1.0, dropout=0.0, device=None, adapter_dtype=torch.float32, dora=False):
         super().__init__()
         self.in_features, self.out_features, self.r, self.scaling, self.dropout = in_features, out_features, r, scaling, dropout
         self.weight = None
@@ -58,15 +58,36 @@ class AdaptedLinear(nn.Module):
         if r:
             self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=adapter_dtype))
             self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=adapter_dtype))
+        self.dora = bool(r) and dora
+        if self.dora:
+            self.lora_magnitude_vector = nn.Parameter(torch.zeros(out_features, device=device, dtype=adapter_dtype))
 
     def forward(self, x):
-        y = FrozenMatmul.apply(x, self.weight)
+        y = base = FrozenMatmul.apply(x, self.weight)
         if self.bias is not None:
             y = y + self.bias
         if not self.r:
             return y
-        low = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T  # (..., r)
-        return y + self.scaling * (low @ self.lora_B.to(x.dtype).T)
+        dropped = F.dropout(x, self.dropout, self.training)
+        low = dropped @ self.lora_A.to(x.dtype).T  # (..., r)
+        update = self.scaling * (low @ self.lora_B.to(x.dtype).T)
+        if self.dora:
+            update = self.with_magnitude(FrozenMatmul.apply(dropped, self.weight) if self.dropout and self.training else base, update)
+        return y + update
+
+    def with_magnitude(self, base, update):
+        """What DoRA adds to x W^T: m (W + s B A) / |W + s B A| in place of s B A (Liu et al. 2024, equation 5), given x W^T and s x A^T B^T.
+
+        The lengths |W + s B A| of the rows count as constants, as in its section 4.3 and in PEFT: the gradients lack what lies along the rows.
+        """
+        stretch = (self.lora_magnitude_vector / self.row_lengths(base.dtype)).to(base.dtype)
+        return (stretch - 1) * base + stretch * update
+
+    @torch.no_grad()
+    def row_lengths(self, dtype):
+        """|W + s B A|, the lengths of its rows, (out,) in the adapters' dtype, for W in `dtype`."""
+        weight, low = self.weight.dequantize(dtype), self.scaling * self.lora_B
+        return torch.cat([torch.linalg.vector_norm(weight[rows] + low[rows] @ self.lora_A, dim=1) for rows in quant.pieces(self.out_features, 1024)])
 
 
 # ---------------------------------------------------------------------------------------------------- packed attention
@@ -388,7 +409,7 @@ def inject(network, lora, device, adapter_dtype):
     scaling = lora.alpha / (math.sqrt(lora.r) if lora.rslora else lora.r)
     for name, module in linear.items():
         adapted = everything or any(("." + name).endswith("." + target) for target in lora.targets)
-        network.set_submodule(name, AdaptedLinear(module.in_features, module.out_features, module.bias, lora.r if adapted else 0, scaling, lora.dropout, device, adapter_dtype))
+        network.set_submodule(name, AdaptedLinear(module.in_features, module.out_features, module.bias, lora.r if adapted else 0, scaling, lora.dropout, device, adapter_dtype, lora.dora))
 
 
 def varlen_works(device, dtype):
@@ -498,7 +519,8 @@ def drop_dequantized(network):
 # ------------------------------------------------------------------------------------------------------------- adapters
 
 def adapters(network):
-    """{PEFT's name: parameter} of every adapter matrix: ...q_proj.lora_A.weight (r, in), ...q_proj.lora_B.weight (out, r).
+    """{PEFT's name: parameter} of every adapter matrix: ...q_proj.lora_A.weight (r, in), ...q_proj.lora_B.weight (out, r), and with
+    lora.dora ...q_proj.lora_magnitude_vector (out,).
 
     In the network's order, but of each block (self_attn, mlp) first every A, then every B: fused.Group counts on neighbours.
     """
@@ -506,19 +528,23 @@ def adapters(network):
     for name, module in network.named_modules():
         if isinstance(module, AdaptedLinear) and module.r:
             blocks.setdefault(name.rpartition(".")[0], []).append((f"{PEFT_PREFIX}{name}", module))
-    return {f"{name}.{matrix}.weight": getattr(module, matrix) for modules in blocks.values() for matrix in ("lora_A", "lora_B") for name, module in modules}
+    parts = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
+    return {f"{name}.{part}{ending}": getattr(module, part) for modules in blocks.values() for part, ending in parts.items() for name, module in modules if hasattr(module, part)}
 
 
 @torch.no_grad()
 def draw_adapters(network, seed):
-    """A uniform in +-1/sqrt(in) as PEFT draws it, B = 0, from a generator of their own: the same on every device."""
+    """A uniform in +-1/sqrt(in) as PEFT draws it, B = 0, from a generator of their own: the same on every device. Magnitudes: the rows' own."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapters(network).items():
         if ".lora_A." in name:
             bound = 1 / math.sqrt(parameter.shape[1])
             parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-        else:
+        elif ".lora_B." in name:
             parameter.zero_()
+    for module in network.modules():
+        if isinstance(module, AdaptedLinear) and module.dora:
+            module.lora_magnitude_vector.copy_(module.row_lengths(network.get_input_embeddings().weight.dtype))
 
 
 class AdapterMemory:
@@ -573,16 +599,16 @@ def set_adapters(own, tensors, origin):
 def peft_settings(lora, network, base):
     """The adapter_config.json text under which PEFT (and what reads PEFT) loads what `adapters` holds."""
     from peft import LoraConfig
-    names = sorted({name.split(".")[-3] for name in adapters(network)})
+    names = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in adapters(network)})
     settings = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha if lora.alpha % 1 else int(lora.alpha), lora_dropout=lora.dropout,
-                          use_rslora=lora.rslora, target_modules=names, bias="none", base_model_name_or_path=str(base), inference_mode=True).to_dict()
+                          use_rslora=lora.rslora, use_dora=lora.dora, target_modules=names, bias="none", base_model_name_or_path=str(base), inference_mode=True).to_dict()
     return json.dumps({name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}, indent=1, default=str)
 
 
 def read_adapter(folder):
     """(config.Lora, {PEFT's name: tensor}, base model's name) of an adapter folder in PEFT's format.
 
-    Raises ValueError for files that are missing and for what cannot be honoured, by name: DoRA, modules_to_save, rank patterns, ...
+    Raises ValueError for files that are missing and for what cannot be honoured, by name: modules_to_save, rank patterns, ...
     """
     from peft import LoraConfig
     from safetensors.torch import load_file
@@ -592,18 +618,18 @@ def read_adapter(folder):
             raise ValueError(f"{folder}: no {name} there, so it is no adapter in PEFT's format")
     settings = trust.read_json(folder / "adapter_config.json")
     trust.tensor_shapes(folder / "adapter_model.safetensors")
-    honoured = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "init_lora_weights"}
+    honoured = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "base_model_name_or_path", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "init_lora_weights"}
     usual = json.loads(json.dumps(LoraConfig().to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
     for name, value in settings.items():
         if name not in honoured and value and value != usual.get(name):
-            raise ValueError(f"{folder}/adapter_config.json: {name} = {json.dumps(value)} is not supported; plain LoRA adapters on projections are")
+            raise ValueError(f"{folder}/adapter_config.json: {name} = {json.dumps(value)} is not supported; LoRA and DoRA adapters on projections are")
     if settings.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
         raise ValueError(f"{folder}/adapter_config.json: init_lora_weights = {settings['init_lora_weights']!r} changes the base weights; convert it to a plain LoRA adapter with PEFT first")
     if type(settings.get("r")) is not int or not all(type(settings.get(name)) in (int, float) for name in ("lora_alpha", "lora_dropout")):
         raise ValueError(f"{folder}/adapter_config.json: r must be a whole number, lora_alpha and lora_dropout must be numbers, as PEFT writes them")
     tensors = load_file(folder / "adapter_model.safetensors")
     modules = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in tensors})
-    lora = config.Lora(r=settings["r"], alpha=float(settings["lora_alpha"]), dropout=float(settings["lora_dropout"]), rslora=bool(settings.get("use_rslora")), targets=modules)
+    lora = config.Lora(r=settings["r"], alpha=float(settings["lora_alpha"]), dropout=float(settings["lora_dropout"]), rslora=bool(settings.get("use_rslora")), dora=bool(settings.get("use_dora")), targets=modules)
     return lora, tensors, settings.get("base_model_name_or_path") or ""
 
 

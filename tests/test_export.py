@@ -197,10 +197,10 @@ def test_stochastic_rounding_is_right_on_average_and_never_further_than_a_neighb
 def test_a_small_update_survives_stochastic_rounding_and_is_lost_to_the_nearest():
     torch.manual_seed(0)
     base, lora_A, lora_B = torch.randn(256, 256).bfloat16(), torch.randn(4, 256), 1e-3 * torch.randn(256, 4) / 2
-    stochastic, nearest = (export.fate_figures(export.merge(base, lora_A, lora_B, 1.0, torch.bfloat16, seed)[1]) for seed in (1, None))
+    stochastic, nearest = (export.fate_figures(export.merge(base, lora_A, lora_B, None, 1.0, torch.bfloat16, seed)[1]) for seed in (1, None))
     assert nearest["survives"] < 0.6 and abs(stochastic["survives"] - 1) < 0.05
     assert nearest["size"] == stochastic["size"] == pytest.approx(1e-3, rel=0.1)
-    fp32 = export.fate_figures(export.merge(base, lora_A, lora_B, 1.0, torch.float32, 1)[1])
+    fp32 = export.fate_figures(export.merge(base, lora_A, lora_B, None, 1.0, torch.float32, 1)[1])
     assert fp32["survives"] == pytest.approx(1, abs=1e-3) and fp32["noise"] < 1e-3
 
 

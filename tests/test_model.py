@@ -1050,7 +1050,7 @@ def test_adapters_that_cannot_be_honoured_are_refused_by_name(tmp_path):
     network = make_model(tmp_path / "base", "llama")
     q = dict(target_modules=["q_proj"])
     cases = {
-        "use_dora": dict(q, use_dora=True), "modules_to_save": dict(q, modules_to_save=["lm_head"]), "rank_pattern": dict(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}),
+        "modules_to_save": dict(q, modules_to_save=["lm_head"]), "rank_pattern": dict(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}),
         "alpha_pattern": dict(target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 2}), "bias": dict(q, bias="lora_only"), "lora_bias": dict(q, lora_bias=True),
         "init_lora_weights": dict(q, init_lora_weights="pissa"), "layers_to_transform": dict(q, layers_to_transform=[1]), "trainable_token_indices": dict(q, trainable_token_indices={"embed_tokens": [3, 4]}),
     }
