@@ -51,10 +51,12 @@ def read_run(folder):
     """A run folder's record: {"path", "name", "config": flat, "step", "planned_steps", "state", "metrics", "environment",
     "evaluations": {step: arrays}, "metadata": {step: texts}, "notes"}. ValueError names what is not there and the command that makes it."""
     folder = pathlib.Path(folder)
-    metrics, name = record.read_metrics(folder), folder.resolve().name
+    name, damaged = folder.resolve().name, []
+    metrics = record.read_metrics(folder, damaged)
     tree = {section: values for section, values in read_json(folder / "config.json").items() if isinstance(values, dict)}
-    every = record.read_evaluations(folder)
+    every = record.read_evaluations(folder, damaged)
     kept, _, notes = verdict.same_evaluations(metrics, every)
+    notes = [f"{problem}." for problem in damaged[:3]] + notes
     recorded, last = {line["step"] for line in metrics if "eval/loss" in line}, metrics[-1]["step"] if metrics else 0
     by_hand = {step for step in every if type(step) is int and step not in recorded and step <= last}  # eval.py --keep, between evaluations
     steps = sorted(by_hand | {step for step in kept if type(step) is int})

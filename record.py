@@ -86,18 +86,26 @@ def save_evaluation(run_folder, name, per_row, metadata):
     return folder / f"{name}.safetensors"
 
 
-def read_evaluations(run_folder):
-    """{step or "unquantised": ({"nll", "tokens", "correct"}, metadata)} of a run. ValueError names a file that is damaged."""
+def read_evaluations(run_folder, problems=None):
+    """{step or "unquantised": ({"nll", "tokens", "correct"}, metadata)} of a run.
+
+    ValueError names a file that is damaged; given a list of `problems`, such files are left out and told there instead.
+    """
     from safetensors import SafetensorError, safe_open
     found = {}
     for path in sorted((pathlib.Path(run_folder) / "evaluations").glob("*.safetensors")):
         try:
             with safe_open(path, "np") as file:
                 arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); delete it, and evaluate again with eval.py") from None
-        if set(arrays) != {"nll", "tokens", "correct"} or len({array.shape for array in arrays.values()}) > 1:
-            raise ValueError(f"{path}: must hold nll, tokens and correct, one value a row each; it holds {', '.join(arrays) or 'nothing'}")
+            if set(arrays) != {"nll", "tokens", "correct"} or len({array.shape for array in arrays.values()}) > 1:
+                raise ValueError(f"{path}: must hold nll, tokens and correct, one value a row each; it holds {', '.join(arrays) or 'nothing'}")
+        except (SafetensorError, ValueError) as error:
+            told = error if isinstance(error, ValueError) else (
+                f"{path}: not a whole safetensors file ({error}); delete it, and evaluate again with eval.py --keep")
+            if problems is None:
+                raise ValueError(str(told)) from None
+            problems.append(str(told))
+            continue
         found[int(path.stem[5:]) if path.stem.startswith("step-") and path.stem[5:].isdigit() else path.stem] = arrays, metadata
     return found
 

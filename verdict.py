@@ -149,18 +149,18 @@ def progress(tree, metrics):
 
     state: finished; stopped early (eval.patience); unfinished (it goes on, was interrupted or stopped); unknown.
     """
-    train, stop = tree.get("train", {}), tree.get("eval", {})
-    step, planned, epochs = metrics[-1]["step"] if metrics else 0, train.get("max_steps", 0), train.get("epochs", 0)
+    given = lambda section, name: value if type(value := tree.get(section, {}).get(name)) in (int, float) else 0
+    step, planned, epochs = metrics[-1]["step"] if metrics else 0, given("train", "max_steps"), given("train", "epochs")
     best, waited = math.inf, 0
     for _, loss in points(metrics, "eval/loss"):
-        waited = 0 if loss < best - (stop.get("min_delta", 0) if best < math.inf else 0) else waited + 1
+        waited = 0 if loss < best - (given("eval", "min_delta") if best < math.inf else 0) else waited + 1
         best = loss if not waited else best
     passed, samples = points(metrics, "train/epoch"), sum(value for _, value in points(metrics, "train/samples"))
     if epochs and not planned and passed:  # the last sample of the run is the nearest one to epochs x rows
         done = passed[-1][1] >= epochs - (0.51 * passed[-1][1] / samples if samples > 0 else 1e-6)
     else:
         done = planned and step >= planned
-    early = 0 < stop.get("patience", 0) <= waited
+    early = 0 < given("eval", "patience") <= waited
     state = "finished" if done else "stopped early" if early else "unfinished" if planned or epochs else "unknown"
     return {"step": step, "planned_steps": planned, "state": state}
 
@@ -284,7 +284,7 @@ def judge(config_dict, metrics, evaluations):
     criteria = settings.from_dict({"criteria": config_dict.get("criteria", {})}, origin="criteria").criteria
     rows, others, notes = same_evaluations(metrics, evaluations)
     evals = [(step, loss) for step, loss in points(metrics, "eval/loss") if step not in others]
-    quant, adapter = config_dict.get("model", {}).get("quant", ""), config_dict.get("lora", {}).get("init_from", "")
+    quant, adapter = str(config_dict.get("model", {}).get("quant", "")), config_dict.get("lora", {}).get("init_from", "")
     division = parts([step for step, _ in evals], criteria.optimal_steady_parts)
     keys = {step for step, _ in evals[:1] + evals[-1:]} | set(division)
     if not adapter and "unquantised" not in others:  # an adapter that the run started from has repaired already what it could
@@ -619,8 +619,10 @@ def shown(verdict):
 
 
 def of_run(run, overrides=()):
-    """The Verdict on a run folder. overrides: ("criteria.key", "text") pairs. Raises ValueError naming the file that cannot be read."""
-    metrics, path = record.read_metrics(run), pathlib.Path(run) / "config.json"
+    """The Verdict on a run folder. overrides: ("criteria.key", "text") pairs. Raises ValueError where there is no record, or its
+    settings cannot be read; damaged lines and evaluations are left out and told in the notes."""
+    problems, path = [], pathlib.Path(run) / "config.json"
+    metrics, evaluations = record.read_metrics(run, problems), record.read_evaluations(run, problems)
     try:
         tree = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
@@ -631,7 +633,10 @@ def of_run(run, overrides=()):
     if wrong:
         raise ValueError(f"--{wrong[0]}: only criteria can be changed here; the run's other settings are what it was")
     tree["criteria"] = asdict(settings.from_dict({"criteria": tree.get("criteria", {})}, overrides, str(path)).criteria)
-    return judge(tree, metrics, record.read_evaluations(run))
+    judged = judge(tree, metrics, evaluations)
+    judged.notes += [f"{problem}. It was left out." for problem in problems[:5]]
+    judged.notes += [f"{len(problems) - 5:,} more like these."] * (len(problems) > 5)
+    return judged
 
 
 def write(run, verdict):

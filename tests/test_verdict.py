@@ -336,6 +336,20 @@ def test_an_evaluation_file_of_other_rows_or_of_another_run_is_left_out_and_name
     assert [any(name in note for note in notes) for name in ("step-000050", "step-000100", "step-000150", "step-000200")] == [True, True, True, False]
 
 
+def test_damaged_lines_and_files_are_left_out_and_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:9] + ["{broken\n"] + lines[10:]))
+    (run / "evaluations" / "step-000100.safetensors").write_bytes(b"x")
+    found = outcomes(run)
+    assert found["minimum eval loss drop"].outcome == "PASS" and [any(name in note for note in found["all"].notes) for name in ("line 10", "step-000100")] == [True, True]
+
+
+@pytest.mark.parametrize("tree", [{"train": {"max_steps": "many"}}, {"model": {"quant": ["nf4"]}}, {"eval": {"patience": "x", "min_delta": None}}, {"train": {"max_steps": 0, "epochs": "1"}}])
+def test_settings_that_make_no_sense_do_not_keep_a_record_from_being_judged(tree):
+    assert verdict.judge(tree, [{"step": 0, "eval/loss": 3.0}, {"step": 1, "train/loss": 3.0, "train/epoch": 1.0, "eval/loss": 2.0}], {}).outcome in ("FAIL", "INCONCLUSIVE")
+
+
 def test_evaluations_on_other_rows_than_the_last_ones_are_not_compared_with_it(tmp_path):
     run = make_run(tmp_path / "files")
     for key in (0, "unquantised"):
