@@ -64,7 +64,7 @@ class Alerts:
         return [one for one in findings if one.name in self.alerts.stop]
 
     def judged(self, names, findings, level=""):
-        """Of the `findings` of rules that judge `names`, those to raise; a name without a finding clears. level: the figure that tells how bad it is."""
+        """Of the `findings` of rules that judge `names`, those to raise; a name without one clears. level: the figure of how bad it is."""
         raised, present = [], {}
         for alert in findings:
             present[alert.name] = alert
@@ -93,7 +93,7 @@ class Alerts:
             name, bad, row = f"non-finite {what}", not math.isfinite(value) and not searching and not follows, self.bad[what]
             row[0], row[1] = row[0] + 1 if bad else 0, row[1] + bad
             severity = "fault" if row[0] >= self.alerts.nonfinite_steps else "warning"
-            evidence = f"{value} at step {self.step:,}" + (f", the {row[0]}th step in a row." if row[0] > 3 else ".") + f" In all {row[1]:,} steps."
+            evidence = f"{value} at step {self.step:,}; {row[0]} such steps in a row, {row[1]:,} in all."
             found += self.judged([], [finding(severity, name, evidence, "non-finite", steps=row[1])] if bad else [], "steps")
         self.searching.append(searching)
         self.dropped.append(line.get("skipped", 0) > 0 and not searching)
@@ -116,12 +116,14 @@ class Alerts:
         count = sum(self.dropped)
         if count < max(3, len(self.dropped) // 10):
             return []
-        return self.judged([], [finding("warning", "steps not applied", f"{count} of the last {len(self.dropped)} steps; those of step {self.step:,} {why}.", share=count)])
+        told = f"{count} of the last {len(self.dropped)} steps; those of step {self.step:,} {why}."
+        return self.judged([], [finding("warning", "steps not applied", told)])
 
     def zero(self, norm, loss):
-        """A norm of exactly 0.0: in some steps in a row, dead; between others, a window without a target; where the loss is nothing, all is learnt."""
+        """A norm of exactly 0.0: some in a row: dead; one between others: a window without a target; beside no loss: all is learnt."""
         if norm == 0 and abs(loss) < rules.ROTE and self.nothing:
-            return self.judged([], [finding("note", "nothing left to learn", f"At step {self.step:,} the loss is {loss:.2g} and the gradient 0.0.")])
+            told = f"At step {self.step:,} the loss is {loss:.2g} and the gradient 0.0."
+            return self.judged([], [finding("note", "nothing left to learn", told)])
         if loss > rules.ROTE:
             self.nothing = loss < 0.05  # the loss came down to here, it did not begin there
         if norm == 0:
@@ -143,8 +145,9 @@ class Alerts:
         self.ever_clipped |= ratio > 1
         if len(self.clipped) == LONG and self.step % 50 == 0:
             names = ["always clipped"] if statistics.median(self.clipped) < 1 else []
-            calm = self.ever_clipped or self.step < self.max_steps // 4  # never is told once, when a good part of the run has shown it
-            return self.judged(names, [alert for alert in rules.clipping(list(self.clipped), limit, self.alerts) if alert.name != "never clipped" or not calm])
+            early = self.ever_clipped or self.step < self.max_steps // 4  # never is told once a good part of the run has shown it
+            told = rules.clipping(list(self.clipped), limit, self.alerts)
+            return self.judged(names, [one for one in told if one.name != "never clipped" or not early])
         return []
 
     def loss(self, line):
@@ -180,8 +183,11 @@ class Alerts:
         return found
 
     def course(self):
-        """Where the loss goes, from the medians of blocks of steps. A plateau may end, so it is a note: two fifths of the run and a fifth of all its
-        rate without a fall. A loss that stands where it began is a warning when the run is over."""
+        """Where the loss goes, from the medians of blocks of steps.
+
+        A plateau may end, so it is a note: two fifths of the run and a fifth of all its rate without a fall. A loss that stands where it
+        began is a warning when the run is over.
+        """
         found = []
         if len(self.blocks) > 2 and self.blocks[0][1] > 0:
             found += self.judged(["divergence"], rules.diverged([entry[:3] for entry in self.blocks], self.alerts))
@@ -202,7 +208,7 @@ class Alerts:
         return found
 
     def rate(self, line):
-        """Keeps the sums of the rates. Negligible is told after some such steps in a row, where rows are left unseen or a tenth of the run is given away."""
+        """Sums of the rates. Negligible ones are told after some in a row, where rows stay unseen or a tenth of the run is lost."""
         rate = line.get("rate", math.nan)
         self.samples += line.get("samples", 0)
         if not math.isfinite(rate):
@@ -224,7 +230,7 @@ class Alerts:
         return found + self.judged([], [finding("warning", "rate ends at nothing", told)])
 
     def noise(self, scale, samples):
-        """The critical batch (McCandlish et al. 2018, section 2.2): far below it a step is mostly noise, and a larger batch costs little."""
+        """The critical batch (McCandlish et al. 2018, section 2.2): far below it a step is mostly noise, and a larger one costs little."""
         if math.isfinite(scale) and scale > 0:
             self.noise_scales.append(scale)
         if samples and len(self.noise_scales) >= 3 and statistics.median(self.noise_scales) > 10 * samples:
@@ -255,7 +261,8 @@ class Alerts:
         """Everything that an evaluation can tell, alone and beside the earlier ones."""
         entry = rules.evaluation_entry(line)
         if entry is None:
-            return self.judged([], [finding("fault", "non-finite evaluation loss", f"{line['eval_loss']} at step {self.step:,}.", "non-finite")])
+            told = f"{line['eval_loss']} at step {self.step:,}."
+            return self.judged([], [finding("fault", "non-finite evaluation loss", told, "non-finite")])
         entry |= {"area": self.area - self.area_before, "top": self.top, "peak": self.peak or 1.0, "initial": self.initial}
         self.area_before, self.top = self.area, 0.0
         if self.recent:
@@ -266,8 +273,8 @@ class Alerts:
             self.best = entry
         first = self.first = self.first or entry
         evals = list(self.evals)
-        whole = [*([first] if first is not evals[0] else []), *([self.best] if self.best not in evals and self.best is not first else []), *evals]
-        whole.sort(key=lambda one: one["step"])
+        kept = {one["step"]: one for one in (first, self.best, *evals)}
+        whole = [kept[step] for step in sorted(kept)]
         found = self.judged(["non-finite evaluation loss"], [])
         found += self.judged(["evaluation frozen"], rules.frozen(evals, self.alerts))
         still = list(rules.unmoved(evals))
@@ -280,7 +287,8 @@ class Alerts:
             found += self.judged([], rules.guessing(entry["loss"], "The evaluation loss before training", self.alerts))
             found += self.judged([], rules.damage(entry, self.alerts))
         if entry["step"] >= self.max_steps / 2:
-            found += self.judged(["samples never stop", "samples repeat themselves", "samples do not follow the loss"], rules.coherence(whole, self.alerts))
+            names = ["samples never stop", "samples repeat themselves", "samples do not follow the loss"]
+            found += self.judged(names, rules.coherence(whole, self.alerts))
         return found
 
 

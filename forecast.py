@@ -24,8 +24,8 @@ CUT, CUT_TOKENS, LOST = 0.10, 0.05, 0.05  # of the rows; of the supervised token
 LEAKED, DUPLICATE = 0.01, 0.10  # of the evaluation rows; of the training rows
 LONG_WARMUP = 0.5      # of the steps
 NEARLY_FULL = 0.95     # of the memory
-KNOWN = ("By itself that fails no run: with correct gradients, settings of 8.9 % coverage and area 0.0125 took SmolLM2-135M in NF4 from an evaluation "
-         "loss of 4.63 to 2.54 in 250 steps.")
+KNOWN = ("By itself that fails no run: with correct gradients, settings of 8.9 % coverage and area 0.0125 took SmolLM2-135M in NF4 "
+         "from an evaluation loss of 4.63 to 2.54 in 250 steps.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Facts:
     def of(cls, rows, eval_rows=None):
         """Facts of two data.Rows."""
         longest = int((rows.offsets[1:] - rows.offsets[:-1]).max()) if len(rows) else 0
-        return cls(len(rows), rows.counts["tokens"], rows.counts["supervised_tokens"], None if eval_rows is None else len(eval_rows), longest, rows.counts)
+        evaluated, counts = None if eval_rows is None else len(eval_rows), rows.counts
+        return cls(len(rows), counts["tokens"], counts["supervised_tokens"], evaluated, longest, counts)
 
 
 @dataclass
@@ -62,9 +63,10 @@ def forecast(config, facts):
     """The Forecast of a run of `config` (config.Config) with `facts`: a pure function.
 
     figures: rows, eval_rows, longest, epochs and coverage (samples / rows: 1.42 is 142 %), samples, steps, steps_per_epoch, tokens_seen,
-    supervised_tokens_seen, supervised_share, cut_share, lost_share, unsupervised_share, skipped_share, supervised_tokens_lost_share, peak, area (sum
-    of the rates), full_rate_steps (area / peak), negligible_from (first step below 1 % of the peak for good; 0: none), warmup_share, rates
-    ([(step, rate)]: the curve), trainable, memory, memory_total, peak_bytes, available_bytes, step_seconds, seconds; None where not known.
+    supervised_tokens_seen, supervised_share, cut_share, lost_share, unsupervised_share, skipped_share, supervised_tokens_lost_share, peak,
+    floor, area (sum of the rates), full_rate_steps (area / peak), negligible_from (first step below 1 % of the peak for good; 0: none),
+    warmup_share, rates ([(step, rate)]: the curve), trainable, memory, memory_total, peak_bytes, available_bytes, step_seconds, seconds;
+    None where not known.
     """
     counts, findings = facts.counts, []
     refuse = lambda *texts: findings.append(Finding("refuse", *texts))
@@ -76,83 +78,99 @@ def forecast(config, facts):
     share = lambda name, whole: counts[name] / whole if name in counts and whole else None
     per_row = samples / facts.rows if facts.rows else 0.0
     lost_tokens = counts.get("supervised_tokens_lost", 0)
-    f = {"rows": facts.rows, "eval_rows": facts.eval_rows, "longest": facts.longest, "epochs": per_row, "coverage": per_row, "samples": samples, "steps": steps,
-         "samples_per_step": (schedule.samples_at(1, config), schedule.samples_at(steps, config)), "steps_per_epoch": steps / per_row if per_row else None,
+    f = {"rows": facts.rows, "eval_rows": facts.eval_rows, "longest": facts.longest, "epochs": per_row, "coverage": per_row,
+         "samples": samples, "steps": steps, "steps_per_epoch": steps / per_row if per_row else None,
+         "samples_per_step": (schedule.samples_at(1, config), schedule.samples_at(steps, config)),
          "tokens_seen": round(facts.tokens * per_row), "supervised_tokens_seen": round(facts.supervised_tokens * per_row),
-         "supervised_share": facts.supervised_tokens / facts.tokens if facts.tokens else 0.0, "cut_share": share("rows_truncated", facts.rows),
-         "lost_share": share("rows_lost", read), "skipped_share": share("rows_skipped", read), "unsupervised_share": share("rows_unsupervised", facts.rows),
+         "supervised_share": facts.supervised_tokens / facts.tokens if facts.tokens else 0.0,
+         "cut_share": share("rows_truncated", facts.rows), "lost_share": share("rows_lost", read),
+         "skipped_share": share("rows_skipped", read), "unsupervised_share": share("rows_unsupervised", facts.rows),
          "supervised_tokens_lost_share": lost_tokens / (lost_tokens + facts.supervised_tokens) if lost_tokens else 0.0,
          **rates, "warmup_share": min(1.0, config.schedule.lr_warmup_steps / steps), "rates": points, "floor": config.schedule.lr_min,
          "trainable": facts.trainable, "memory": facts.memory, "memory_total": sum(facts.memory.values()) if facts.memory else None,
          "peak_bytes": facts.peak_bytes, "available_bytes": facts.available_bytes, "step_seconds": facts.step_seconds,
          "seconds": None if facts.step_seconds is None else facts.step_seconds * steps}
-    area = f"The rates of {steps:,} steps add up to {f['area']:.3g}, as much as {f['full_rate_steps']:,.0f} steps at the peak of {f['peak']:.3g}"
+    area = f"The rates of {steps:,} steps add up to {f['area']:.3g}, as much as {f['full_rate_steps']:,.0f} steps at the peak, {f['peak']:.3g}"
+    gone = f["supervised_tokens_lost_share"]
 
     if facts.supervised_tokens <= 0:
-        refuse("nothing supervised", f"{facts.rows:,} rows hold no supervised token.", "The loss counts no token, so every gradient is zero.",
+        refuse("nothing supervised", f"{facts.rows:,} rows hold no supervised token.",
+               "The loss counts no token, so every gradient is zero.",
                "See that the rows hold answers, and that data.max_length does not cut them off.")
     if facts.trainable is not None and facts.trainable <= 0:
         refuse("nothing trainable", "The model has no trainable parameter.", "The optimizer holds nothing that a gradient could change.",
                "Name projections of this model in lora.targets.")
     if f["area"] <= 0:
-        refuse("rate of zero", "The learning rate is 0 at every step.", "An update of rate 0 changes nothing.", "Set schedule.learning_rate above 0.")
+        refuse("rate of zero", "The learning rate is 0 at every step.", "An update of rate 0 changes nothing.",
+               "Set schedule.learning_rate above 0.")
     elif config.schedule.lr_warmup_steps >= max(2, steps):
         refuse("warm-up as long as the run", f"{config.schedule.lr_warmup_steps:,} steps of warm-up in a run of {steps:,}.",
                "The run would end before its rate has reached the peak that was asked for.",
                f"--schedule.lr_warmup_steps={steps // 10}, or train longer.")
     need = facts.peak_bytes or f["memory_total"]
     if need and facts.available_bytes and need > facts.available_bytes:
-        refuse("more memory than there is", f"{gib(need)} are needed" + (", measured by a step over the longest rows," if facts.peak_bytes else "")
-               + f" and {gib(facts.available_bytes)} are there.", "It would fail later, at the longest rows.",
+        measured = ", measured by a step over the longest rows," if facts.peak_bytes else ""
+        refuse("more memory than there is", f"{gib(need)} are needed{measured} and {gib(facts.available_bytes)} are there.",
+               "It would fail later, at the longest rows.",
                "Lower memory.max_tokens, raise memory.checkpoint_layers, or set memory.keep_dequantized=no.")
 
     if 0 < samples < facts.rows:
-        warn("coverage below one epoch", f"{samples:,} samples are {per_row:.1%} of {facts.rows:,} rows.", f"Rows that are never seen teach nothing. {KNOWN}",
+        warn("coverage below one epoch", f"{samples:,} samples are {per_row:.1%} of {facts.rows:,} rows.",
+             f"Rows that are never seen teach nothing. {KNOWN}",
              f"For one epoch at this batch size: --train.max_steps={math.ceil(steps * facts.rows / samples)}.")
     if per_row > MANY_EPOCHS:
-        warn("many epochs", f"Every row is seen {per_row:.0f} times.", "After some passes the rows are learnt by heart, and the evaluation gets worse.",
+        warn("many epochs", f"Every row is seen {per_row:.0f} times.",
+             "After some passes the rows are learnt by heart, and the evaluation gets worse.",
              f"For five: --train.max_steps={math.ceil(5 * steps / per_row)}; watch the evaluation loss (eval.patience ends the run by it).")
     if 0 < f["area"] < SMALL_AREA:
-        warn("small rate area", f"{area}, below {SMALL_AREA:g}.", "The sum of the rates bounds how far Adam can carry an adapter's weight. By itself that fails no run.",
+        warn("small rate area", f"{area}, below {SMALL_AREA:g}.",
+             "The sum of the rates bounds how far Adam can carry an adapter's weight. By itself that fails no run.",
              "More steps, or a higher schedule.learning_rate.")
     if f["negligible_from"] and f["area"] > 0:
-        warn("rate ends at nothing", f"From step {f['negligible_from']:,} of {steps:,} on the rate is below 1 % of its peak.", "Those steps teach next to nothing.",
+        warn("rate ends at nothing", f"From step {f['negligible_from']:,} of {steps:,} on the rate is below 1 % of its peak.",
+             "Those steps teach next to nothing.",
              f"A floor of a tenth of the peak: --schedule.lr_min={f['peak'] / 10:g}.")
     if f["peak"] > HIGH_RATE:
-        warn("high rate", f"The rate rises to {f['peak']:.3g}.", "One step of Adam then moves each weight of B by about as much as the weights of A are large, "
-             "and training usually diverges.", "Adapters train at 1e-4 to 1e-3.")
+        warn("high rate", f"The rate rises to {f['peak']:.3g}.",
+             "One step of Adam then moves each weight of B by about as much as the weights of A are large, and training usually diverges.",
+             "Adapters train at 1e-4 to 1e-3.")
     if LONG_WARMUP < f["warmup_share"] and config.schedule.lr_warmup_steps < max(2, steps):
         warn("long warm-up", f"{f['warmup_share']:.0%} of the steps warm up.", "Most of the run goes by below the rate that was asked for.",
              f"--schedule.lr_warmup_steps={steps // 10}.")
     if 0 < f["supervised_share"] < FEW_SUPERVISED:
-        warn("few supervised tokens", f"{facts.supervised_tokens:,} of {facts.tokens:,} tokens, {f['supervised_share']:.1%}, are supervised.",
+        warn("few supervised tokens",
+             f"{facts.supervised_tokens:,} of {facts.tokens:,} tokens, {f['supervised_share']:.1%}, are supervised.",
              "Nearly all of the work is spent on tokens that the loss does not count, or the answers were not found.",
              "See that the answers are whole (data.max_length) and found by the chat template; or data.supervise=all.")
-    if (f["cut_share"] or 0) > CUT or f["supervised_tokens_lost_share"] > CUT_TOKENS:
-        warn("heavy truncation", f"{f['cut_share'] or 0:.1%} of the rows are cut at data.max_length, and {f['supervised_tokens_lost_share']:.1%} of the supervised tokens "
-             "are lost by it.", "A cut answer has no end, so the model is not taught to stop there.", f"Raise data.max_length (now {config.data.max_length}).")
+    if (f["cut_share"] or 0) > CUT or gone > CUT_TOKENS:
+        warn("heavy truncation",
+             f"{f['cut_share'] or 0:.1%} of the rows are cut at data.max_length, and {gone:.1%} of the supervised tokens are lost by it.",
+             "A cut answer has no end, so the model is not taught to stop there.", f"Raise data.max_length (now {config.data.max_length}).")
     lost = sum(f[name] or 0 for name in ("lost_share", "skipped_share", "unsupervised_share"))
     if lost > LOST:
-        warn("rows lost", f"{lost:.1%} of the rows teach nothing: {f['lost_share'] or 0:.1%} lost to data.max_length, {f['skipped_share'] or 0:.1%} could not be read, "
-             f"{f['unsupervised_share'] or 0:.1%} hold no supervised token.", "Whole rows are missing from training, often the long ones.",
+        warn("rows lost", f"{lost:.1%} of the rows teach nothing: {f['lost_share'] or 0:.1%} lost to data.max_length, "
+             f"{f['skipped_share'] or 0:.1%} could not be read, {f['unsupervised_share'] or 0:.1%} hold no supervised token.",
+             "Whole rows are missing from training, often the long ones.",
              "Raise data.max_length, mend the rows, or look at the chat template.")
     leaked, twice = facts.audit.get("leak", 0), facts.audit.get("duplicate", 0) + facts.audit.get("near_duplicate", 0)
     if leaked > LEAKED * (facts.eval_rows or facts.rows):
         warn("leaked rows", f"{leaked:,} training rows stand among the {facts.eval_rows or 0:,} evaluation rows too, the same or nearly.",
-             "The evaluation then measures what was learnt by heart, and looks better than it is.", "--data.drop=leak; python data.py CONFIG --check shows them.")
+             "The evaluation then measures what was learnt by heart, and looks better than it is.",
+             "--data.drop=leak; python data.py CONFIG --check shows them.")
     if twice > DUPLICATE * facts.rows:
         warn("duplicate rows", f"{twice:,} of {facts.rows:,} training rows repeat an earlier one, or nearly.",
              "A row that stands twice is learnt twice: more epochs for some rows than were asked for.",
              "--data.drop=duplicate,near_duplicate; python data.py CONFIG --check shows them.")
     if facts.peak_bytes and facts.available_bytes and NEARLY_FULL * facts.available_bytes < facts.peak_bytes <= facts.available_bytes:
-        warn("memory nearly full", f"A step takes {gib(facts.peak_bytes)} of {gib(facts.available_bytes)}.", "Fragmentation or a neighbour on the same device ends such runs.",
+        warn("memory nearly full", f"A step takes {gib(facts.peak_bytes)} of {gib(facts.available_bytes)}.",
+             "Fragmentation or a neighbour on the same device ends such runs.",
              "Lower memory.max_tokens a little.")
     return Forecast(f, findings, list(config.forecast.acknowledge))
 
 
 def refusals(outcome, forecast_config):
-    """The findings of a Forecast for which a run is refused (exit code 3): what cannot learn, and with strict (of config.forecast) every warning
-    that acknowledge does not name."""
+    """The findings of a Forecast for which a run is refused (exit code 3): what cannot learn, and with strict (of config.forecast) every
+    warning that acknowledge does not name."""
     return [found for found in outcome.findings
             if found.severity == "refuse" or forecast_config.strict and found.name not in forecast_config.acknowledge]
 
@@ -161,7 +179,8 @@ def as_json(outcome):
     """A Forecast as plain JSON-ready data: {"figures", "findings", "acknowledged"}, the curve of the rate thinned to 200 points."""
     points = outcome.figures["rates"]
     thinned = [points[at * (len(points) - 1) // 199] for at in range(200)] if len(points) > 200 else points
-    return {"figures": outcome.figures | {"rates": thinned}, "findings": [vars(found) for found in outcome.findings], "acknowledged": outcome.acknowledged}
+    findings = [vars(found) for found in outcome.findings]
+    return {"figures": outcome.figures | {"rates": thinned}, "findings": findings, "acknowledged": outcome.acknowledged}
 
 
 # -------------------------------------------------------------------------------------------------------------- console
@@ -196,13 +215,15 @@ def show_forecast(outcome, width=80):
 
     def tell(what, *sentences):
         for sentence in sentences:
-            lines.extend(textwrap.wrap(sentence, width, initial_indent=f"{what:<{indent}}", subsequent_indent=" " * indent, break_on_hyphens=False))
+            lines.extend(textwrap.wrap(sentence, width, initial_indent=f"{what:<{indent}}", subsequent_indent=" " * indent,
+                                       break_on_hyphens=False))
             what = ""
 
     small, large = f["samples_per_step"]
     sizes = f"{small:,}" if small == large else f"{small:,} to {large:,}"
-    shares = [f"{f[name]:.1%} {what}" for name, what in (("cut_share", "cut at data.max_length"), ("lost_share", "lost to it"), ("skipped_share", "could not be read"),
-                                                        ("unsupervised_share", "without a supervised token")) if f[name]]
+    told = {"cut_share": "cut at data.max_length", "lost_share": "lost to it", "skipped_share": "could not be read",
+            "unsupervised_share": "without a supervised token"}
+    shares = [f"{f[name]:.1%} {what}" for name, what in told.items() if f[name]]
     tell("rows", f"{f['rows']:,} to train on" + (f", {f['eval_rows']:,} to evaluate on" if f["eval_rows"] is not None else "")
          + (f"; the longest has {f['longest']:,} tokens" if f["longest"] else ""), *([", ".join(shares)] if shares else []))
     tell("seen", f"{f['coverage']:.1%} of them: {f['samples']:,} samples in {f['steps']:,} steps of {sizes}"
@@ -214,13 +235,15 @@ def show_forecast(outcome, width=80):
     drawn = curve(f["rates"], width - indent - 11)
     for label, line in zip([f"{f['peak']:.2g}", *[""] * (len(drawn) - 2), "0"], drawn):
         lines.append((" " * indent + f"{label:>8} |{line}").rstrip())
-    lines.append(" " * (indent + 9) + f"step 1{f['steps']:>{max(1, min(width - indent - 11, f['steps']) - 5)},}" if f["steps"] > 12 else " " * (indent + 9) + f"steps 1 to {f['steps']}")
+    under = f"step 1{f['steps']:>{min(width - indent - 11, f['steps']) - 5},}" if f["steps"] > 12 else f"steps 1 to {f['steps']}"
+    lines.append(" " * (indent + 9) + under)
     if f["trainable"] is not None:
         tell("training", f"{f['trainable']:,} parameters")
     if f["memory"]:
         tell("memory", ", ".join(f"{part} {gib(size)}" for part, size in f["memory"].items()))
     if f["peak_bytes"]:
-        tell("" if f["memory"] else "memory", f"{gib(f['peak_bytes'])} in the probed step" + (f", of {gib(f['available_bytes'])}" if f["available_bytes"] else ""))
+        there = f", of {gib(f['available_bytes'])}" if f["available_bytes"] else ""
+        tell("" if f["memory"] else "memory", f"{gib(f['peak_bytes'])} in the probed step{there}")
     if f["seconds"] is not None:
         tell("time", f"{duration(f['seconds'])}, at {f['step_seconds']:.3g} seconds a step as probed, without evaluations")
     for severity, heading in (("refuse", "REFUSED"), ("warning", "WARNING")):

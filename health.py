@@ -40,18 +40,22 @@ def unjudged(name, lacking):
 # -------------------------------------------------------------------------------------------------------------- figures
 
 def fall(values):
-    """(first, last, error): medians of the first and last tenth (3 values at least) and the standard error of their difference; None below 6 values."""
+    """(first, last, error): medians of the first and last tenth (3 values at least) and the standard error of their difference.
+
+    None below 6 values. A median of n values has 1.2533 / sqrt n of their deviation.
+    """
     if len(values) < 6:
         return None
-    tenth, deviation = max(3, len(values) // 10), rules.noise(values)
-    (_, first, _), (_, last, _) = rules.block(0, values[:tenth], deviation), rules.block(0, values[-tenth:], deviation)
-    return first, last, 1.2533 * deviation * math.sqrt(2 / tenth)
+    tenth = max(3, len(values) // 10)
+    return statistics.median(values[:tenth]), statistics.median(values[-tenth:]), 1.2533 * rules.noise(values) * math.sqrt(2 / tenth)
 
 
 def learned(record):
     """True where the loss, in training or on evaluation rows, fell by far more than its noise: then something did learn."""
     train, evals = fall([value for _, value in record.series("loss")]), [value for _, value in record.series("eval_loss")]
-    return bool(train and train[0] - train[1] > max(5 * train[2], 0.02 * abs(train[0]))) or len(evals) > 1 and evals[0] - evals[-1] > 0.02 * abs(evals[0])
+    if train and train[0] - train[1] > max(5 * train[2], 0.02 * abs(train[0])):
+        return True
+    return len(evals) > 1 and evals[0] - evals[-1] > 0.02 * abs(evals[0])
 
 
 def by_heart(record):
@@ -62,7 +66,7 @@ def by_heart(record):
 
 
 def dead_from(record):
-    """The first step from which on every recorded gradient norm is exactly 0.0; None if the last one is not, or little was left to learn."""
+    """The first step from which on every recorded gradient norm is exactly 0.0; None if the last one is not, or all was learnt."""
     norms = record.series("grad_norm", finite=False)
     alive = max((i for i, (_, norm) in enumerate(norms) if norm != 0), default=-1)
     return norms[alive + 1][0] if alive + 1 < len(norms) and not by_heart(record) else None
@@ -89,7 +93,8 @@ def evaluations(record):
         between = [(step, rate) for step, rate in rates if since < step <= entry["step"]]
         if between and since >= 0:  # a logged rate stands for the steps since the one logged before it
             starts = [since, *[step for step, _ in between]]
-            entry |= {"area": sum(rate * (step - before) for before, (step, rate) in zip(starts, between)), "top": max(rate for _, rate in between), "peak": peak}
+            area = sum(rate * (step - before) for before, (step, rate) in zip(starts, between))
+            entry |= {"area": area, "top": max(rate for _, rate in between), "peak": peak}
         if len(losses) > 2:
             at = max(min(3, len(steps)), bisect.bisect_right(steps, entry["step"]))
             near = [value for _, value in losses[max(0, at - tenth):at]]
@@ -101,7 +106,8 @@ def evaluations(record):
 # ---------------------------------------------------------------------------------------------------------------- rules
 
 def dead_gradients(record):
-    """A norm of exactly 0.0 is not a small one: no rate, batch or rounding makes it; the loss does not reach the adapters, or nothing is supervised.
+    """A norm of exactly 0.0 is not a small one: no rate, batch or rounding makes it. The loss does not reach the adapters, or nothing is
+    supervised.
 
     If the loss fell all the same, the recorded norm is what is wrong. Zeros between healthy steps are windows without a target.
     """
@@ -127,14 +133,16 @@ def dead_gradients(record):
 def nonfinite(record):
     """A loss that is not a number ends learning. A norm may be: fp16 finds its loss scale by a few overflowing steps, which are skipped."""
     lost = []
-    for name, what in (("loss", "training loss"), ("eval_loss", "evaluation loss"), ("grad_norm", "gradient norm"), ("rate", "learning rate")):
+    watched = {"loss": "training loss", "eval_loss": "evaluation loss", "grad_norm": "gradient norm", "rate": "learning rate"}
+    for name, what in watched.items():
         points = record.series(name, finite=False)
         bad = [step for step, value in points if not math.isfinite(value) and (name != "grad_norm" or step not in lost)]
         lost = set(bad) if name == "loss" else lost  # where the loss is not finite, the norm only follows it
         search = name == "grad_norm" and len(bad) <= max(3, 0.1 * len(points)) and bad and bad[-1] < points[-1][0]
         if bad:
-            yield finding("note" if search else "fault", f"non-finite {what}", f"{len(bad):,} of {len(points):,} are NaN or infinite, at {listed(bad)}.",
-                          "fp16 search" if search else "non-finite")
+            severity, advice = ("note", "fp16 search") if search else ("fault", "non-finite")
+            told = f"{len(bad):,} of {len(points):,} are NaN or infinite, at {listed(bad)}."
+            yield finding(severity, f"non-finite {what}", told, advice)
 
 
 def zero_loss(record):
@@ -142,7 +150,8 @@ def zero_loss(record):
     losses = record.series("loss")
     zeros = [step for step, loss in losses if loss == 0]
     ending = next((i for i, (_, loss) in enumerate(reversed(losses)) if loss != 0), len(losses))  # zeros in a row at the end
-    if (len(zeros) > len(losses) / 2 or ending > 2) and all(loss >= 0 for _, loss in losses) and not by_heart(record) and not record.rewarded:
+    other = by_heart(record) or record.rewarded or any(loss < 0 for _, loss in losses)
+    if (len(zeros) > len(losses) / 2 or ending > 2) and not other:
         yield finding("fault", "loss of zero", f"The training loss is exactly 0.0 in {len(zeros):,} of {len(losses):,} recorded steps.")
 
 
@@ -159,9 +168,9 @@ def evaluation(record):
     if len(entries) > 1:
         yield from rules.worsened(entries, alerts)
     if len(entries) < 3 or len(record.series("loss")) < 6:
-        counts = len(entries), len(record.series("loss"))
-        yield unjudged("gap between training and evaluation", f"{counts[0]} evaluation{'s' * (counts[0] != 1)} and {counts[1]} training loss{'es' * (counts[1] != 1)}; "
-                       "it takes 3 and 6")
+        evals, losses = len(entries), len(record.series("loss"))
+        counts = f"{evals} evaluation{'s' * (evals != 1)} and {losses} training loss{'es' * (losses != 1)}"
+        yield unjudged("gap between training and evaluation", f"{counts}; it takes 3 and 6")
     else:
         yield from rules.gap(entries, alerts)
     if entries:
@@ -195,11 +204,13 @@ def still_adapters(record):
 
 def clipping(record):
     known = dict(record.series("clip"))
-    pairs = [(norm, known.get(step, record.clip)) for step, norm in record.series("grad_norm") if 0 < known.get(step, record.clip) < math.inf]
+    pairs = [(norm, known.get(step, record.clip)) for step, norm in record.series("grad_norm")]
+    pairs = [(norm, limit) for norm, limit in pairs if 0 < limit < math.inf]
     if len(pairs) >= 20 and any(norm for norm, _ in pairs):
         yield from rules.clipping([norm / limit for norm, limit in pairs], statistics.median(limit for _, limit in pairs), config.Alerts())
     elif record.series("grad_norm") and dead_from(record) is None:
-        yield unjudged("clipping", "it takes 20 gradient norms and the threshold they were clipped at" + ("; give it as --clip=1.0" if not known and not record.clip else ""))
+        give = "" if known or record.clip else "; give it as --clip=1.0"
+        yield unjudged("clipping", f"it takes 20 gradient norms and the threshold they were clipped at{give}")
 
 
 def spikes(record):
@@ -217,8 +228,8 @@ def spikes(record):
 
 
 def training_loss(record):
-    """Divergence, a flat loss, and one above guessing. Medians of tenths against their noise, since two single losses mostly compare two handfuls of
-    rows. Flat: a fall below two standard errors, where the noise would have let a fall of 10 % be seen."""
+    """Divergence, a flat loss, and one above guessing. Medians of tenths against their noise, since two single losses mostly compare two
+    handfuls of rows. Flat: a fall below two standard errors, where the noise would have let a fall of 10 % be seen."""
     points = record.series("loss")
     losses = [value for _, value in points]
     figures = fall(losses)
@@ -226,7 +237,8 @@ def training_loss(record):
         yield unjudged("training loss", "the record holds rewards, so it is of reinforcement learning, whose loss does not show progress")
         return
     if figures is None:
-        yield unjudged("fall of the training loss", f"{len(losses) or 'no'} finite loss{'es' * (len(losses) != 1)}, and it takes 6: two single losses compare two handfuls of rows")
+        counted = f"{len(losses) or 'no'} finite loss{'es' * (len(losses) != 1)}"
+        yield unjudged("fall of the training loss", f"{counted}, and it takes 6: two single losses compare two handfuls of rows")
         return
     first, last, error = figures
     tenth, alerts, deviation = max(3, len(losses) // 10), config.Alerts(), rules.noise(losses)
@@ -235,25 +247,31 @@ def training_loss(record):
     blocks = [rules.block(points[at + tenth - 1][0], losses[at:at + tenth], deviation) for at in starts]
     climbs = list(rules.diverged(blocks, alerts)) if len(blocks) > 2 and first > 0 else []
     yield from climbs
-    told = f"Median of the first tenth {first:.4f}, of the last {last:.4f}: a change of {last - first:+.4f}, with a standard error of {error:.4f}."
+    told = f"Median of the first tenth {first:.4f}, of the last {last:.4f}: a change of {last - first:+.4f}, "
+    told += f"with a standard error of {error:.4f}."
     still = rules.flat(first, last, error)
     if climbs or by_heart(record) or not any(losses):
         return
     if still is None:
         yield unjudged("fall of the training loss", f"{told} The noise could hide a fall of 10 %; log more often or train longer")
     if still:
-        yield finding("warning", "training loss flat", told + " That is noise." * (last - first < 2 * error), first=first, last=last, error=error)
+        told += " That is noise." * (last - first < 2 * error)
+        yield finding("warning", "training loss flat", told, first=first, last=last, error=error)
 
 
 def learning_rate(record):
-    """The sum of the rates bounds how far Adam can carry a weight. Ending at nothing is the Trainer's default and a note, unless a tenth of the steps
-    or, below one epoch, unseen rows are given away by it. A small area is a note: a whole model needs less than adapters, and the record does not say."""
+    """The sum of the rates bounds how far Adam can carry a weight.
+
+    Ending at nothing is the Trainer's default and a note, unless a tenth of the steps or, below one epoch, unseen rows are given away by it.
+    A small area is a note: a whole model needs less than adapters, and the record does not say which it was.
+    """
     points = record.series("rate")
     if len(points) < 2:
         yield unjudged("learning rate", "fewer than two learning rates recorded")
         return
     steps, figures, covered = points[-1][0], rules.rate_figures(points, config.Alerts().negligible_rate), coverage(record)
-    told = f"The rates of {steps:,} steps add up to {figures['area']:.3g}, as much as {figures['full_rate_steps']:,.0f} steps at the peak of {figures['peak']:.3g}."
+    told = f"The rates of {steps:,} steps add up to {figures['area']:.3g}, as much as {figures['full_rate_steps']:,.0f} steps at the peak of "
+    told += f"{figures['peak']:.3g}."
     if figures["area"] <= 0:
         yield finding("fault", "learning rate of zero", "Every recorded rate is 0.", **figures)
     elif figures["negligible_from"]:
@@ -272,7 +290,8 @@ def data_coverage(record):
     """Rows that were never seen taught nothing. It weakens learning in proportion, and by itself it fails no run."""
     covered = coverage(record)
     if covered is None and not record.doubts:
-        yield unjudged("coverage", "the record holds no epoch" + ("" if record.rows else "; give the rows of the training set as --rows=N, which helps where samples are recorded"))
+        give = "" if record.rows else "; give the rows of the training set as --rows=N, which helps where samples are recorded"
+        yield unjudged("coverage", f"the record holds no epoch{give}")
     elif covered is not None and covered < 1 - 1e-3:
         seen = f": {covered * record.rows:,.0f} of {record.rows:,} rows" if record.rows else ""
         found = finding("warning", "coverage below one epoch", f"The run saw {covered:.1%} of its training rows{seen}.", coverage=covered)
@@ -286,13 +305,15 @@ def left_open(record):
     """What the run and its format leave open: steps that were planned and are not there, how steps were counted."""
     last = record.steps[-1]["step"] if record.steps else 0
     if 0 < last < record.planned_steps:
-        yield unjudged("the end of the run", f"the record stops at step {last:,} of {record.planned_steps:,}: the run goes on, was stopped early, or was killed")
+        stops = f"the record stops at step {last:,} of {record.planned_steps:,}"
+        yield unjudged("the end of the run", f"{stops}: the run goes on, was stopped early, or was killed")
     for doubt in record.doubts:
         name, _, lacking = doubt.partition(": ")
         yield unjudged(name, lacking)
 
 
-RULES = (dead_gradients, proof, nonfinite, zero_loss, evaluation, still_adapters, training_loss, data_coverage, learning_rate, spikes, clipping, left_open)
+RULES = (dead_gradients, proof, nonfinite, zero_loss, evaluation, still_adapters, training_loss, data_coverage, learning_rate, spikes,
+         clipping, left_open)
 
 
 def diagnose(record):
@@ -313,7 +334,8 @@ def shown(findings):
     open_questions = [found for found in findings if found.severity == "unjudged"]
     lines += ["\nNot judged, for lack of data"] if open_questions else []
     for found in open_questions:
-        lines += textwrap.wrap(f"{found.name}: {found.evidence.rstrip('.')}.", 80, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+        text = f"{found.name}: {found.evidence.rstrip('.')}."
+        lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -326,8 +348,9 @@ def headline(record, findings):
     if "dead gradients" in faults:
         since = "This run" if all(norm == 0 for _, norm in record.series("grad_norm")) else f"From step {dead_from(record):,} on this run"
         later = [name for name in warnings if name in ("coverage below one epoch", "rate ends at nothing", "training loss flat")]
-        return (f"Dead gradients. {since} learnt nothing, and could not. Other rates, batch sizes or bits would not have cured it, nor more steps or more "
-                "rows: every update was made from a gradient of zero. Repair the gradients first" + (f"; only then look at the rest ({', '.join(later)})." if later else "."))
+        rest = f"; only then look at the rest ({', '.join(later)})" if later else ""
+        return (f"Dead gradients. {since} learnt nothing, and could not. Other rates, batch sizes or bits would not have cured it, nor more "
+                f"steps or more rows: every update was made from a gradient of zero. Repair the gradients first{rest}.")
     if faults:
         return f"Faulty: {', '.join(faults)}. See to the first fault below before anything else."
     if warnings:
@@ -351,18 +374,23 @@ def main(argv):
         print(__doc__.strip())
         return 0
     if len(words) != 1 or overrides:
-        raise ValueError("usage: python health.py PATH [--rows=N] [--clip=X] [--json], with a trainer_state.json, a metrics.jsonl or a folder as PATH")
+        raise ValueError("usage: python health.py PATH [--rows=N] [--clip=X] [--json], with a trainer_state.json, a metrics.jsonl or a folder "
+                         "as PATH")
     record = logs.read(words[0])
     record.rows, record.clip = whole_number(flags["rows"], "rows", int), whole_number(flags["clip"], "clip", float)
     findings = diagnose(record)
     last = record.steps[-1]["step"] if record.steps else 0
     if flags["json"]:
-        plain = [{**vars(found), "figures": {name: value for name, value in found.figures.items() if not isinstance(value, float) or math.isfinite(value)}} for found in findings]
-        print(json.dumps({"record": record.kind, "steps": last, "planned_steps": record.planned_steps, "headline": headline(record, findings), "findings": plain}, indent=1))
+        finite = lambda figures: {name: value for name, value in figures.items() if not isinstance(value, float) or math.isfinite(value)}
+        plain = [{**vars(found), "figures": finite(found.figures)} for found in findings]
+        print(json.dumps({"record": record.kind, "steps": last, "planned_steps": record.planned_steps, "headline": headline(record, findings),
+                          "findings": plain}, indent=1))
         return 0
-    counts = ", ".join(f"{len(record.series(name, finite=False)):,} {what}" for name, what in (("loss", "losses"), ("grad_norm", "gradient norms"), ("eval_loss", "evaluations")))
+    counted = {"loss": "losses", "grad_norm": "gradient norms", "eval_loss": "evaluations"}
+    counts = ", ".join(f"{len(record.series(name, finite=False)):,} {what}" for name, what in counted.items())
+    upto = f"up to step {last:,}" + (f" of {record.planned_steps:,}" if record.planned_steps > 0 else "")
     print(words[0])
-    print("\n".join(textwrap.wrap(f"{record.kind}, up to step {last:,}" + (f" of {record.planned_steps:,}" if record.planned_steps > 0 else "") + f": {counts}", 80)))
+    print("\n".join(textwrap.wrap(f"{record.kind}, {upto}: {counts}", 80)))
     print("\n" + "\n".join(textwrap.wrap(headline(record, findings), 80, break_on_hyphens=False)))
     print(shown(findings))
     return 0

@@ -12,12 +12,14 @@ import re
 from dataclasses import dataclass, field
 
 # What a value is called in a record of ours or of TensorBoard (section/name), of the Trainer, of other logs -> here.
-NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_rate": "rate", "train/epoch": "epoch", "train/samples": "samples",
-         "train/clip_threshold": "clip", "train/supervised_tokens": "supervised", "train/loss_scale": "scale", "train/skipped": "skipped",
-         "eval/loss": "eval_loss", "eval/adapter_digest": "digest", "eval/unquantised_loss": "unquantised_loss", "eval/stop_rate": "stop_rate",
+NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_rate": "rate", "train/epoch": "epoch",
+         "train/samples": "samples", "train/clip_threshold": "clip", "train/supervised_tokens": "supervised",
+         "train/loss_scale": "scale", "train/skipped": "skipped",
+         "eval/loss": "eval_loss", "eval/adapter_digest": "digest", "eval/unquantised_loss": "unquantised_loss",
+         "eval/stop_rate": "stop_rate",
          "eval/repetition": "repetition", "eval/overlap": "overlap", "eval/samples": "written", "adapters/lora_A_norm": "lora_A norm",
-         "adapters/lora_B_norm": "lora_B norm", "adapters/delta_ratio": "delta_ratio", "adapters/modules": "modules", "proof/ratio": "proof",
-         "proof/tolerance": "proof_tolerance", "train/noise_scale": "noise_scale",
+         "adapters/lora_B_norm": "lora_B norm", "adapters/delta_ratio": "delta_ratio", "adapters/modules": "modules",
+         "proof/ratio": "proof", "proof/tolerance": "proof_tolerance", "train/noise_scale": "noise_scale",
          "loss": "loss", "grad_norm": "grad_norm", "learning_rate": "rate", "lr": "rate", "epoch": "epoch", "eval_loss": "eval_loss"}
 TEXTS = ("digest", "written", "modules")
 STEPS = ("step", "current_steps", "global_step", "global_step/max_steps")  # ours and the Trainer's; LLaMA-Factory's; others'; ms-swift's
@@ -54,7 +56,7 @@ def number(value):
 
 
 def plain(line):
-    """One line of metrics under the names of here: {"step": 25, "train/loss": 2.3} -> {"step": 25, "loss": 2.3}. What has no name here is left out."""
+    """One line of metrics under the names of here, the rest left out: {"step": 25, "train/loss": 2.3} -> {"step": 25, "loss": 2.3}."""
     found = {"step": line["step"]}
     for tag, value in line.items():
         name = NAMES.get(tag)
@@ -111,9 +113,11 @@ def read(path):
     state = parse(text, path)
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list):
-        raise ValueError(f"{path}: has no log_history list, so it is not a trainer_state.json; the Trainer writes one into every checkpoint-* folder")
+        raise ValueError(f"{path}: has no log_history list, so it is not a trainer_state.json; "
+                         "the Trainer writes one into every checkpoint-* folder")
     planned, epochs = number(state.get("max_steps")) or 0, number(state.get("num_train_epochs")) or 0
-    record = to_record("transformers' trainer_state.json", checked(history, f"{path}, log_history entry"), planned_steps=max(0, int(min(planned, 1e15))))
+    entries, planned = checked(history, f"{path}, log_history entry"), max(0, int(min(planned, 1e15)))
+    record = to_record("transformers' trainer_state.json", entries, planned_steps=planned)
     if epochs > ENDLESS:
         for line in record.steps:
             line.pop("epoch", None)
@@ -123,12 +127,15 @@ def read(path):
 
 def within(folder):
     """The record inside a folder: a file, or the folder of the events. Checkpoints' copies are passed over for the newest one."""
-    checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: (len(file.parent.name), file.parent.name))  # 500 before 1000
-    files = [folder / "metrics.jsonl", folder / "trainer_state.json", *reversed(checkpoints), folder / "trainer_log.jsonl", folder / "logging.jsonl"]
+    by_step = lambda file: (len(file.parent.name), file.parent.name)  # 500 before 1000
+    checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=by_step, reverse=True)
+    first, last = ("metrics.jsonl", "trainer_state.json"), ("trainer_log.jsonl", "logging.jsonl")
+    files = [*(folder / name for name in first), *checkpoints, *(folder / name for name in last)]
     found = [file for file in files if file.is_file()]
     events = sorted({file.parent for file in folder.rglob("events.out.tfevents.*")}, key=lambda place: (len(place.parts), str(place)))
     if not found and not events:
-        raise ValueError(f"{folder}: holds neither metrics.jsonl nor trainer_state.json nor TensorBoard events; name the file or folder that does")
+        raise ValueError(f"{folder}: holds neither metrics.jsonl nor trainer_state.json nor TensorBoard events; "
+                         "name the file or folder that does")
     if not found and len(events) > 1 and events[0] != folder:
         raise ValueError(f"{folder}: holds the TensorBoard events of {len(events)} runs; name one of them, such as {events[-1]}")
     return found[0] if found else events[0]
@@ -140,12 +147,13 @@ def read_lines(text, path):
     if not lines[-1].rstrip().endswith("}"):
         lines.pop()
     entries = [parse(line, f"{path}, line {at}") for at, line in enumerate(lines, start=1) if line.strip()]
-    kind = {"trainer_log.jsonl": "LLaMA-Factory's trainer_log.jsonl", "logging.jsonl": "ms-swift's logging.jsonl"}.get(path.name, "metrics.jsonl")
+    kinds = {"trainer_log.jsonl": "LLaMA-Factory's trainer_log.jsonl", "logging.jsonl": "ms-swift's logging.jsonl"}
     ours = any("/" in name for entry in entries[:3] if isinstance(entry, dict) for name in entry if name in NAMES)
     if not ours:  # others end with lines of another kind: the paths of the best checkpoint, total times
         entries = [entry for entry in entries if not isinstance(entry, dict) or any(name in entry for name in STEPS)] or entries
     totals = [number(entry.get("total_steps")) for entry in entries if isinstance(entry, dict)]
-    return to_record(kind, checked(entries, f"{path}, entry"), planned_steps=int(next((total for total in totals if total), 0)))
+    planned = int(next((total for total in totals if total), 0))
+    return to_record(kinds.get(path.name, "metrics.jsonl"), checked(entries, f"{path}, entry"), planned_steps=planned)
 
 
 def read_console(text, path):
@@ -168,7 +176,8 @@ def read_console(text, path):
             counted += "loss" in values
             entries.append({"step": step if bars else counted, **values})
     if not entries:
-        raise ValueError(f"{path}: holds no line such as {{'loss': 2.1, 'grad_norm': 0.7, …}}, which the Trainer prints; name a file that does")
+        raise ValueError(f"{path}: holds no line such as {{'loss': 2.1, 'grad_norm': 0.7, …}}, which the Trainer prints; "
+                         "name a file that does")
     record = to_record("a console log", entries, planned_steps=total)
     if not bars:
         record.doubts.append("steps: the log has no progress bar, so its lines are counted, and sums over steps count lines")
@@ -202,7 +211,8 @@ def read_events(folder):
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow, and the only need for a package
     except ImportError:
-        raise ValueError(f"{folder}: TensorBoard events need the package tensorboard; install it, or name a trainer_state.json or metrics.jsonl") from None
+        raise ValueError(f"{folder}: TensorBoard events need the package tensorboard; install it, or name a trainer_state.json "
+                         "or metrics.jsonl") from None
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag in NAMES or re.fullmatch("eval/.+_loss", tag)]
     return to_record("TensorBoard events", [{"step": event.step, tag: event.value} for tag in tags for event in events.Scalars(tag)])

@@ -11,107 +11,12 @@ import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
+from advice import ADVICE
+
 SEVERITIES = ("fault", "warning", "note", "unjudged")
 ROTE = 1e-3        # nats: a loss below this has been learnt by heart, and its gradient may vanish in rounding
 HIGH_RATE = 0.02   # the elements of A are about 1 / sqrt(width) large, 0.02 to 0.04 in common models
 MOVES = 1e-6       # sum of rates after which an evaluation in 16 bits differs in some digit: Adam moves a weight by about the rate a step
-CUT = ("Train ten steps on ten rows and look at the gradients. With gradient checkpointing set gradient_checkpointing_kwargs="
-       "{'use_reentrant': False}, or call model.enable_input_require_grads(). Then check that the adapters have requires_grad=True, that the "
-       "optimizer holds them, and that labels are not all -100. After the first backward pass every lora_B gradient must be non-zero.")
-WHOLE = "Look at the rows of those steps. If they are in order, lower the rate, lengthen the warm-up, or clip lower."
-ADVICE = {  # name: (cause, remedy)
-    "dead gradients": (
-        "The path from the loss to the adapters is cut (gradient checkpointing over frozen embeddings does it), nothing trainable lies on it, or no "
-        "token is supervised. Another learning rate, batch size or number of bits would not have cured it: an update made from a zero gradient is "
-        "zero at any of them.", CUT),
-    "steps without gradient": (
-        "Those steps held no supervised token: answers cut off by the maximum length, or labels masked throughout.",
-        "Count supervised tokens row by row; raise the maximum length or drop the rows without any."),
-    "equal rewards": (
-        "Every completion of a prompt got the same reward, so none was better than another.", "Harder or easier prompts, or a finer reward."),
-    "gradient norm wrongly recorded": (
-        "Something learnt, so gradients existed; the figure was taken after they were cleared, or by a backend that does not report it.",
-        "Compute the norm yourself between the backward pass and the optimizer step."),
-    "nothing left to learn": (
-        "The rows are known by heart, and what is left of the gradient vanishes in rounding.", "Stop, or train on more rows."),
-    "steps not applied": (
-        "Their loss or gradient was not finite, or their windows held no supervised token.",
-        "The rows of such steps are named on the console; mend or drop them, compute in bf16, or lower the rate."),
-    "non-finite": (
-        "Overflow in fp16, a rate that is far too high, or a row without a supervised token (0/0).",
-        "Compute in bf16, lower the rate, clip at 1.0, and look at the rows of the first bad step."),
-    "fp16 search": (
-        "A few such norms are how fp16 finds its loss scale; those steps are skipped.", "Nothing, if it stays at a few."),
-    "loss of zero": (
-        "No token is supervised (labels all -100, a response template that is not in the text), or the loss was not a number and was written as 0: "
-        "the Trainer's logging_nan_inf_filter does so.",
-        "Print one row's labels; the answer and its end-of-turn token must not be -100. Set logging_nan_inf_filter=False and look again."),
-    "wrong gradients": (
-        "The gradients are not those of the loss: a backward pass through the base is missing or wrong (a 4-bit layer's inference kernel, a detached "
-        "tensor, an in-place change), or the loss was scaled and the gradient was not.",
-        "Try another quantisation (model.quant=none) and memory.fused=false, and see which of them has true gradients. No setting of the schedule helps."),
-    "always clipped": (
-        "The threshold lies below the usual norm, so that it sets the size of every gradient.",
-        "Nothing need be done: Adam cancels a constant factor."),
-    "always clipped by far": (
-        "The threshold lies so far below the usual norm that Adam's epsilon is no longer small beside the gradient, or the gradient is too large by "
-        "the number of micro-batches.", "Clip near the usual norm. If that is above 100, see that the loss is divided by the tokens of the window."),
-    "never clipped": ("The run was calm.", "Nothing need be done."),
-    "spikes of the training loss": ("Broken or very long rows, or a rate at the edge of what the run bears.", WHOLE),
-    "spikes of the gradient norm": ("Broken or very long rows, or a rate at the edge of what the run bears.", WHOLE),
-    "plateau": (
-        "It may be a plateau that ends, or all that this rate and these adapters can learn.",
-        "Compare the evaluations. If they stand still too, stop here or try three times the rate."),
-    "training loss flat": (
-        "Nothing was learnt, the rate is far too low, or the model knew it already.",
-        "See to faults first; then compare a rate ten times as high over the same steps."),
-    "divergence": (
-        "The rate is too high, or the gradients are wrong although they are not zero.",
-        "Try a tenth of the rate. If the loss still climbs, the gradients are wrong: check the change of the loss along them by two forward passes."),
-    "loss above guessing": (
-        "The loss is not divided by what it was summed over (micro-batches, tokens), the labels are shifted or belong to another tokenizer, or the "
-        "weights were damaged while loading.", "Compute the loss of one row by hand, and let the untrained model write an answer to one prompt."),
-    "training and evaluation disagree": (
-        "Before anything is learnt both are the same model's loss. They differ where one is not divided by the micro-batches, where one counts prompts "
-        "and the other only answers, or where the rows are of another kind.",
-        "Evaluate on a few training rows: the two must then agree. Else divide the loss by the supervised tokens of the whole window."),
-    "rate ends at nothing": (
-        "The schedule falls to zero, and the steps near its end teach next to nothing.", "Give the rate a floor of a tenth of its peak."),
-    "high rate": (
-        "One step of Adam moves each weight of B by about the rate, and by this one as far as the weights of A are large (1 / sqrt(width)). Training "
-        "then diverges or stalls where the network saturates.", "Adapters train at 1e-4 to 1e-3. (Other optimizers than Adam count otherwise.)"),
-    "learning rate of zero": ("The schedule or the optimizer got no rate.", "Set a learning rate above 0."),
-    "small rate area": ("Few steps or a low rate.", "For adapters: more steps, or a peak of 1e-4 to 2e-4."),
-    "coverage below one epoch": ("Too few steps or too few samples a step for this many rows. This explains weak learning.", ""),
-    "adapters never moved": (
-        "No update reached these matrices: no gradient, a rate of zero, or an optimizer that does not hold them.", CUT),
-    "adapters do not start at zero": (
-        "B is not 0 before training, so the model starts from a random change of what it knew.",
-        "Initialise lora_B with zeros; only A is random (Hu et al. 2021, section 4.1)."),
-    "evaluation frozen": (
-        "Nothing changed the weights between these evaluations, or they were made on a stale copy of them. Little data or a low rate makes "
-        "evaluations alike, not identical.",
-        "Cure dead gradients first if there are any; then print one lora_B before and after a step, and evaluate the very model that the optimizer updates."),
-    "evaluation worse than before training": (
-        "The rate is too high, the evaluation rows are of another kind than the training rows, or the training rows were learnt by heart.",
-        "Look whether the training loss fell: if not, lower the rate; if so, train on fewer epochs, or on rows like those of the evaluation."),
-    "growing gap": ("The adapters learn the training rows by heart.", "Train on fewer epochs, more rows, or with dropout."),
-    "damage by quantisation": (
-        "Quantisation changed the model by far more than it usually does, or the untrained adapters are not at zero.",
-        "Compare --model.quant=int8 or none; see that the weights are those that the quantisation was made for."),
-    "samples never stop": (
-        "The token that ends an answer is not supervised, is masked as padding, or is not the one that generation stops at.",
-        "Print one row's labels: the last supervised token must be the template's end-of-turn token, and generation must stop at it."),
-    "samples repeat themselves": (
-        "A rate that is too high, a template that differs between training and generation, or very few steps.",
-        "Compare the samples before training. If those were fine, lower the rate; then compare the rendered prompt with a training row's."),
-    "samples do not follow the loss": (
-        "The loss is measured on other targets than what is written: labels shifted, or another template in training than in generation.",
-        "Print one row's input and label side by side: each label is the next input token. Compare the rendered prompt with a training row's."),
-    "noisy gradients": (
-        "The gradients of single samples point in very different directions, so a step of few samples follows mostly noise.",
-        "A larger batch (schedule.batch_points lets it grow) buys nearly as much as it costs; or keep it and go on longer."),
-}
 
 
 @dataclass
@@ -143,8 +48,11 @@ def noise(values):
 
 
 def block(step, values, deviation):
-    """(last step, median, its standard error) of n values in a row. The error is the larger of 1.2533 deviation / sqrt n, as for normal noise, and
-    half the distance of the values sqrt(n) / 2 ranks below and above the median, which holds for any distribution, also one with two humps."""
+    """(last step, median, its standard error) of n values in a row.
+
+    The error is the larger of 1.2533 deviation / sqrt n, as for normal noise, and half the distance of the values sqrt(n) / 2 ranks below
+    and above the median, which holds for any distribution, also one with two humps.
+    """
     ordered, half = sorted(values), math.sqrt(len(values)) / 2
     middle = (len(values) - 1) / 2
     ranks = ordered[math.ceil(min(len(values) - 1, middle + half))] - ordered[math.floor(max(0, middle - half))]
@@ -155,7 +63,8 @@ def rate_figures(points, negligible=0.01):
     """Of [(step, rate)], straight lines between them, the first rate before them: peak, area (sum over all steps), full_rate_steps
     (area / peak), and negligible_from, the step from which on every rate is below `negligible` x the peak (0: never)."""
     peak, low, pairs = max(rate for _, rate in points), negligible, list(zip(points, points[1:]))
-    area = points[0][0] * points[0][1] + math.fsum((b - a) * (start + end) / 2 + (end - start) / 2 for (a, start), (b, end) in pairs)  # steps a+1 to b
+    between = math.fsum((b - a) * (start + end) / 2 + (end - start) / 2 for (a, start), (b, end) in pairs)  # steps a+1 to b of each pair
+    area = points[0][0] * points[0][1] + between
     falls = [a + 1 + int((b - a) * (start - low * peak) / (start - end)) for (a, start), (b, end) in pairs if start >= low * peak > end]
     last = falls[-1] if falls and points[-1][1] < low * peak else 0
     return {"peak": peak, "area": area, "full_rate_steps": area / peak if peak else 0.0, "negligible_from": last}
@@ -163,7 +72,8 @@ def rate_figures(points, negligible=0.01):
 
 def listed(steps):
     """Up to four step numbers in words."""
-    return f"step{'s' * (len(steps) > 1)} {', '.join(f'{step:,}' for step in steps[:4])}" + (f" and {len(steps) - 4:,} more" if len(steps) > 4 else "")
+    first = ", ".join(f"{step:,}" for step in steps[:4])
+    return f"step{'s' * (len(steps) > 1)} {first}" + (f" and {len(steps) - 4:,} more" if len(steps) > 4 else "")
 
 
 def repeated(text):
@@ -178,9 +88,10 @@ def repeated(text):
 class Spikes:
     """Values far above the ones before them. Heavy tails are healthy: single rows are hard, and single gradients large.
 
-    A spike lies `deviations` robust deviations of the logarithm above the window's median, `ratio` times above its 80th percentile (in mixed rows
-    the hard ones are no exception), and above the level that the run began with: late in a run that learns by heart, one hard row is far above the
-    rest and no harm. A huge one (3 times the beginning's loss, or 10 times its norm) is told at once, smaller ones where three fall into 200 steps.
+    A spike lies `deviations` robust deviations of the logarithm above the window's median, `ratio` times above its 80th percentile (in
+    mixed rows the hard ones are no exception), and above the level that the run began with: late in a run that learns by heart, one hard
+    row is far above the rest and no harm. A huge one (3 times the beginning's loss, or 10 times its norm) is told at once, smaller ones
+    where three fall into 200 steps.
     """
 
     def __init__(self, what, alerts):
@@ -219,35 +130,40 @@ class Spikes:
 
     def found(self):
         if self.spikes:
-            many = f"{len(self.spikes):,} of {self.seen:,} values, at {listed(self.spikes)}"
-            yield finding("warning" if self.alarming else "note", self.name, f"{many}; the largest is {self.largest:.3g} times the median before it.",
-                          spikes=len(self.spikes), largest=self.largest)
+            told = f"{len(self.spikes):,} of {self.seen:,} values, at {listed(self.spikes)}; "
+            told += f"the largest is {self.largest:.3g} times the median before it."
+            yield finding("warning" if self.alarming else "note", self.name, told, spikes=len(self.spikes), largest=self.largest)
 
 
 def clipping(ratios, threshold, alerts):
-    """Adam divides by the gradient's own size, so clipping every step by a constant factor changes nothing: a note. By clip_factor or more, Adam's
-    epsilon (1e-8) comes near what is left of a gradient spread over millions of weights. Never clipped is fine, and says that the threshold
-    guards from outliers alone. ratios: norm / threshold of steps in a row."""
+    """Adam divides by the gradient's own size, so clipping every step by a constant factor changes nothing: a note.
+
+    By clip_factor or more, Adam's epsilon (1e-8) comes near what is left of a gradient spread over millions of weights. Never clipped is
+    fine, and says that the threshold guards from outliers alone. ratios: norm / threshold of steps in a row.
+    """
     share, factor = sum(ratio > 1 for ratio in ratios) / len(ratios), statistics.median(ratios)
     if share >= 0.95:
         far = factor >= alerts.clip_factor
-        yield finding("warning" if far else "note", "always clipped", f"{share:.0%} of {len(ratios):,} steps were clipped at {threshold:.3g}; the median norm "
-                      f"is {factor:.3g} times that.", "always clipped by far" if far else "", share=share, factor=factor)
+        told = f"{share:.0%} of {len(ratios):,} steps were clipped at {threshold:.3g}; the median norm is {factor:.3g} times that."
+        severity, advice = ("warning", "always clipped by far") if far else ("note", "")
+        yield finding(severity, "always clipped", told, advice, share=share, factor=factor)
     elif share == 0:
-        yield finding("note", "never clipped", f"None of {len(ratios):,} norms reached the threshold of {threshold:.3g}; the largest was {max(ratios):.2g} of it.",
-                      share=0.0)
+        told = f"None of {len(ratios):,} norms reached the threshold of {threshold:.3g}; the largest was {max(ratios):.2g} of it."
+        yield finding("note", "never clipped", told, share=0.0)
 
 
 def diverged(blocks, alerts):
     """The training loss climbs. blocks: (step, median, error) in a row, three at least; the two newest must agree.
 
-    Above the start by `divergence` (a tenth) and four standard errors: a fault, since learning does not raise the loss of its own rows. More than
-    half of the fall lost again, by six errors and a tenth of the lowest: a warning, since harder rows or a high rate may do that for a while.
+    Above the start by `divergence` (a tenth) and four standard errors: a fault, since learning does not raise the loss of its own rows.
+    More than half of the fall lost again, by six errors and a tenth of the lowest: a warning, since harder rows or a high rate may do that
+    for a while.
     """
     first, lowest = blocks[0], min(blocks, key=lambda entry: entry[1])
     newest = min(blocks[-2:], key=lambda entry: entry[1])
     error = math.hypot(newest[2], first[2])
-    told = f"The median training loss went from {first[1]:.4f} to {blocks[-1][1]:.4f} (standard error {error:.4f}); its lowest was {lowest[1]:.4f}."
+    told = f"The median training loss went from {first[1]:.4f} to {blocks[-1][1]:.4f} (standard error {error:.4f}); "
+    told += f"its lowest was {lowest[1]:.4f}."
     numbers = {"first": first[1], "last": blocks[-1][1], "lowest": lowest[1], "error": error}
     if newest[1] - first[1] > max(4 * error, alerts.divergence * abs(first[1])):
         yield finding("fault", "divergence", told, **numbers)
@@ -256,7 +172,7 @@ def diverged(blocks, alerts):
 
 
 def flat(first, last, error):
-    """Whether a loss stands where it began: a fall that is no more than noise, where a fall of a tenth would have shown. None: the noise hides it."""
+    """Whether a loss stands where it began: it fell by noise alone, and a fall of a tenth would have shown. None: the noise hides it."""
     if first - last >= 2 * error and first != last:
         return False
     return True if first - last + 2 * error < 0.1 * abs(first) else None
@@ -271,7 +187,8 @@ def too_high(peak):
 def guessing(loss, where, alerts):
     """Guessing evenly among V tokens costs ln V nats, 12.5 for the largest vocabularies; a trained model does not begin above that."""
     if loss > alerts.guessing:
-        yield finding("warning", "loss above guessing", f"{where} is {loss:.2f} nats a token; guessing evenly among 262,144 tokens costs 12.5.", loss=loss)
+        told = f"{where} is {loss:.2f} nats a token; guessing evenly among 262,144 tokens costs 12.5."
+        yield finding("warning", "loss above guessing", told, loss=loss)
 
 
 def disagreement(train, evaluated):
@@ -281,9 +198,10 @@ def disagreement(train, evaluated):
     """
     if evaluated > 0.1 and train > 2 * evaluated or 0.1 < train < evaluated / 2:
         times = train / evaluated
-        whole = f", close to the whole number {round(times)}: are there {round(times)} micro-batches?" if times > 1.5 and abs(times - round(times)) < 0.06 * times else "."
-        yield finding("warning" if times > 1 else "note", "training and evaluation disagree",
-                      f"Before training the evaluation loss is {evaluated:.4f}; the first training losses are {train:.4f}, {times:.2f} times that{whole}", times=times)
+        whole = times > 1.5 and abs(times - round(times)) < 0.06 * times
+        told = f"Before training the evaluation loss is {evaluated:.4f}; the first training losses are {train:.4f}, {times:.2f} times that"
+        told += f", close to the whole number {round(times)}: are there {round(times)} micro-batches?" if whole else "."
+        yield finding("warning" if times > 1 else "note", "training and evaluation disagree", told, times=times)
 
 
 def frozen(evals, alerts):
@@ -306,8 +224,9 @@ def frozen(evals, alerts):
     digests = {entry["digest"] for entry in same if "digest" in entry}
     certain = len(same) > 2 or len(str(loss).partition(".")[2]) > 4
     shown = f"{loss:.4f}" if round(loss, 4) == loss else f"{loss:.8g}"
-    found = finding("note" if idle else "fault" if certain else "warning", "evaluation frozen", f"The same loss, {shown}, {len(same)} times, to the last digit: steps "
-                    + ", ".join(f"{entry['step']:,}" for entry in same[:6]) + ("…" if len(same) > 6 else "") + ".", times=len(same))
+    steps = ", ".join(f"{entry['step']:,}" for entry in same[:6]) + ("…" if len(same) > 6 else "")
+    told = f"The same loss, {shown}, {len(same)} times, to the last digit: steps {steps}."
+    found = finding("note" if idle else "fault" if certain else "warning", "evaluation frozen", told, times=len(same))
     if idle:
         found.cause = "The learning rate was next to nothing in between."
     elif len(digests) > 1:
@@ -320,43 +239,49 @@ def unmoved(evals):
     last, before = evals[-1], evals[-2] if len(evals) > 1 else {}
     area = last.get("area")
     if not last["step"] and last.get("delta_ratio", 0) > 0 and not last.get("initial"):
-        yield finding("fault", "adapters do not start at zero", f"Before training the adapters already change the weights, by {last['delta_ratio']:.2g} of their norm.")
+        told = f"Before training the adapters already change the weights, by {last['delta_ratio']:.2g} of their norm."
+        yield finding("fault", "adapters do not start at zero", told)
     if len(evals) < 2 or area is not None and area < MOVES:
         return
     if last.get("digest") and last.get("digest") == before.get("digest"):
-        yield finding("fault", "adapters never moved", f"Their digest is {last['digest']} at step {before['step']:,} and at step {last['step']:,}.")
+        told = f"Their digest is {last['digest']} at step {before['step']:,} and at step {last['step']:,}."
+        yield finding("fault", "adapters never moved", told)
     elif last.get("delta_ratio") == 0:
         yield finding("fault", "adapters never moved", f"At step {last['step']:,} they change the weights by exactly 0.")
     else:
         still = [name for name, value in last.get("modules", {}).items() if value == 0]
         if still:
-            yield finding("fault", "adapters never moved", f"At step {last['step']:,} {len(still)} of {len(last['modules'])} adapters change their weight by exactly 0: "
-                          + ", ".join(still[:3]) + ("…" if len(still) > 3 else "") + ".", modules=still)
+            told = f"At step {last['step']:,} {len(still)} of {len(last['modules'])} adapters change their weight by exactly 0: "
+            told += ", ".join(still[:3]) + ("…" if len(still) > 3 else "") + "."
+            yield finding("fault", "adapters never moved", told, modules=still)
 
 
 def worsened(evals, alerts):
-    """Evaluations above the one before training: by a tenth at once, by `worse` where the two newest agree. The rows are the same, so no luck is in it."""
+    """Evaluations above the one before training: by a tenth at once, by `worse` where the two newest agree. Same rows: no luck is in it."""
     first, losses = evals[0], [entry["loss"] for entry in evals[1:]]
     if first["step"] > 0 or not losses or first["loss"] <= 0:
         return
     far, twice = losses[-1] > 1.1 * first["loss"], len(losses) > 1 and min(losses[-2:]) > (1 + alerts.worse) * first["loss"] + 0.01
     if far or twice:
-        yield finding("warning", "evaluation worse than before training", f"The evaluation loss was {first['loss']:.4f} before training and is {losses[-1]:.4f} at step "
-                      f"{evals[-1]['step']:,}.", rise=losses[-1] / first["loss"] - 1)
+        told = f"The evaluation loss was {first['loss']:.4f} before training and is {losses[-1]:.4f} at step {evals[-1]['step']:,}."
+        yield finding("warning", "evaluation worse than before training", told, rise=losses[-1] / first["loss"] - 1)
 
 
 def gap(evals, alerts):
-    """Learning by heart: the evaluation loss rose by `gap` (and a hundredth of a nat) above its lowest, in all of two or more later evaluations, while the training loss went
-    on falling. A gap that widens while both fall is what training looks like. evals with train and error, the training loss near each."""
+    """Learning by heart: the evaluation loss rose by `gap` (and a hundredth of a nat) above its lowest, in all of two or more later
+    evaluations, while the training loss went on falling. A gap that widens while both fall is what training looks like. evals with train
+    and error, the training loss near each."""
     best = min(evals, key=lambda entry: entry["loss"])
     after = [entry for entry in evals if entry["step"] > best["step"]]
     if len(after) < 2 or best["loss"] <= 0 or "train" not in best or "train" not in after[-1]:
         return
     higher = min(entry["loss"] for entry in after[-2:])
     rise = higher / best["loss"] - 1
-    if rise > alerts.gap and higher - best["loss"] > 0.01 and best["train"] - after[-1]["train"] > 2 * math.hypot(best["error"], after[-1]["error"]):
-        found = finding("warning", "growing gap", f"The evaluation loss rose from {best['loss']:.4f} at step {best['step']:,} to {after[-1]['loss']:.4f}, while the training "
-                        f"loss fell from {best['train']:.4f} to {after[-1]['train']:.4f}.", rise=rise)
+    falling = best["train"] - after[-1]["train"] > 2 * math.hypot(best["error"], after[-1]["error"])
+    if rise > alerts.gap and higher - best["loss"] > 0.01 and falling:
+        told = f"The evaluation loss rose from {best['loss']:.4f} at step {best['step']:,} to {after[-1]['loss']:.4f}, "
+        told += f"while the training loss fell from {best['train']:.4f} to {after[-1]['train']:.4f}."
+        found = finding("warning", "growing gap", told, rise=rise)
         found.remedy = f"Keep the checkpoint of step {best['step']:,}. " + found.remedy
         yield found
 
@@ -365,8 +290,8 @@ def damage(entry, alerts):
     """NF4 costs an 8B model some hundredths of a nat, and one of 135M parameters 0.7; twice the worst that was seen is something else."""
     harm = entry["loss"] - entry.get("unquantised_loss", math.inf)
     if harm > alerts.quantisation_damage:
-        yield finding("warning", "damage by quantisation", f"Before training the loss is {entry['loss']:.4f}, and {entry['unquantised_loss']:.4f} unquantised: "
-                      f"{harm:.2f} nats worse.", harm=harm)
+        told = f"Before training the loss is {entry['loss']:.4f}, and {entry['unquantised_loss']:.4f} unquantised: {harm:.2f} nats worse."
+        yield finding("warning", "damage by quantisation", told, harm=harm)
 
 
 def coherence(evals, alerts):
@@ -381,25 +306,26 @@ def coherence(evals, alerts):
     overrun = [sample for sample in known if len(sample["text"]) > 1.5 * len(sample["reference"]) + 10]
     stopped = [sample for sample in samples if sample.get("stopped")]
     if not stopped and len(overrun) > 1:
-        yield finding("warning", "samples never stop", f"None of {len(samples)} samples at step {last['step']:,} ended by itself, though {len(overrun)} are longer than "
-                      "one and a half times their reference.")
+        told = f"None of {len(samples)} samples at step {last['step']:,} ended by itself, though {len(overrun)} are longer than "
+        yield finding("warning", "samples never stop", told + "one and a half times their reference.")
     elif not known and last.get("stop_rate") == 0 and max((entry.get("stop_rate", 0) for entry in evals), default=0) > 0:
         yield finding("warning", "samples never stop", f"No sample at step {last['step']:,} ended by itself, and earlier ones did.")
     share = statistics.mean(repeated(sample["text"]) for sample in samples) if samples else last.get("repetition", 0)
     usual = statistics.mean(repeated(sample["reference"]) for sample in known) if known else 0
     if share > max(alerts.repetition, usual + 0.3):
-        yield finding("warning", "samples repeat themselves", f"At step {last['step']:,} {share:.0%} of the samples' four-word sequences stood in them before"
-                      + (f" ({usual:.0%} in the references)." if known else "."), share=share)
-    if "overlap" in last and "overlap" in first and first["step"] == 0 and last["overlap"] <= min(0.05, first["overlap"]) and first["loss"] - last["loss"] > 0.5:
-        yield finding("warning", "samples do not follow the loss", f"The evaluation loss fell from {first['loss']:.4f} to {last['loss']:.4f}, and the samples' overlap with "
-                      f"their references is {last['overlap']:.2f} ({first['overlap']:.2f} before training).")
+        told = f"At step {last['step']:,} {share:.0%} of the samples' four-word sequences stood in them before"
+        yield finding("warning", "samples repeat themselves", told + (f" ({usual:.0%} in the references)." if known else "."), share=share)
+    before = first.get("overlap") if first["step"] == 0 else None
+    if before is not None and last.get("overlap", 1) <= min(0.05, before) and first["loss"] - last["loss"] > 0.5:
+        told = f"The evaluation loss fell from {first['loss']:.4f} to {last['loss']:.4f}, and the samples' overlap with their references "
+        yield finding("warning", "samples do not follow the loss", told + f"is {last['overlap']:.2f} ({before:.2f} before training).")
 
 
 def proved(ratio, tolerance, step):
     """The measured change of the loss along the gradient over the predicted one is 1, up to the rounding that the tolerance states."""
     if not math.isfinite(ratio) or abs(ratio - 1) > tolerance:
-        yield finding("fault", "wrong gradients", f"At step {step:,} the loss changes along the gradient by {ratio:.3f} times what the gradient predicts (1 +- {tolerance:.2g}).",
-                      ratio=ratio)
+        told = f"At step {step:,} the loss changes along the gradient by {ratio:.3f} times what it predicts (1 +- {tolerance:.2g})."
+        yield finding("fault", "wrong gradients", told, ratio=ratio)
 
 
 def evaluation_entry(line):
@@ -407,7 +333,8 @@ def evaluation_entry(line):
     if not math.isfinite(line.get("eval_loss", math.nan)):
         return None
     entry = {"step": line["step"], "loss": line["eval_loss"]}
-    entry |= {name: line[name] for name in ("digest", "delta_ratio", "stop_rate", "repetition", "overlap", "unquantised_loss") if name in line}
+    names = ("digest", "delta_ratio", "stop_rate", "repetition", "overlap", "unquantised_loss")
+    entry |= {name: line[name] for name in names if name in line}
     for name in ("modules", "written"):
         try:
             value = json.loads(line.get(name, "null"))
