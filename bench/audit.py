@@ -1,7 +1,8 @@
 """How much of what is wrong with a data set the audit finds: duplicates, near duplicates and leaks are planted, then looked for.
 
     python bench/audit.py TRAIN.jsonl EVAL.jsonl [--duplicates 500 --near 500 --leaks 100 --seed 0]
-    python bench/audit.py TRAIN.jsonl EVAL.jsonl --rows 1000000     TRAIN's rows again and again, words changed, for time and memory
+    python bench/audit.py TRAIN.jsonl EVAL.jsonl --rows 1000000 --out MANY.jsonl
+                                                    only write a large file: TRAIN's rows again and again, half their words changed
 
 A planted duplicate is a copy of a row; a near duplicate a copy in which one word, anywhere in its turns, is another word of the
 data set; a leak a copy of an evaluation row, every second one with a word changed. They are put in at random places. Recall is
@@ -14,7 +15,6 @@ import argparse
 import json
 import pathlib
 import random
-import resource
 import sys
 import time
 
@@ -99,19 +99,17 @@ def main():
     parser.add_argument("train"), parser.add_argument("evaluation")
     for name, default in (("duplicates", 500), ("near", 500), ("leaks", 100), ("seed", 0), ("rows", 0), ("sample", 2000)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", default="many.jsonl")
     args = parser.parse_args()
     rng, settings = random.Random(args.seed), config.Data()
     train, evaluation = sources.read_rows(args.train), sources.read_rows(args.evaluation)
     if args.rows:
         words = sorted({word for _, record in train for word in words_of(record)})
-        path, memory = None, None
-        many = ((f"row {i}", jumbled(train[i % len(train)][1], words, random.Random(i)) if i >= len(train) else train[i][1]) for i in range(args.rows))
-        began = time.perf_counter()
-        result = audit.scan(many, evaluation, settings, near=True)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        print(f"{result['rows']:,} rows in {time.perf_counter() - began:.0f} s, making them included; at most {memory[0] / 2**20:.2f} GiB here and "
-              f"{memory[1] / 2**20:.2f} GiB in the largest worker")
-        tell(result)
+        with open(args.out, "w", encoding="utf-8") as file:
+            for i in range(args.rows):
+                record = train[i % len(train)][1]
+                file.write(json.dumps(jumbled(record, words, random.Random(i)) if i >= len(train) else record, ensure_ascii=False) + "\n")
+        print(f"{args.rows:,} rows in {args.out}")
         return
     print(f"{len(train):,} training rows of {args.train}, {len(evaluation):,} evaluation rows\n\nas they are:")
     began = time.perf_counter()
