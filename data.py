@@ -246,7 +246,7 @@ def _open_rows(path, part):
     ids, offsets, supervised, names = cache.read_tokens(path / f"{part}.arrow")
     dropped = path / "rows-dropped.jsonl"
     return Rows(ids, offsets, supervised, names, meta["counts"], meta["digest"], meta["skipped"], tuple(map(tuple, meta.get("mixture", ()))),
-                tuple(meta.get("remarks", ())), [tuple(record) for record in meta.get("records", ())], str(dropped) if part == "train" and dropped.exists() else "")
+                meta.get("audit", {}), tuple(meta.get("remarks", ())), [tuple(record) for record in meta.get("records", ())], str(dropped) if part == "train" and dropped.exists() else "")
 
 
 def _build(cfg, tokenizer, folder):
@@ -289,7 +289,8 @@ def _build(cfg, tokenizer, folder):
         found["train"]["digest"] = hashlib.sha256(json.dumps([found["train"]["digest"], found["train"]["mixture"]]).encode()).hexdigest()
         _quotas(found["train"]["mixture"])
     found["train"]["counts"]["rows_dropped"] = len(dropped)
-    found["train"]["remarks"] = _remarks(cfg, seen, fate, dropped)
+    found["train"]["audit"] = _audited(cfg, seen, fate)
+    found["train"]["remarks"] = _remarks(cfg, seen, found["train"]["audit"], dropped)
     return found
 
 
@@ -321,15 +322,20 @@ def _write_rows(path, rows, tokenizer, data, total=None):
     return {"counts": totals["counts"], "digest": digest, "skipped": totals["skipped"], "sizes": sizes}
 
 
-def _remarks(cfg, seen, fate, dropped):
-    """What an audit found, in a few lines for the console: counts of what stays in, then of what was dropped."""
+def _audited(cfg, seen, fate):
+    """{check: rows} of the rows that are trained on."""
     counts = {}
     for row, check, *_ in seen["found"]:
         if fate[row] == 0:
             counts[check] = counts.get(check, 0) + 1
     if not cfg.data.eval:
-        held = np.isin(seen["group"], seen["group"][fate == 1]) & (fate == 0)
-        counts |= {"leak": int(held.sum())} if held.any() else {}
+        leaks = int((np.isin(seen["group"], seen["group"][fate == 1]) & (fate == 0)).sum())
+        counts |= {"leak": leaks} if leaks else {}
+    return counts
+
+
+def _remarks(cfg, seen, counts, dropped):
+    """What an audit found, in a few lines for the console: counts of what stays in, then of what was dropped."""
     lines = []
     telling = {check: count for check, count in counts.items() if check not in ("one_word", "unreadable")}
     if telling:

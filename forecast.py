@@ -49,7 +49,7 @@ class Facts:
         """Facts of two data.Rows."""
         longest = int((rows.offsets[1:] - rows.offsets[:-1]).max()) if len(rows) else 0
         evaluated, counts = None if eval_rows is None else len(eval_rows), rows.counts
-        return cls(len(rows), counts["tokens"], counts["supervised_tokens"], evaluated, longest, counts)
+        return cls(len(rows), counts["tokens"], counts["supervised_tokens"], evaluated, longest, counts, rows.audit)
 
 
 @dataclass

@@ -33,6 +33,7 @@ class Rows:
     digest: str             # SHA-256 of ids, offsets and supervised (and of a mixture's sizes and weights)
     skipped: list = field(default_factory=list)  # one message a skipped row, where data.bad_rows is skip
     mixture: tuple = ()     # ((rows, weight), ...) of each source, in order, where there are several
+    audit: dict = field(default_factory=dict)  # {check: rows} that an audit found among them, of those that were not dropped
     remarks: tuple = ()     # lines for the console: what the audit found, what was dropped
     records: list = field(default_factory=list)  # the first records [(name, record)] of rows that were held out
     dropped: str = ""       # file with the rows that data.drop left out, a JSON line each
