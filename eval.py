@@ -38,19 +38,28 @@ def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
 
     Returns {"loss": nats a token, "perplexity", "token_accuracy": 0 ... 1, "supervised_tokens", "rows", "seconds"} and, per row,
     float64 arrays {"nll": summed nats, "tokens", "correct"}; or (None, None) as soon as `interrupted` holds something.
-    Logits exist for memory.loss_chunk tokens at a time; the host waits for the device once.
+    Logits exist for memory.loss_chunk tokens at a time; the host waits for the device once. Where memory runs out, the rows
+    are evaluated again in micro-batches of half the size. Raises ValueError naming a row that does not fit alone.
     """
     began, was_training = time.perf_counter(), network.training
     count = min(len(rows), max_rows or len(rows))
     network.eval()
-    totals = torch.zeros(3, count, dtype=torch.float64, device=network.device)  # nll, tokens, correct of each row
-    for batch in data.pack(rows, list(range(count)), max_tokens):
-        if interrupted:
-            break
-        batch = batch.to(network.device)
-        _, nll, correct = model.summed_loss(network, batch)
-        row = torch.tensor(batch.samples, device=network.device)[batch.document]
-        totals.index_add_(1, row, torch.stack((nll.double(), torch.ones_like(nll).double(), correct.double())))
+    done = False
+    while not (done or interrupted):
+        totals = torch.zeros(3, count, dtype=torch.float64, device=network.device)  # nll, tokens, correct of each row
+        try:
+            for batch in data.pack(rows, list(range(count)), max_tokens):
+                if interrupted:
+                    break
+                batch = batch.to(network.device)
+                _, nll, correct = model.summed_loss(network, batch)
+                row = torch.tensor(batch.samples, device=network.device)[batch.document]
+                totals.index_add_(1, row, torch.stack((nll.double(), torch.ones_like(nll).double(), correct.double())))
+            done = True
+        except (RuntimeError, MemoryError) as error:
+            max_tokens = model.smaller(batch, rows, error)
+        if not done:
+            model.release_memory()
     network.train(was_training)
     if interrupted:
         return None, None
@@ -62,10 +71,11 @@ def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
 
 
 @torch.no_grad()
-def generate(network, tokenizer, prompts, max_new_tokens, end_ids):
+def generate(network, tokenizer, prompts, max_new_tokens, end_ids, interrupted=()):
     """Greedy continuations of data.prompts: [{"prompt", "reference", "text", "tokens", "stopped": ended by itself}, ...].
 
-    All prompts in one left-padded batch, through transformers' own attention and cache. Draws no random numbers.
+    All prompts in one left-padded batch, through transformers' own attention and cache. Draws no random numbers. None as soon
+    as `interrupted` holds something. Prompts that do not fit into memory together are continued in halves.
     """
     from transformers import GenerationConfig
     if not prompts:
@@ -77,9 +87,22 @@ def generate(network, tokenizer, prompts, max_new_tokens, end_ids):
     ids = torch.tensor([[pad] * (width - len(prompt["ids"])) + list(prompt["ids"]) for prompt in prompts], device=network.device)
     mask = torch.tensor([[0] * (width - len(prompt["ids"])) + [1] * len(prompt["ids"]) for prompt in prompts], device=network.device)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_ids, pad_token_id=pad, use_cache=True)
-    with model.own_attention(network):
-        written = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
+    stop = lambda ids, scores: torch.full((len(ids),), bool(interrupted), device=ids.device)  # asked after each token
+    fits = True
+    try:
+        with model.own_attention(network):
+            written = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[stop])[:, width:].tolist()
+    except (RuntimeError, MemoryError) as error:
+        if len(prompts) == 1 or not model.out_of_memory(error):
+            raise
+        fits = False
     network.train(was_training)
+    if interrupted:
+        return None
+    if not fits:
+        model.release_memory()
+        halves = [generate(network, tokenizer, half, max_new_tokens, end_ids, interrupted) for half in (prompts[:len(prompts) // 2], prompts[len(prompts) // 2:])]
+        return None if None in halves else halves[0] + halves[1]
     samples = []
     for prompt, new in zip(prompts, written):
         stop = next((i for i, token in enumerate(new) if token in end_ids), None)

@@ -9,6 +9,7 @@ architecture asks of attention that packed_attention does not know: each is refu
 """
 import contextlib
 import functools
+import gc
 import importlib.util
 import inspect
 import json
@@ -461,6 +462,32 @@ def keep_dequantized(network, memory, dtype):
     if memory.keep_dequantized == "yes" or memory.keep_dequantized == "auto" and (memory.checkpoint_layers <= 0 or network.device.type == "cpu") and size < free / 4:
         for weight in weights:
             weight.keep(dtype)
+
+
+def out_of_memory(error):
+    """Whether an error says that memory ran out, the GPU's or the host's."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def release_memory():
+    """Give back what an attempt left that ran out of memory. Call when its error is no longer held: the error keeps its tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def smaller(batch, rows, error):
+    """Tokens for the next attempt after `batch` raised `error`: half of its own. Raises `error` itself where that is no lack of memory.
+
+    Raises ValueError with the row's name and length where the micro-batch holds one row and cannot be made smaller.
+    """
+    if not out_of_memory(error):
+        raise error
+    if len(batch.samples) == 1:
+        row = batch.samples[0]
+        raise ValueError(f"{rows.names[row]}: this row of {int(rows.offsets[row + 1] - rows.offsets[row]):,} tokens does not fit into memory even alone; "
+                         "lower data.max_length, or raise memory.checkpoint_layers") from error
+    return len(batch.input_ids) // 2
 
 
 def recompute(network, layers, offload=False):
