@@ -83,6 +83,7 @@ class Train:
     adam_beta1: float = key(0.9, "decay of AdamW's first moment", low=0.0, high=0.99999)
     adam_beta2: float = key(0.999, "decay of AdamW's second moment", low=0.0, high=0.9999999)
     adam_eps: float = key(1e-8, "AdamW's epsilon", above=0)
+    deterministic: bool = key(False, "GPU: the same bits again after a resume, by deterministic kernels alone and no CUDA graphs; slower (on a CPU runs repeat anyway)")
     nonfinite_limit: int = key(3, "stop after this many non-finite steps in a row (none of them is applied)", low=1)
 
 

@@ -36,7 +36,7 @@ import verdict
 def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
     """Loss and accuracy over the supervised tokens of data.Rows (the first max_rows of them; 0: all).
 
-    Returns {"loss": nats a token, "perplexity", "token_accuracy": 0 ... 1, "supervised_tokens", "rows", "seconds"} and, per row,
+    Returns {"loss": nats a token, "perplexity", "token_accuracy": 0 ... 1, "supervised_tokens", "rows", "seconds", "max_tokens": what fitted} and, per row,
     float64 arrays {"nll": summed nats, "tokens", "correct"}; or (None, None) as soon as `interrupted` holds something.
     Logits exist for memory.loss_chunk tokens at a time; the host waits for the device once. Where memory runs out, the rows
     are evaluated again in micro-batches of half the size. Raises ValueError naming a row that does not fit alone.
@@ -66,7 +66,7 @@ def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
     nll, tokens, correct = totals.cpu().numpy()
     loss = float(nll.sum() / max(1, tokens.sum()))
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": float(correct.sum() / max(1, tokens.sum())),
-               "supervised_tokens": int(tokens.sum()), "rows": count, "seconds": time.perf_counter() - began}
+               "supervised_tokens": int(tokens.sum()), "rows": count, "seconds": time.perf_counter() - began, "max_tokens": max_tokens}
     return figures, {"nll": nll, "tokens": tokens, "correct": correct}
 
 
@@ -87,7 +87,7 @@ def generate(network, tokenizer, prompts, max_new_tokens, end_ids, interrupted=(
     ids = torch.tensor([[pad] * (width - len(prompt["ids"])) + list(prompt["ids"]) for prompt in prompts], device=network.device)
     mask = torch.tensor([[0] * (width - len(prompt["ids"])) + [1] * len(prompt["ids"]) for prompt in prompts], device=network.device)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_ids, pad_token_id=pad, use_cache=True)
-    stop = lambda ids, scores: torch.full((len(ids),), bool(interrupted), device=ids.device)  # asked after each token
+    stop = lambda ids, scores, **_: torch.full((len(ids),), bool(interrupted), device=ids.device)  # asked after each token
     fits = True
     try:
         with model.own_attention(network):

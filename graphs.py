@@ -91,6 +91,13 @@ class Replayed:
         return done
 
 
+def forget(forward_backward):
+    """Let go of what is recorded, and of its memory, where `forward_backward` is a Replayed."""
+    if isinstance(forward_backward, Replayed):
+        forward_backward.graphs.clear()
+        forward_backward.pool = None
+
+
 class Static:
     """The fields of a micro-batch at fixed addresses."""
 

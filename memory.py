@@ -25,7 +25,8 @@ OFFLOADED = 0.01         # copies beside the products slow them a little
 def plan(config, network, rows, before):
     """How windows are packed and which layers are recomputed; puts the network into that state. `before`: a saved run's plan, or {}.
 
-    Returns {"max_tokens", "checkpoint_layers", "keep_dequantized", "offload", "host_embeddings", "graphs", "why_no_graphs", "why"}.
+    Returns {"max_tokens", "fits", "evaluates", "shrunk", "checkpoint_layers", "keep_dequantized", "offload", "host_embeddings", "graphs", "why_no_graphs", "why"}.
+    "fits" is max_tokens, or what was left of it when memory ran out during the run ("shrunk" tells when); it is what windows are packed to.
     What the probe chose is tried on the longest rows, and chosen again with less memory where that does not fit.
     Raises ValueError with the remedy where nothing fits.
     """
@@ -52,10 +53,12 @@ def plan(config, network, rows, before):
             if longest_fits(network, rows, chosen["max_tokens"]):
                 break
     apply(network, chosen)
-    if not longest_fits(network, rows, chosen["max_tokens"]):
-        raise ValueError(f"memory: a micro-batch of the longest rows does not fit on the GPU; lower memory.max_tokens (now {chosen['max_tokens']:,}) or data.max_length (the longest row has "
-                         f"{int((rows.offsets[1:] - rows.offsets[:-1]).max()):,} tokens), or raise memory.checkpoint_layers (now {chosen['checkpoint_layers']})")
-    why_not = "memory.graphs is no" if config.memory.graphs == "no" else graphs.serves(network, chosen["checkpoint_layers"])
+    same = before.get("max_tokens") == chosen["max_tokens"] and "fits" in before
+    chosen |= {name: before[name] for name in ("fits", "evaluates", "shrunk")} if same else {"fits": chosen["max_tokens"], "evaluates": chosen["max_tokens"], "shrunk": []}
+    if not longest_fits(network, rows, chosen["fits"]):
+        raise ValueError(f"memory: a micro-batch of the longest rows does not fit on the GPU; lower memory.max_tokens (now {chosen['fits']:,}) or data.max_length (the longest row, "
+                         f"{rows.names[int((rows.offsets[1:] - rows.offsets[:-1]).argmax())]}, has {int((rows.offsets[1:] - rows.offsets[:-1]).max()):,} tokens), or raise memory.checkpoint_layers (now {chosen['checkpoint_layers']})")
+    why_not = "memory.graphs is no" if config.memory.graphs == "no" else "train.deterministic is set" if config.train.deterministic else graphs.serves(network, chosen["checkpoint_layers"])
     return chosen | {"graphs": not why_not, "why_no_graphs": why_not}
 
 

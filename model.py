@@ -464,6 +464,10 @@ def keep_dequantized(network, memory, dtype):
             weight.keep(dtype)
 
 
+class DoesNotFit(ValueError):
+    """A row that does not fit into memory even alone."""
+
+
 def out_of_memory(error):
     """Whether an error says that memory ran out, the GPU's or the host's."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -479,13 +483,13 @@ def release_memory():
 def smaller(batch, rows, error):
     """Tokens for the next attempt after `batch` raised `error`: half of its own. Raises `error` itself where that is no lack of memory.
 
-    Raises ValueError with the row's name and length where the micro-batch holds one row and cannot be made smaller.
+    Raises DoesNotFit with the row's name and length where the micro-batch holds one row and cannot be made smaller.
     """
     if not out_of_memory(error):
         raise error
     if len(batch.samples) == 1:
         row = batch.samples[0]
-        raise ValueError(f"{rows.names[row]}: this row of {int(rows.offsets[row + 1] - rows.offsets[row]):,} tokens does not fit into memory even alone; "
+        raise DoesNotFit(f"{rows.names[row]}: this row of {int(rows.offsets[row + 1] - rows.offsets[row]):,} tokens does not fit into memory even alone; "
                          "lower data.max_length, or raise memory.checkpoint_layers") from error
     return len(batch.input_ids) // 2
 

@@ -51,6 +51,8 @@ import report
 import schedule
 import verdict
 
+PATIENCE = 10  # seconds that a window may go on after a signal; then it is given up, to be done by the resumed run
+
 
 def train(config, run, guard, resume, accept, preflight):
     """Train as `config` says, in the run folder `run`. Returns the exit code.
@@ -60,6 +62,8 @@ def train(config, run, guard, resume, accept, preflight):
     preflight: end with the forecast.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.train.deterministic and device.type == "cuda":
+        be_deterministic()
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     rows, eval_rows = data.load(config, tokenizer)
     prompts, end_ids = data.prompts(config, tokenizer), data.end_of_turn(tokenizer)
@@ -110,8 +114,8 @@ def train(config, run, guard, resume, accept, preflight):
 
     if plan["graphs"]:
         forward_backward = graphs.Replayed(network, forward_backward)
-    first_samples = data.sample_stream(len(rows), config.train.seed, *schedule.window_samples(min(state["step"] + 1, max_steps), config, total_samples))
-    probed = memory.rehearse(network, data.pack(rows, first_samples, plan["max_tokens"]), forward_backward, config.memory.budget_gib)
+    first_samples = data.samples(rows, config.train.seed, *schedule.window_samples(min(state["step"] + 1, max_steps), config, total_samples))
+    probed = memory.rehearse(network, data.pack(rows, first_samples, plan["fits"]), forward_backward, config.memory.budget_gib)
     probed["step_seconds"] *= total_samples / max_steps / max(1, len(first_samples))
     outlook = forecast.forecast(config, dataclasses.replace(facts, trainable=len(flat), memory=memory_parts(network, moments, probed), **probed))
     if forecast.refusals(outlook, config.forecast):
@@ -179,9 +183,11 @@ def train(config, run, guard, resume, accept, preflight):
 
     def evaluate(step):
         """Evaluate and sample, write both down, and remember the best. What an interruption cuts short, the resumed run does."""
-        figures, by_row = evaluation.evaluate(network, eval_rows, config.eval.max_rows, plan["max_tokens"], interrupted)
-        if figures is None:
+        figures, by_row = evaluation.evaluate(network, eval_rows, config.eval.max_rows, plan["evaluates"], interrupted)
+        samples = figures and evaluation.generate(network, tokenizer, prompts, config.eval.max_new_tokens, end_ids, interrupted)
+        if samples is None:
             return
+        plan["evaluates"] = figures["max_tokens"]
         loss = figures["loss"]
         values = {f"eval/{name}": figures[name] for name in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "seconds")}
         values["eval/adapter_digest"] = hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()[:12]
@@ -190,7 +196,6 @@ def train(config, run, guard, resume, accept, preflight):
             values |= {f"eval/unquantised_{name}": unquantised[0][name] for name in ("loss", "token_accuracy")}
             evaluation.keep(run, "unquantised", unquantised[1], 0, eval_rows, tokenizer, network)
         say(f"step {step}/{max_steps}  evaluation loss {loss:.4f}  perplexity {figures['perplexity']:.2f}  token accuracy {figures['token_accuracy']:.4f}")
-        samples = evaluation.generate(network, tokenizer, prompts, config.eval.max_new_tokens, end_ids)
         if samples:
             values |= {f"eval/{name}": value for name, value in evaluation.sample_figures(samples).items()} | {"eval/samples": json.dumps(samples)}
             recorder.text(step, "eval/samples", "\n\n".join(f"**{sample['prompt']}**\n\n{sample['text']}" for sample in samples))
@@ -226,23 +231,46 @@ def train(config, run, guard, resume, accept, preflight):
         return checkpoint.save(run, step, tensors, texts | texts_of(tokenizer), config.save.keep, state["best_step"])
 
     began, first, pending, applied, alive = time.perf_counter(), state["step"] + 1, [], 0, set()
-    if owed:
-        evaluate(state["step"])
-    prove(state["step"])
-    leaving = bool(interrupted) or stopped_early() or stopped()
+    too_large = ""  # a row that does not fit into memory even alone, told with its name
+    try:
+        if owed:
+            evaluate(state["step"])
+        prove(state["step"])
+    except model.DoesNotFit as error:
+        too_large = str(error)
+    leaving = bool(interrupted or too_large) or stopped_early() or stopped()
     if leaving or owed and state["step"]:
         where = save(state["step"])
     for step in range(first, max_steps + 1) if not leaving else ():
         clock = [mark(device)]
         start, count = schedule.window_samples(step, config, total_samples)
         samples = data.samples(rows, config.train.seed, start, count)
-        window = data.pack(rows, samples, plan["max_tokens"])
-        supervised, tokens = sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window)
+        drawn = generators(device) if config.lora.dropout else {}
 
-        flat.grad.zero_()
-        loss = torch.zeros((), device=device)
-        for batch in window:
-            loss += forward_backward(batch, scaler["scale"] / supervised) / supervised
+        loss, late = None, False
+        while loss is None and not late:  # once, and again in smaller micro-batches where memory runs out: their sum is the same
+            window = data.pack(rows, samples, plan["fits"])
+            supervised, tokens = sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window)
+            flat.grad.zero_()
+            try:
+                loss = torch.zeros((), device=device)
+                for batch in window:
+                    late = bool(interrupted) and time.monotonic() - interrupted[0][1] > PATIENCE
+                    if late:
+                        break
+                    loss += forward_backward(batch, scaler["scale"] / supervised) / supervised
+            except (RuntimeError, MemoryError) as error:
+                loss, too_large = None, shrink(plan, step, batch, rows, error)
+            late = late or bool(too_large)
+            if loss is None or late:
+                set_generators(drawn, device)
+                graphs.forget(forward_backward)
+                model.release_memory()
+        if late:  # the window is given up, and the step before it is where the run ends
+            while pending:
+                settle(pending.pop(0))
+            where = save(state["step"])
+            break
 
         grad_norm = torch.linalg.vector_norm(flat.grad) / scaler["scale"]  # before clipping
         known = [norm for at, norm in state["norms"] if at < step - 1]  # the last step's norm may still be on its way
@@ -272,7 +300,7 @@ def train(config, run, guard, resume, accept, preflight):
         state |= {"step": step, "samples": start + count, "tokens": state["tokens"] + tokens, "supervised_tokens": state["supervised_tokens"] + supervised}
         pending.append({"step": step, "samples": samples, "clock": clock, "figures": to_host(figures), "values": {
             "train/learning_rate": learning_rate, "train/clip_threshold": threshold, "train/samples": count, "train/tokens": tokens,
-            "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)}})
+            "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)} | ({"train/max_tokens": plan["fits"]} if plan["shrunk"] else {})})
 
         evaluation_due, save_due, proof_due = due(config.eval.every_steps, step), due(config.save.every_steps, step), proof.due(config, step, first, max_steps, device)
         boundary = evaluation_due or save_due or bool(proof_due) or bool(interrupted) or bool(fatal)
@@ -282,12 +310,15 @@ def train(config, run, guard, resume, accept, preflight):
             break
         if not boundary:
             continue
-        if evaluation_due and not interrupted:
-            evaluate(step)
-        prove(step)
+        try:
+            if evaluation_due and not interrupted:
+                evaluate(step)
+            prove(step)
+        except model.DoesNotFit as error:
+            too_large = str(error)
         if stopped():
             break
-        leaving = bool(interrupted) or stopped_early()
+        leaving = bool(interrupted or too_large) or stopped_early()
         if save_due or leaving or state["best_step"] == step:
             where = save(step)
         if leaving:
@@ -302,9 +333,11 @@ def train(config, run, guard, resume, accept, preflight):
         if config.log.report:
             print(f"look     {report.write(run)[0]}")
         return 4
+    if too_large:
+        raise ValueError(f"{too_large}; the run stopped after step {state['step']}, saved {where}, and goes on with --resume")
     if not finished():
         print(f"interrupted after step {state['step']}; saved {where}; go on with --resume")
-        return 128 + interrupted[0]
+        return 128 + interrupted[0][0]
     return conclude(run, config, state, max_steps)
 
 
@@ -364,15 +397,29 @@ def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
     for name, value in scaler.items():
         value.copy_(optimizer[name])
     if "generators" not in changed:
-        torch.set_rng_state(tensors["generators.safetensors"]["torch"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["generators.safetensors"]["cuda"])
+        set_generators(tensors["generators.safetensors"], device)
     return state | {"origin": fresh["origin"], "plan": fresh["plan"], "accepted": state["accepted"] + [{"step": state["step"], **changed}] * bool(changed)}
 
 
 def generators(device):
     """The states of the generators that dropout draws from."""
     return {"torch": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+
+
+def set_generators(states, device):
+    """Put the generators back into `states` of `generators`; {} leaves them as they are."""
+    if states:
+        torch.set_rng_state(states["torch"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"])
+
+
+def be_deterministic():
+    """On a GPU, the same bits in every run: sums in a fixed order everywhere, or an error. Before CUDA starts."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which CUDA's library reads when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against reading what was never written; it takes time
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass adds in whatever order threads arrive
 
 
 def views(flat, adapters):
@@ -458,6 +505,21 @@ def memory_parts(network, moments, probed):
 
 # -------------------------------------------------------------------------------------------------- pieces of the loop
 
+def shrink(plan, step, batch, rows, error):
+    """Halve what is packed into a micro-batch, for the rest of the run, after `batch` raised `error`. Raises `error` where memory was not what it lacked.
+
+    Returns "", or, where a row does not even fit alone, which.
+    """
+    try:
+        fits = model.smaller(batch, rows, error)
+    except model.DoesNotFit as alone:
+        return str(alone)
+    say(f"step {step}: memory ran out over {len(batch.input_ids):,} tokens; the step is done again, and the run goes on, with {fits:,} tokens a micro-batch at most")
+    plan["shrunk"].append({"step": step, "from": plan["fits"], "to": fits})
+    plan.update(fits=fits, evaluates=min(fits, plan["evaluates"]))
+    return ""
+
+
 def rescale(scaler, finite):
     """fp16 loss scaling (Micikevicius et al. 2018, section 3.2): halve the scale after a non-finite step, double it after 2000 finite ones."""
     good = torch.where(finite, scaler["good_steps"] + 1, 0)
@@ -511,11 +573,11 @@ def say(text):
 
 
 def catch_signals():
-    """A list that holds the number of SIGINT or SIGTERM once one arrives: the run ends at the next step boundary. A third one kills."""
+    """A list that holds (SIGINT or SIGTERM, when) once one arrives: the run ends at the next step boundary. A third one kills."""
     caught = []
 
     def note(number, frame):
-        caught.append(number)
+        caught.append((number, time.monotonic()))
         if len(caught) > 2:
             sys.exit(128 + number)
         say(f"{signal.Signals(number).name}: the run saves and ends after this step; twice more, and it ends at once")

@@ -25,7 +25,9 @@ import torch
 from conftest import PROJECT, curve, differences, newest, settings_of
 
 import checkpoint
+import config
 import data
+import eval as evaluation
 import model
 import record
 import schedule
@@ -154,8 +156,19 @@ def at_sample(number, what, *given):
     data.sample_stream = stream
 
 
+def once_trained(install):
+    """Call install() when the run has tried its first window and begins: what is counted from there on is the run's own."""
+    import memory
+    real = memory.rehearse
+    memory.rehearse = lambda *given: (real(*given), install())[0]
+
+
 def in_backward(number, what, *given):
     """Do what(*given) in the backward pass of the number-th training micro-batch: mid-window, half of the gradient added."""
+    once_trained(lambda: spoil_backward(number, what, given))
+
+
+def spoil_backward(number, what, given):
     real, calls = model.summed_loss, []
 
     def loss_of(network, batch):
@@ -342,6 +355,51 @@ def test_told_three_times_a_run_ends_at_once_and_what_was_saved_before_stays(run
     assert run("run", "--resume") == 0 and differences(tmp_path / "run", whole()) == []
 
 
+def slow_micro_batches(sample):
+    """Micro-batches of a fifth of a second, SIGTERM in a window of several, and patience for half a second only."""
+    once_trained(lambda: slow_down(sample))
+
+
+def slow_down(sample):
+    import train
+    train.PATIENCE = 0.5
+    at_sample(sample, send, signal.SIGTERM)
+    real = model.summed_loss
+
+    def loss_of(network, batch):
+        time.sleep(0.2 * torch.is_grad_enabled())
+        return real(network, batch)
+
+    model.summed_loss = loss_of
+
+
+def test_a_window_that_would_take_too_long_after_a_signal_is_given_up_and_done_by_the_resumed_run(run, whole, tmp_path):
+    options = ["--lora.dropout=0.1", "--memory.max_tokens=1", "--train.accumulation=4", "--train.max_steps=4"]  # 8 micro-batches a window, 1.6 s
+    assert run("run", *options, fault=(slow_micro_batches, 16)) == 143
+    assert newest(tmp_path / "run")["step"] == 2 and "interrupted after step 2" in (tmp_path / "run.log").read_text()
+    assert run("run", *options, "--resume") == 0 and differences(tmp_path / "run", whole(options)) == []
+
+
+class After(list):
+    """Something that is empty when it is first asked, and no longer after `number` times."""
+    def __init__(self, number):
+        self.left = number
+
+    def __bool__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_signal_ends_generation_after_the_next_token(run, whole, tiny_inputs, tmp_path):
+    network, tokenizer, prompts, end_ids = sampler(tiny_inputs)
+    asked = After(4)
+    assert evaluation.generate(network, tokenizer, prompts, 60, [7], asked) is None and -3 <= asked.left < 0 and network.training
+    options = ["--eval.max_new_tokens=40"]
+    assert run("run", *options, fault=(once, "model", "own_attention", 3, send, signal.SIGTERM)) == 143  # the first is the check of the architecture
+    assert newest(tmp_path / "run")["step"] == 4
+    assert run("run", *options, "--resume") == 0 and differences(tmp_path / "run", whole(options)) == []
+
+
 def test_a_second_process_is_refused_while_the_first_trains_and_does_not_disturb_it(start, run, whole, tmp_path):
     first = start("run", fault=(at_sample, 8, time.sleep, 8))
     while not (tmp_path / "run/metrics.jsonl").exists():
@@ -432,12 +490,116 @@ def test_a_disk_that_fills_or_turns_read_only_in_a_run_costs_no_checkpoint_and_t
     assert re.search(r"error: .*Read-only file system.*\.lock" if read_only else r"error: .*(metrics.jsonl|step-000004|TensorBoard).*make room and run again with --resume", told), told[-2000:]
 
 
+# ----------------------------------------------------------------------------------------------------- memory runs out
+
+PLAIN = ["--model.quant=none", "--model.compute_dtype=fp32", "--memory.max_tokens=128"]  # fp32, so that only rounding differs between splits
+
+
+def memory_for(tokens, number=0, training=True):
+    """Let micro-batches of more tokens fail in the allocator itself; with a number, only the number-th of those in training (or evaluation)."""
+    once_trained(lambda: limit_memory(tokens, number, training))
+
+
+def limit_memory(tokens, number=0, training=True):
+    real, calls = model.summed_loss, []
+
+    def loss_of(network, batch):
+        if torch.is_grad_enabled() == training:
+            calls.append(1)
+            if len(batch.input_ids) > tokens and number in (0, len(calls)):
+                torch.empty(1 << 60, dtype=torch.uint8)
+        return real(network, batch)
+
+    model.summed_loss = loss_of
+
+
+def close(a, b):
+    """The curves of two runs but for rounding: losses, norms, evaluations."""
+    for tag, tolerance in (("train/loss", 1e-5), ("train/grad_norm", 1e-4), ("eval/loss", 1e-5)):
+        left, right = ([line[tag] for line in curve(run) if tag in line] for run in (a, b))
+        assert left == pytest.approx(right, rel=tolerance), tag
+
+
+def test_where_memory_runs_out_mid_window_the_same_window_is_done_again_in_smaller_pieces(run, whole, tmp_path):
+    options = [*PLAIN, "--train.accumulation=4"]
+    assert run("run", *options, fault=(memory_for, 0, 5)) == 0  # the second micro-batch of the second window: its gradient is half added by then
+    close(tmp_path / "run", whole(options))
+    state, lines = newest(tmp_path / "run")["state"], curve(tmp_path / "run")
+    shrunk, = state["plan"]["shrunk"]
+    assert state["plan"]["max_tokens"] == 128 > state["plan"]["fits"] == shrunk["to"] and shrunk["from"] == 128
+    assert [line.get("train/max_tokens") for line in lines[1:]] == [None] * (shrunk["step"] - 1) + [shrunk["to"]] * (9 - shrunk["step"])
+    assert f"step {shrunk['step']}: memory ran out over" in (tmp_path / "run.log").read_text() and not any(line.get("train/skipped") for line in lines)
+
+
+def killed_with_little_memory(tokens, sample):
+    memory_for(tokens)
+    at_sample(sample, die)
+
+
+def test_what_fitted_is_remembered_by_the_run_that_goes_on_and_no_memory_is_missed_twice(run, tmp_path):
+    options = [*PLAIN, "--lora.dropout=0.1", "--save.every_steps=2"]  # with dropout the split decides what is dropped: the same split, the same curve
+    assert run("peace", *options, fault=(memory_for, 60)) == 0
+    assert run("run", *options, fault=(killed_with_little_memory, 60, 24)) == -signal.SIGKILL
+    assert run("run", *options, "--resume", fault=(memory_for, 60)) == 0
+    assert differences(tmp_path / "run", tmp_path / "peace") == []
+    assert (tmp_path / "run.log").read_text().count("memory ran out") == (tmp_path / "peace.log").read_text().count("memory ran out") >= 1
+
+
+@pytest.mark.parametrize("where, step", [("training", 4), ("evaluation", 4), ("the first evaluation", 0)])
+def test_a_row_that_does_not_fit_even_alone_is_named_and_nothing_is_lost(run, whole, tiny_inputs, tmp_path, where, step):
+    """fault: from a moment on nothing fits, until the run goes on with more memory."""
+    fault = {"training": (at_sample, 16, limit_memory, 0), "evaluation": (at_sample, 8, limit_memory, 0, 0, False), "the first evaluation": (memory_for, 0, 0, False)}[where]
+    assert run("run", *PLAIN, fault=fault) == 2
+    told = (tmp_path / "run.log").read_text()
+    name, length = re.search(r"error: .*/((?:train|eval)\.jsonl:\d+): this row of (\d+) tokens does not fit into memory even alone; .*data.max_length.*saved .*--resume", told).groups()
+    assert name.startswith("train" if where == "training" else "eval") and "Traceback" not in told
+    rows = data.tokenize(data.read_rows(str(tiny_inputs / name.partition(":")[0])), data.load_tokenizer(str(tiny_inputs / "model")), config.Data())
+    row = int(name.partition(":")[2]) - 1
+    assert int(length) == rows.offsets[row + 1] - rows.offsets[row]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{step:06d}"]
+    assert run("run", *PLAIN, "--resume") == 0
+    close(tmp_path / "run", whole(PLAIN))
+
+
+def test_where_memory_runs_out_in_an_evaluation_it_is_done_again_in_smaller_pieces(run, whole, tmp_path):
+    assert run("run", *PLAIN, fault=(memory_for, 60, 0, False)) == 0
+    close(tmp_path / "run", whole(PLAIN))
+    plan = newest(tmp_path / "run")["state"]["plan"]
+    assert plan["evaluates"] < 128 and plan["fits"] == 128
+
+
+def test_samples_that_do_not_fit_together_are_written_in_halves(tiny_inputs, monkeypatch):
+    network, tokenizer, prompts, end_ids = sampler(tiny_inputs)
+    expected = evaluation.generate(network, tokenizer, prompts, 5, end_ids)
+    real, sizes = network.generate, []
+
+    def generate(input_ids, **rest):
+        sizes.append(len(input_ids))
+        return real(input_ids=input_ids, **rest) if len(input_ids) < 2 else torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(network, "generate", generate)
+    assert [sample["text"] for sample in evaluation.generate(network, tokenizer, prompts, 5, end_ids)] == [sample["text"] for sample in expected] and sizes == [3, 1, 2, 1, 1]
+    monkeypatch.setattr(network, "generate", lambda **rest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluation.generate(network, tokenizer, prompts, 5, end_ids)
+
+
+def sampler(inputs):
+    settings = config.read(settings_of(inputs, inputs / "sampler.json"), [("eval.samples", "3")])
+    tokenizer = data.load_tokenizer(str(inputs / "model"))
+    return model.load(settings, "cpu"), tokenizer, data.prompts(settings, tokenizer), data.end_of_turn(tokenizer)
+
+
+def test_other_errors_in_a_micro_batch_are_not_taken_for_a_lack_of_memory(run, tmp_path):
+    assert run("run", *PLAIN, fault=(in_backward, 6, torch.zeros(2).view, 3)) not in (0, 2)
+    assert "memory ran out" not in (tmp_path / "run.log").read_text()
+
+
 # ------------------------------------------------------------------------------------------- rates, spikes, what changed
 
 @pytest.mark.parametrize("options", [["--schedule.lr_warmup_steps=0"], ["--schedule.lr_warmup_steps=50"], ["--train.max_steps=1", "--schedule.lr_warmup_steps=0"],
                                      ["--schedule.lr_kind=wsd", "--schedule.lr_decay_steps=3"]], ids=["no warm-up", "warm-up longer than the run", "one step", "decay at the end"])
 def test_the_rate_on_record_is_the_formulas_of_that_step_across_a_kill(run, tiny_settings, tmp_path, options):
-    import config
     steps = 1 if "--train.max_steps=1" in options else 8
     if steps > 1:
         assert run("run", *options, "--save.every_steps=2", fault=(at_sample, 16, die)) == -signal.SIGKILL
@@ -447,6 +609,10 @@ def test_the_rate_on_record_is_the_formulas_of_that_step_across_a_kill(run, tiny
 
 
 def loss_times_a_hundred(number):
+    once_trained(lambda: spike(number))
+
+
+def spike(number):
     real, calls = model.summed_loss, []
 
     def loss_of(network, batch):
