@@ -71,6 +71,16 @@ def read_metrics(run_folder, problems=None):
     return [values for _, values in _whole_lines(path, problems)]
 
 
+@contextlib.contextmanager
+def _told(what):
+    """Whatever the file system refuses inside, as an OSError that says what could not be written and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(error.errno, f"{what} could not be written ({reason}); make room and run again with --resume") from error
+
+
 def save_evaluation(run_folder, name, per_row, metadata):
     """Write what each evaluation row came to: evaluations/NAME.safetensors, whole or not at all. Returns its path.
 
@@ -79,10 +89,11 @@ def save_evaluation(run_folder, name, per_row, metadata):
     """
     from safetensors.numpy import save
     folder = pathlib.Path(run_folder) / "evaluations"
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.tmp"
-    temporary.write_bytes(save(per_row, metadata))
-    os.replace(temporary, folder / f"{name}.safetensors")
+    with _told(f"{folder / name}.safetensors"):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{name}.tmp"
+        temporary.write_bytes(save(per_row, metadata))
+        os.replace(temporary, folder / f"{name}.safetensors")
     return folder / f"{name}.safetensors"
 
 
@@ -108,16 +119,6 @@ def read_evaluations(run_folder, problems=None):
             continue
         found[int(path.stem[5:]) if path.stem.startswith("step-") and path.stem[5:].isdigit() else path.stem] = arrays, metadata
     return found
-
-
-@contextlib.contextmanager
-def _told(what):
-    """Whatever the file system refuses inside, as an OSError that says what could not be written and what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(error.errno, f"{what} could not be written ({reason}); make room and run again with --resume") from error
 
 
 def _leave_to_next_call(args, hook=threading.excepthook):

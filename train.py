@@ -75,7 +75,7 @@ def train(config, run, guard, resume, accept, preflight):
     if forecast.refusals(outlook, config.forecast):
         return refuse(outlook, config)
 
-    unquantised = None if resume or preflight else evaluate_unquantised(config, device, eval_rows)
+    unquantised = None if preflight or saved and saved["state"]["evaluated"] >= 0 else evaluate_unquantised(config, device, eval_rows)
     network = model.load(config, device)
     evaluation.check_vocabulary(network, rows, eval_rows)
     adapters = model.adapters(network)

@@ -122,11 +122,11 @@ def newest(run):
 
 def differences(a, b):
     """What two runs do not share, by name: steps, evaluations, final adapter, optimizer, generators, state. [] says that they are the same run."""
+    import record
     found = [f"step {x['step']}: {sorted(tag for tag in x.keys() | y.keys() if str(x.get(tag)) != str(y.get(tag)))}" for x, y in zip(curve(a), curve(b)) if str(x) != str(y)]
     found += [f"{len(curve(a))} steps and {len(curve(b))}"] * (len(curve(a)) != len(curve(b)))
-    for folder in (a, b):
-        for path, other in ((path, (b if folder is a else a) / "evaluations" / path.name) for path in (folder / "evaluations").glob("*")):
-            found += [f"evaluations/{path.name}"] * (not other.exists() or path.read_bytes() != other.read_bytes())
+    rows = [{name: ({key: values.tolist() for key, values in arrays.items()}, metadata) for name, (arrays, metadata) in record.read_evaluations(folder).items()} for folder in (a, b)]
+    found += [f"evaluations: {name}" for name in rows[0].keys() | rows[1].keys() if rows[0].get(name) != rows[1].get(name)]
     a, b = newest(a), newest(b)
     found += [f"{file}: {name}" for file in a["tensors"].keys() | b["tensors"].keys() for name in a["tensors"].get(file, {}).keys() | b["tensors"].get(file, {}).keys()
               if not (name in a["tensors"].get(file, {}) and name in b["tensors"].get(file, {}) and torch.equal(a["tensors"][file][name], b["tensors"][file][name]))]

@@ -269,14 +269,14 @@ def without_moments():
     train.views = lambda flat, adapters: [(name, view.clone()) for name, view in real(flat, adapters)]
 
 
-@pytest.mark.parametrize("mistake, seen", [(None, ""), (without_generators, "train/loss"), (data_shifted_by_one_sample, "train/loss"), (rate_shifted_by_one_step, "train/learning_rate"),
+@pytest.mark.parametrize("mistake, seen", [(without_generators, "train/loss"), (data_shifted_by_one_sample, "train/loss"), (rate_shifted_by_one_step, "train/learning_rate"),
                                            (without_moments, "train/loss")])
 def test_a_resume_with_one_thing_wrong_does_not_have_the_same_curve(run, whole, tmp_path, mistake, seen):
     """The control of the test above: each of these mistakes is found by it, and none of them by anything else."""
     assert run("run", *EVERYTHING, fault=(at_sample, 30, die)) == -signal.SIGKILL
     assert run("run", *EVERYTHING, "--resume", fault=(mistake,)) == 0
     found = differences(tmp_path / "run", whole(EVERYTHING))
-    assert bool(found) == bool(mistake) and seen in " ".join(found), found
+    assert seen in " ".join(found), found
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -286,7 +286,7 @@ def test_a_run_killed_at_any_call_that_changes_the_disk_goes_on_to_the_same_end(
     assert run("whole", *options, fault=(at_call, 0, after, tmp_path / "calls")) == 0
     calls = (tmp_path / "calls").read_text().split()
     assert set(calls) == set(CALLS)
-    chosen = {calls.index(name) + 1 for name in CALLS} | {len(calls) - calls[::-1].index(name) for name in CALLS} if after else set(range(7, len(calls), len(calls) // 9))
+    chosen = {len(calls) - calls[::-1].index(name) if n % 2 else calls.index(name) + 1 for n, name in enumerate(CALLS)} if after else set(range(9, len(calls), len(calls) // 6))
     for number in sorted(chosen):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         assert run("run", *options, fault=(at_call, number, after, tmp_path / "killed")) == -signal.SIGKILL, (number, calls, (tmp_path / "killed").read_text().split())
@@ -378,6 +378,14 @@ def test_a_window_that_would_take_too_long_after_a_signal_is_given_up_and_done_b
     assert run("run", *options, fault=(slow_micro_batches, 16)) == 143
     assert newest(tmp_path / "run")["step"] == 2 and "interrupted after step 2" in (tmp_path / "run.log").read_text()
     assert run("run", *options, "--resume") == 0 and differences(tmp_path / "run", whole(options)) == []
+
+
+def test_a_run_interrupted_in_its_first_evaluation_does_all_of_it_when_it_goes_on(run, whole, tmp_path):
+    options = ["--eval.unquantised=yes"]
+    assert run("run", *options, fault=(once, "eval", "evaluate", 2, send, signal.SIGTERM)) == 143  # the first is the unquantised model's
+    assert newest(tmp_path / "run")["step"] == 0
+    assert run("run", *options, "--resume") == 0 and differences(tmp_path / "run", whole(options)) == []
+    assert "eval/unquantised_loss" in curve(tmp_path / "run")[0] and (tmp_path / "run/evaluations/unquantised.safetensors").exists()
 
 
 class After(list):
@@ -597,8 +605,8 @@ def test_other_errors_in_a_micro_batch_are_not_taken_for_a_lack_of_memory(run, t
 
 # ------------------------------------------------------------------------------------------- rates, spikes, what changed
 
-@pytest.mark.parametrize("options", [["--schedule.lr_warmup_steps=0"], ["--schedule.lr_warmup_steps=50"], ["--train.max_steps=1", "--schedule.lr_warmup_steps=0"],
-                                     ["--schedule.lr_kind=wsd", "--schedule.lr_decay_steps=3"]], ids=["no warm-up", "warm-up longer than the run", "one step", "decay at the end"])
+@pytest.mark.parametrize("options", [["--schedule.lr_warmup_steps=0"], ["--schedule.lr_warmup_steps=7"], ["--train.max_steps=1", "--schedule.lr_warmup_steps=0"],
+                                     ["--schedule.lr_kind=wsd", "--schedule.lr_decay_steps=3"]], ids=["no warm-up", "nothing but warm-up", "one step", "decay at the end"])
 def test_the_rate_on_record_is_the_formulas_of_that_step_across_a_kill(run, tiny_settings, tmp_path, options):
     steps = 1 if "--train.max_steps=1" in options else 8
     if steps > 1:
@@ -664,7 +672,7 @@ def test_no_secret_of_the_environment_reaches_a_file_or_the_console(run, tmp_pat
 
 def test_half_a_minute_of_kills_at_random_costs_one_checkpoint_interval_each_at_most(tmp_path):
     """The short form of bench/soak.py; docs/RELIABILITY.md has the figures of half an hour."""
-    done = subprocess.run([sys.executable, str(PROJECT / "bench/soak.py"), "--minutes=0.3", "--faults=5", f"--json={tmp_path / 'soak.json'}", "--seed=1"], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, str(PROJECT / "bench/soak.py"), "--minutes=0.2", "--faults=5", f"--json={tmp_path / 'soak.json'}", "--seed=1"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "soak.json").read_text())
     assert result["faults"] >= 5 and result["same_curve_as_in_peace"] and all(kind["most_steps_lost"] <= result["checkpoint_interval"] for kind in result["kinds"].values())

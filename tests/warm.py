@@ -24,6 +24,6 @@ for library in ("bitsandbytes", "transformers", "datasets", "huggingface_hub"):
 before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     settings = settings_of(make_inputs(pathlib.Path(folder)), pathlib.Path(folder) / "settings.json")
-    assert train.main([str(settings), f"--out={folder}/run", "--train.max_steps=1", "--log.tensorboard=true"]) == 0
+    assert train.main([str(settings), f"--out={folder}/run", "--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--log.tensorboard=true"]) == 0
 for number, handler in before.items():
     signal.signal(number, handler)
