@@ -381,7 +381,7 @@ def test_a_window_that_would_take_too_long_after_a_signal_is_given_up_and_done_b
 
 
 def test_a_run_interrupted_in_its_first_evaluation_does_all_of_it_when_it_goes_on(run, whole, tmp_path):
-    options = ["--eval.unquantised=yes"]
+    options = ["--eval.unquantised=auto"]
     assert run("run", *options, fault=(once, "eval", "evaluate", 2, send, signal.SIGTERM)) == 143  # the first is the unquantised model's
     assert newest(tmp_path / "run")["step"] == 0
     assert run("run", *options, "--resume") == 0 and differences(tmp_path / "run", whole(options)) == []
