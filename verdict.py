@@ -309,6 +309,11 @@ def judge(config_dict, metrics, evaluations):
     return Verdict(PASS if outcome == ALREADY_MET else outcome, sets, found, facts, notes)
 
 
+def undecided(outcome, low, what):
+    """Why an outcome with an interval is INCONCLUSIVE, as the end of a reason."""
+    return f" The interval holds the threshold; more {what} would narrow it." if outcome == INCONCLUSIVE and low is not None else ""
+
+
 def together(outcomes):
     """What several outcomes come to: one FAIL fails, then one INCONCLUSIVE is inconclusive; ALREADY MET only where all are."""
     for outcome in (FAIL, INCONCLUSIVE, PASS, ALREADY_MET):
@@ -406,6 +411,7 @@ def counted(run, set, name, threshold, gain, reason, which, unit=1.0, paired=Tru
     else:
         low = None if low is None else low - low_allowance
         outcome = decide(measured, low, high, threshold)
+    reason += undecided(outcome, low, "evaluation rows" if paired else "steps")
     return Criterion(set, name, outcome, threshold, measured, low, high, reason)
 
 
@@ -517,7 +523,7 @@ def perplexity(run):
     before = {what: judged(run.losses[key]) for what, key in starts.items() if key in run.losses}
     outcome = decide(*after, threshold, below=True)
     reason = "; ".join([f"At step {last:,}", *(f"{what} {figures[0]:.2f}" for what, figures in before.items())]) + "."
-    reason += without_rows(run.losses[last])
+    reason += without_rows(run.losses[last]) + undecided(outcome, after[1], "evaluation rows")
     held = [what for what, figures in before.items() if decide(*figures, threshold, below=True) == PASS]
     if held and outcome == PASS:
         outcome, reason = ALREADY_MET, f"{held[0].capitalize()} was below it, so this shows nothing that was learnt. " + reason
@@ -580,6 +586,7 @@ def steady_improvement(run):
     where, losses = ", ".join(f"{step:,}" for step in steps), ", ".join(f"{run.losses[step][0]:.4f}" for step in steps)
     reason = (f"The evaluation loss at steps {where} is {losses}; the figure is the fall from step {steps[least]:,} to "
               f"{steps[least + 1]:,}, the least sure one." + without_rows(falls[0]))
+    reason += undecided(together(outcomes), spans[least][1], "evaluation rows")
     return finish(run, Criterion("optimal", name, together(outcomes), threshold, *spans[least], reason), by_rows=True)
 
 
