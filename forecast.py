@@ -11,6 +11,7 @@ Leaves out: guesses. Memory and time are told where they were measured. Imports 
 """
 import dataclasses
 import math
+import re
 import textwrap
 from dataclasses import dataclass, field
 
@@ -90,7 +91,7 @@ def forecast(config, facts):
          "trainable": facts.trainable, "memory": facts.memory, "memory_total": sum(facts.memory.values()) if facts.memory else None,
          "peak_bytes": facts.peak_bytes, "available_bytes": facts.available_bytes, "step_seconds": facts.step_seconds,
          "seconds": None if facts.step_seconds is None else facts.step_seconds * steps}
-    area = f"The rates of {steps:,} steps add up to {f['area']:.3g}, as much as {f['full_rate_steps']:,.0f} steps at the peak, {f['peak']:.3g}"
+    area = f"The rates of {steps:,} steps add up to {f['area']:.3g}, as much as {f['full_rate_steps']:,.0f} steps at the peak"
     gone = f["supervised_tokens_lost_share"]
 
     if facts.supervised_tokens <= 0:
@@ -215,8 +216,9 @@ def show_forecast(outcome, width=80):
 
     def tell(what, *sentences):
         for sentence in sentences:
-            lines.extend(textwrap.wrap(sentence, width, initial_indent=f"{what:<{indent}}", subsequent_indent=" " * indent,
-                                       break_on_hyphens=False))
+            sentence = re.sub(r"(?<=\d) (?=[KMG]iB)", "\u00a0", sentence)  # a number and its unit stay on one line
+            wrapped = textwrap.wrap(sentence, width, initial_indent=f"{what:<{indent}}", subsequent_indent=" " * indent, break_on_hyphens=False)
+            lines.extend(line.replace("\u00a0", " ") for line in wrapped)
             what = ""
 
     small, large = f["samples_per_step"]
