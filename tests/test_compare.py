@@ -1,4 +1,5 @@
 """Comparing runs: known differences found with the right intervals, what is not comparable refused, and --ab training what is missing."""
+
 import contextlib
 import json
 import math
@@ -40,8 +41,14 @@ def shifted(run, like, by, steps=None):
 
 @pytest.fixture
 def pair(tmp_path):
-    a = make_run(tmp_path / "runs" / "tldr-a", samples={0: [LOOP], 200: [GOOD, GOOD | {"prompt": "and how?", "text": "like `this` | ```that```"}]})
-    b = make_run(tmp_path / "runs" / "tldr-b", samples={200: [GOOD | {"text": "print files"}, GOOD | {"prompt": "and how?", "text": "otherwise"}]}, sections={"model": {"quant": "int8"}})
+    a = make_run(
+        tmp_path / "runs" / "tldr-a", samples={0: [LOOP], 200: [GOOD, GOOD | {"prompt": "and how?", "text": "like `this` | ```that```"}]}
+    )
+    b = make_run(
+        tmp_path / "runs" / "tldr-b",
+        samples={200: [GOOD | {"text": "print files"}, GOOD | {"prompt": "and how?", "text": "otherwise"}]},
+        sections={"model": {"quant": "int8"}},
+    )
     return a, shifted(b, a, -0.05)
 
 
@@ -68,6 +75,7 @@ def settings_of(run, **changes):
 
 # --------------------------------------------------------------------------------------------------------- differences
 
+
 def test_a_difference_that_is_the_same_in_every_row_is_found_exactly_and_without_doubt(pair, capsys):
     found = compared(*pair, capsys=capsys)
     gap = found["runs"][1]["loss_difference"]
@@ -82,14 +90,21 @@ def test_the_interval_of_a_difference_holds_the_truth_as_often_as_it_says(monkey
     for _ in range(tries):
         rows = rows_of(rng, 100, {"a": 2.4, "b": 2.3})
         runs = [{"path": name, "evaluations": {1: rows[name]}} for name in "ab"]
-        monkeypatch.setattr(verdict, "with_draws", lambda table, of, seed=0: of(np.concatenate((table.sum(0, keepdims=True), verdict.resampled_sums(table, 300, seed)))))
+        monkeypatch.setattr(
+            verdict,
+            "with_draws",
+            lambda table, of, seed=0: of(np.concatenate((table.sum(0, keepdims=True), verdict.resampled_sums(table, 300, seed)))),
+        )
         gap = compare.differences(runs, [1, 1])[1]["loss_difference"]
         held += gap["low"] <= -0.1 <= gap["high"]
     assert 0.91 <= held / tries <= 0.98
 
 
 def test_a_difference_smaller_than_its_noise_is_said_to_be_unclear(tmp_path, capsys):
-    runs = [make_run(tmp_path / name, evals=evals, rows=60) for name, evals in (("a", {0: 4.6, 200: 2.0}), ("b", {0: 4.6, 100: 3.0, 200: 2.001}))]
+    runs = [
+        make_run(tmp_path / name, evals=evals, rows=60)
+        for name, evals in (("a", {0: 4.6, 200: 2.0}), ("b", {0: 4.6, 100: 3.0, 200: 2.001}))
+    ]
     gap = compared(*runs, capsys=capsys)["runs"][1]["loss_difference"]
     assert gap["low"] < 0 < gap["high"]
     compare.main([str(run) for run in runs])
@@ -114,7 +129,9 @@ def test_rows_without_a_target_count_for_nothing(tmp_path, capsys):
     for name, by in (("a", 0.0), ("b", 0.1)):
         run = make_run(tmp_path / name, evals={0: 4.6, 200: 2.0})
         arrays, metadata = record.read_evaluations(run)[200]
-        arrays = {key: np.concatenate((value + (by * arrays["tokens"] if key == "nll" else 0), np.zeros(50))) for key, value in arrays.items()}
+        arrays = {
+            key: np.concatenate((value + (by * arrays["tokens"] if key == "nll" else 0), np.zeros(50))) for key, value in arrays.items()
+        }
         record.save_evaluation(run, "step-000200", arrays, metadata | {"adapter_digest": f"{200:012x}"})
         runs.append(run)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -126,6 +143,7 @@ def test_rows_without_a_target_count_for_nothing(tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------------------------- which step
+
 
 def test_the_last_common_evaluation_is_taken_unless_told_otherwise(tmp_path, capsys):
     a = make_run(tmp_path / "a", evals={0: 4.6, 50: 3.0, 100: 1.5, 150: 2.0, 200: 2.2})
@@ -160,13 +178,31 @@ def test_a_step_without_figures_but_with_a_checkpoint_is_named_with_the_command_
 
 # ---------------------------------------------------------------------------------------------------------- refused
 
-@pytest.mark.parametrize("how, said", [
-    (lambda run: edit_metadata(run, tokenizer="other"), "tokenizers differ"), (lambda run: edit_metadata(run, rows_digest="other"), "other rows"),
-    (lambda run: edit_metadata(run, tokenizer=None), "do not say of which tokenizer.*python eval.py --ckpt .*b --keep"), (lambda run: edit_metadata(run, rows_digest=None), "do not say of which rows"),
-    (lambda run: [path.unlink() for path in (run / "evaluations").glob("*")], "holds no figures by row. Make them with: python eval.py --ckpt .*b --keep"),
-    (lambda run: [path.unlink() for path in (run / "evaluations").glob("step-000[12]*")] + [(run / "evaluations" / "step-000050.safetensors").unlink()], "holds only figures of step 0, before training"),
-    (lambda run: (run / "metrics.jsonl").unlink(), "no such file"), (lambda run: (run / "config.json").write_text("{"), "config.json: not valid JSON"),
-    (lambda run: [path.write_bytes(b"x") for path in (run / "evaluations").glob("*")], "step-000050.safetensors: not a whole.*Make them with")])
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        (lambda run: edit_metadata(run, tokenizer="other"), "tokenizers differ"),
+        (lambda run: edit_metadata(run, rows_digest="other"), "other rows"),
+        (lambda run: edit_metadata(run, tokenizer=None), "do not say of which tokenizer.*python eval.py --ckpt .*b --keep"),
+        (lambda run: edit_metadata(run, rows_digest=None), "do not say of which rows"),
+        (
+            lambda run: [path.unlink() for path in (run / "evaluations").glob("*")],
+            "holds no figures by row. Make them with: python eval.py --ckpt .*b --keep",
+        ),
+        (
+            lambda run: [path.unlink() for path in (run / "evaluations").glob("step-000[12]*")]
+            + [(run / "evaluations" / "step-000050.safetensors").unlink()],
+            "holds only figures of step 0, before training",
+        ),
+        (lambda run: (run / "metrics.jsonl").unlink(), "no such file"),
+        (lambda run: (run / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (
+            lambda run: [path.write_bytes(b"x") for path in (run / "evaluations").glob("*")],
+            "step-000050.safetensors: not a whole.*Make them with",
+        ),
+    ],
+)
 def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path, how, said):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     how(b)
@@ -183,7 +219,13 @@ def test_another_count_of_rows_is_refused_with_the_reason(tmp_path):
 
 def test_the_same_run_twice_or_one_alone_is_refused(tmp_path):
     a = make_run(tmp_path / "a")
-    for arguments, said in (([a, a], "given twice"), ([a, tmp_path / "b" / ".." / "a"], "given twice"), ([a], "two runs or more"), ([], "two runs or more"), ([a, a, "--train.seed=3"], "--ab only")):
+    for arguments, said in (
+        ([a, a], "given twice"),
+        ([a, tmp_path / "b" / ".." / "a"], "given twice"),
+        ([a], "two runs or more"),
+        ([], "two runs or more"),
+        ([a, a, "--train.seed=3"], "--ab only"),
+    ):
         with pytest.raises(ValueError, match=said):
             compare.main([str(argument) for argument in arguments])
 
@@ -192,10 +234,16 @@ def test_refusals_leave_with_exit_code_2_and_one_message(tmp_path):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     edit_metadata(b, tokenizer="other")
     done = subprocess.run([sys.executable, PROJECT / "compare.py", a, b], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr and not (tmp_path / "compare.png").exists()
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and "Traceback" not in done.stderr
+        and not (tmp_path / "compare.png").exists()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- sick records
+
 
 def test_a_run_whose_evaluation_is_not_finite_is_shown_without_a_difference(tmp_path, capsys):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", evals={0: 4.6, 100: 3.0, 200: math.nan})
@@ -218,7 +266,12 @@ def test_runs_of_one_step_are_compared(tmp_path, capsys):
 
 
 def test_what_a_record_lacks_is_left_open(tmp_path, capsys):
-    gone = {step: dict.fromkeys(("train/samples", "train/seconds", "train/tokens", "train/tokens_per_second", "train/peak_memory_gib", "train/epoch")) for step in range(1, 201)}
+    gone = {
+        step: dict.fromkeys(
+            ("train/samples", "train/seconds", "train/tokens", "train/tokens_per_second", "train/peak_memory_gib", "train/epoch")
+        )
+        for step in range(1, 201)
+    }
     runs = [make_run(tmp_path / name, change=gone) for name in "ab"]
     found = compared(*runs, capsys=capsys)
     assert found["runs"][0]["tokens_per_second"] is None and {row["run"] for row in found["curves"]} == {"a", "b"}
@@ -229,6 +282,7 @@ def test_what_a_record_lacks_is_left_open(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------------ showing
+
 
 def test_the_page_holds_everything_in_80_columns_and_the_picture_lies_beside_it(pair, tmp_path, capsys):
     assert compare.main([str(run) for run in pair] + [f"--out={tmp_path / 'ab'}"]) == 0
@@ -246,15 +300,26 @@ def test_without_out_the_picture_lies_beside_the_runs_and_no_page_is_written(pai
 
 
 def test_four_runs_with_long_names_fit_too_and_are_told_apart(tmp_path, capsys):
-    runs = [make_run(tmp_path / f"a-rather-long-name-of-a-run-{i}-{'x' * 12}", evals={0: 4.6, 200: 2 + i / 10}, samples={200: [GOOD]}) for i in range(4)]
+    runs = [
+        make_run(tmp_path / f"a-rather-long-name-of-a-run-{i}-{'x' * 12}", evals={0: 4.6, 200: 2 + i / 10}, samples={200: [GOOD]})
+        for i in range(4)
+    ]
     found = compared(*runs, capsys=capsys)
     assert len({run["name"] for run in found["runs"]}) == 4
     compare.main([*map(str, runs)])
     assert max(len(line) for line in capsys.readouterr().out.splitlines() if "/" not in line) <= 80
 
 
-@pytest.mark.parametrize("folders, names", [(["r/tldr-nf4", "r/tldr-int8"], ["nf4", "int8"]), (["x/run", "y/run"], ["x/run", "y/run"]), (["a", "a-b"], ["a", "a-b"]), (["q-1", "q-12"], ["1", "12"]),
-                                            (["one", "other"], ["one", "other"])])
+@pytest.mark.parametrize(
+    "folders, names",
+    [
+        (["r/tldr-nf4", "r/tldr-int8"], ["nf4", "int8"]),
+        (["x/run", "y/run"], ["x/run", "y/run"]),
+        (["a", "a-b"], ["a", "a-b"]),
+        (["q-1", "q-12"], ["1", "12"]),
+        (["one", "other"], ["one", "other"]),
+    ],
+)
 def test_runs_are_called_by_what_their_folders_do_not_share(tmp_path, folders, names):
     runs = [{"path": tmp_path / folder, "name": folder.rpartition("/")[2]} for folder in folders]
     compare.name_apart(runs)
@@ -263,6 +328,7 @@ def test_runs_are_called_by_what_their_folders_do_not_share(tmp_path, folders, n
 
 def test_the_picture_has_four_panels_with_each_runs_evaluations_at_their_step_samples_tokens_and_time(pair, tmp_path, monkeypatch):
     import plots
+
     real, seen = plots.sheet, []
 
     @contextlib.contextmanager
@@ -287,17 +353,28 @@ def test_machines_that_differ_are_told_since_speed_and_memory_follow_them(pair, 
 
 
 def test_runs_that_differ_in_their_seed_alone_show_their_spread(tmp_path, capsys):
-    runs = [make_run(tmp_path / f"run-{seed}", evals={0: 4.6, 200: loss}, sections={"train": {"max_steps": 200, "seed": seed}}) for seed, loss in enumerate((2.0, 2.1, 2.2))]
+    runs = [
+        make_run(tmp_path / f"run-{seed}", evals={0: 4.6, 200: loss}, sections={"train": {"max_steps": 200, "seed": seed}})
+        for seed, loss in enumerate((2.0, 2.1, 2.2))
+    ]
     other = make_run(tmp_path / "run-int8", sections={"model": {"quant": "int8"}})
     found = compared(*runs, other, capsys=capsys)
     group, losses = found["seeds"][0], [run["loss"] for run in found["runs"][:3]]
-    assert len(found["seeds"]) == 1 and group["seeds"] == [0, 1, 2] and group["loss"]["deviation"] == pytest.approx(np.std(losses, ddof=1)) and group["loss"]["low"] == min(losses)
+    assert (
+        len(found["seeds"]) == 1
+        and group["seeds"] == [0, 1, 2]
+        and group["loss"]["deviation"] == pytest.approx(np.std(losses, ddof=1))
+        and group["loss"]["low"] == min(losses)
+    )
     compare.main([*map(str, runs)])
     assert "differ in their seed alone" in capsys.readouterr().out
 
 
 def test_settings_that_shape_nothing_compared_do_not_make_runs_differ_in_more_than_their_seed(tmp_path, capsys):
-    runs = [make_run(tmp_path / f"run-{seed}", sections={"train": {"max_steps": 200, "seed": seed}, "log": {"every_steps": 1 + seed}}) for seed in (0, 1)]
+    runs = [
+        make_run(tmp_path / f"run-{seed}", sections={"train": {"max_steps": 200, "seed": seed}, "log": {"every_steps": 1 + seed}})
+        for seed in (0, 1)
+    ]
     assert len(compared(*runs, capsys=capsys)["seeds"]) == 1
 
 
@@ -307,6 +384,7 @@ def test_no_model_library_is_loaded():
 
 
 # ------------------------------------------------------------------------------------------------------ training both
+
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
@@ -356,18 +434,26 @@ def test_ab_refuses_a_folder_that_holds_a_run_with_other_settings(trainer):
 
 
 def test_ab_checks_all_settings_before_it_trains_any(trainer):
-    for arguments, said in ((["--ab=model.quant=nf4,nf5", "tiny.json"], "model.quant: must be one of"), (["--ab=lora.r=8,0", "tiny.json", "--train.seed=x"], "train.seed.*whole number"),
-                            (["--ab=model.quant=nf4", "tiny.json"], "two different values"), (["--ab=model.quant=nf4,nf4", "tiny.json"], "two different values"),
-                            (["--ab=quant=nf4,int8", "tiny.json"], "must be KEY=VALUE,VALUE"), (["--ab=lora.r=8,16", "tiny.json", "--lora.r=4"], "leave it out"),
-                            (["--ab=lora.r=8,16"], "give one configuration"), (["--ab=lora.r=8,16", "none.json"], "cannot read"),
-                            (["--ab=train.seed=0,1", "tiny.json", "--data.eval="], "drawn by the seed")):
+    for arguments, said in (
+        (["--ab=model.quant=nf4,nf5", "tiny.json"], "model.quant: must be one of"),
+        (["--ab=lora.r=8,0", "tiny.json", "--train.seed=x"], "train.seed.*whole number"),
+        (["--ab=model.quant=nf4", "tiny.json"], "two different values"),
+        (["--ab=model.quant=nf4,nf4", "tiny.json"], "two different values"),
+        (["--ab=quant=nf4,int8", "tiny.json"], "must be KEY=VALUE,VALUE"),
+        (["--ab=lora.r=8,16", "tiny.json", "--lora.r=4"], "leave it out"),
+        (["--ab=lora.r=8,16"], "give one configuration"),
+        (["--ab=lora.r=8,16", "none.json"], "cannot read"),
+        (["--ab=train.seed=0,1", "tiny.json", "--data.eval="], "drawn by the seed"),
+    ):
         with pytest.raises(ValueError, match=said):
             compare.main(arguments)
     assert trainer.calls == []
 
 
 @pytest.mark.parametrize("code, trained, exits", [(4, 1, 4), (130, 1, 130), (-9, 1, 137), (5, 2, 0)])
-def test_a_training_that_does_not_end_well_ends_ab_with_its_code_and_one_that_failed_criteria_is_compared(trainer, code, trained, exits, capsys):
+def test_a_training_that_does_not_end_well_ends_ab_with_its_code_and_one_that_failed_criteria_is_compared(
+    trainer, code, trained, exits, capsys
+):
     trainer.codes = [code]
     assert compare.main(["--ab=model.quant=nf4,int8", "tiny.json"]) == exits and len(trainer.calls) == trained
     assert (f"ended with exit code {code}" in capsys.readouterr().err) == (exits != 0)
@@ -380,21 +466,33 @@ def test_several_seeds_are_one_command(trainer, capsys):
 
 def test_ab_with_the_real_trainer_trains_compares_and_takes_its_runs_the_second_time(tiny_inputs, tmp_path, monkeypatch, capsys):
     import train
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "catch_signals", list)  # in this process, which goes on afterwards
     monkeypatch.setattr(compare.subprocess, "run", lambda command: SimpleNamespace(returncode=train.main(command[2:])))
-    (tmp_path / "tiny.json").write_text(json.dumps({
-        "model": {"path": str(tiny_inputs / "model"), "compute_dtype": "fp32"}, "data": {name: str(tiny_inputs / f"{name}.jsonl") for name in ("train", "eval")},
-        "train": {"max_steps": 4, "micro_batch_size": 2, "accumulation": 2}, "schedule": {"learning_rate": 1e-2, "lr_warmup_steps": 1},
-        "lora": {"r": 4, "alpha": 8}, "eval": {"samples": 0}, "log": {"tensorboard": False}}))
+    (tmp_path / "tiny.json").write_text(
+        json.dumps(
+            {
+                "model": {"path": str(tiny_inputs / "model"), "compute_dtype": "fp32"},
+                "data": {name: str(tiny_inputs / f"{name}.jsonl") for name in ("train", "eval")},
+                "train": {"max_steps": 4, "micro_batch_size": 2, "accumulation": 2},
+                "schedule": {"learning_rate": 1e-2, "lr_warmup_steps": 1},
+                "lora": {"r": 4, "alpha": 8},
+                "eval": {"samples": 0},
+                "log": {"tensorboard": False},
+            }
+        )
+    )
     for said in ("training with lora.r=2", "runs/tiny-2: finished, with the same settings; taken as it is"):
         assert compare.main(["--ab", "lora.r=2,4", "tiny.json", "--json", "--out=ab"]) == 0
         shown = capsys.readouterr().out
         assert said in shown
-    found, metrics = json.loads(shown[shown.index("\n{") + 1:]), record.read_metrics(tmp_path / "runs" / "tiny-4")
+    found, metrics = json.loads(shown[shown.index("\n{") + 1 :]), record.read_metrics(tmp_path / "runs" / "tiny-4")
     assert [run["name"] for run in found["runs"]] == ["2", "4"] and found["settings"]["lora.r"] == [2, 4] and found["rows"] == 6
     assert found["runs"][1]["loss"] == pytest.approx(metrics[-1]["eval/loss"]) and (tmp_path / "ab" / "compare.md").is_file()
 
 
 def test_values_are_split_at_commas_outside_brackets():
-    assert compare.split('["q_proj","v_proj"],["all-linear"]') == ['["q_proj","v_proj"]', '["all-linear"]'] and compare.split("1e-4, 2e-4") == ["1e-4", "2e-4"]
+    assert compare.split('["q_proj","v_proj"],["all-linear"]') == ['["q_proj","v_proj"]', '["all-linear"]'] and compare.split(
+        "1e-4, 2e-4"
+    ) == ["1e-4", "2e-4"]
