@@ -49,6 +49,7 @@ class Lora:
     rslora: bool = key(False, "scale by alpha/sqrt(r), so that the scale of an update does not fall with the rank")
     dora: bool = key(False, "DoRA: adapt directions and train the lengths of the weights' rows beside them; without the fast path, so slower")
     targets: list = key(list(PROJECTIONS), "projections that get an adapter, by the last part of their name; [\"all-linear\"]: all but the head")
+    init: str = key("zero", "start; zero: B = 0; loftq: the best correction of that rank of what quantisation changed", choices=("zero", "loftq"))
     init_from: str = key("", "start from this adapter folder (PEFT format) instead of B = 0")
 
 
@@ -296,6 +297,8 @@ def _contradictions(c, errors):
         errors.append("schedule.clip_percentile, schedule.clip_norm: a percentile needs clip_norm above 0 as its upper bound")
     if c.eval.patience and not c.eval.every_steps:
         errors.append("eval.patience, eval.every_steps: early stopping needs evaluations during the run; set every_steps above 0, or patience to 0")
+    if c.lora.init == "loftq" and (c.model.quant == "none" or c.lora.init_from):
+        errors.append(f"lora.init, {'lora.init_from' if c.lora.init_from else 'model.quant'}: loftq corrects quantisation, and " + ("an adapter to start from leaves nothing to initialise; give one of the two" if c.lora.init_from else "nothing is quantised; set zero"))
     if c.model.quant != "none" and c.model.compute_dtype == "fp64":
         errors.append(f"model.compute_dtype, model.quant: fp64 is for unquantised weights, not {c.model.quant}; set model.quant to none or choose bf16")
     if c.model.quant == "llm_int8" and c.model.compute_dtype == "fp32":

@@ -189,8 +189,8 @@ def kept_as(folder, untrained, overrides):
     if wrong:
         raise ValueError(f"--keep: {' '.join(wrong)} would make it another evaluation than the run's own; leave that or --keep out")
     tree = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    if untrained and tree.get("lora", {}).get("init_from"):
-        raise ValueError(f"--untrained: {run} started from an adapter (lora.init_from), so its untrained model is not what it was measured "
+    if untrained and (tree.get("lora", {}).get("init_from") or tree.get("lora", {}).get("init", "zero") != "zero"):
+        raise ValueError(f"--untrained: {run} did not start at B = 0 (lora.init, lora.init_from), so its untrained model is not what it was measured "
                          "against; evaluate it without --keep")
     unquantised = untrained and dict(overrides).get("model.quant") == "none"
     step = 0 if untrained else int(folder.name[5:])

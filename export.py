@@ -457,6 +457,9 @@ def main(argv):
         raise ValueError(f"--rounding: must be stochastic or nearest, got {flags['rounding']}")
     outs = {flag: vacant(flag, flags[flag]) for flag in ("adapter", "merge", "gguf") if flags[flag]}
     config, adapter, folder = evaluation.configure(flags["ckpt"], flags["model"], overrides + ([("data.eval", flags["data"])] if flags["data"] else []))
+    run = run_of(folder)
+    if flags["onto"] == "original" and run and settings.read(run / "config.json").lora.init == "loftq":
+        raise ValueError(f"--onto=original: the adapter of {run} began as a correction of quantisation (lora.init=loftq), which unquantised weights do not need; leave --onto out")
     source = Source(config, adapter, flags["onto"] == "original", flags["rounding"] != "nearest")
     if flags["dtype"].lower() in OF_4_BITS:
         lost = lost_in_4_bits(source)

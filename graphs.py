@@ -24,6 +24,8 @@ def serves(network, checkpoint_layers):
         return "some layers are recomputed"
     if any(isinstance(module, quant.LLMInt8Weight) for module in network.modules()):
         return "LLM.int8() waits for the GPU"
+    if any(getattr(module, "dora", False) for module in network.modules()):
+        return "DoRA measures its rows anew in each pass"
     if network.config.hidden_size > 2048:
         return "its kernels are longer than their launches"
     return ""

@@ -59,7 +59,7 @@ class AdaptedLinear(nn.Module):
         if r:
             self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=adapter_dtype))
             self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=adapter_dtype))
-        self.dora = bool(r) and dora
+        self.dora, self.held = bool(r) and dora, None  # held: see rows_held
         if self.dora:
             self.lora_magnitude_vector = nn.Parameter(torch.zeros(out_features, device=device, dtype=adapter_dtype))
 
@@ -81,7 +81,8 @@ class AdaptedLinear(nn.Module):
 
         The lengths |W + s B A| of the rows count as constants, as in its section 4.3 and in PEFT: the gradients lack what lies along the rows.
         """
-        stretch = (self.lora_magnitude_vector / self.row_lengths(base.dtype)).to(base.dtype)
+        lengths = self.row_lengths(base.dtype) if self.held is None else self.held
+        stretch = (self.lora_magnitude_vector / lengths).to(base.dtype)
         return (stretch - 1) * base + stretch * update
 
     @torch.no_grad()
@@ -316,7 +317,7 @@ def architecture(folder, compute_dtype):
 
 
 def load(config, device):
-    """The network of config.model on `device`, quantised, with untrained adapters (A drawn from train.seed, B = 0), ready to train.
+    """The network of config.model on `device`, quantised, with untrained adapters (A drawn from train.seed and B = 0, or as lora.init says), ready to train.
 
     Never holds more than the quantised model and one tensor. Raises ValueError naming what is missing, does not fit or is not known.
     """
@@ -343,6 +344,8 @@ def load(config, device):
         module = network.get_submodule(module_name)
         if isinstance(module, AdaptedLinear) and leaf == "weight":
             module.weight = quant.quantize(tensor, config.model, dtype)
+            if module.r and config.lora.init == "loftq":
+                correct(module, tensor)
         else:
             setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
         del tensor
@@ -351,7 +354,9 @@ def load(config, device):
     network.requires_grad_(False)
     for parameter in adapters(network).values():
         parameter.requires_grad_(True)
-    draw_adapters(network, config.train.seed)
+    if config.lora.init == "zero":
+        draw_adapters(network, config.train.seed)
+    measure_rows(network)
     network.adapter_memory = AdapterMemory(network, dtype)
     keep_dequantized(network, config.memory, dtype)
     network.loss_chunk = config.memory.loss_chunk
@@ -565,7 +570,7 @@ def adapters(network):
 
 @torch.no_grad()
 def draw_adapters(network, seed):
-    """A uniform in +-1/sqrt(in) as PEFT draws it, B = 0, from a generator of their own: the same on every device. Magnitudes: the rows' own."""
+    """A uniform in +-1/sqrt(in) as PEFT draws it, B = 0, from a generator of their own: the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapters(network).items():
         if ".lora_A." in name:
@@ -573,6 +578,39 @@ def draw_adapters(network, seed):
             parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
         elif ".lora_B." in name:
             parameter.zero_()
+
+
+@torch.no_grad()
+def correct(module, weight):
+    """Set an AdaptedLinear's A and B so that s B A is the best rank-r approximation of what quantisation took from `weight` (out, in).
+
+    LoftQ (Li et al. 2023, section 3) with one step of its alternation: the quantised weight stays what it is without it, and the
+    adapter is one that anything can load over it. Raises ValueError for a rank that the matrix cannot have.
+    """
+    if module.r > min(weight.shape):
+        raise ValueError(f"lora.init: loftq needs a rank of {min(weight.shape)} at most for a projection of shape {tuple(weight.shape)}, lora.r is {module.r}")
+    u, s, v = torch.linalg.svd(weight.float() - module.weight.dequantize(torch.float32), full_matrices=False)
+    root = (s[:module.r] / module.scaling).sqrt()
+    module.lora_A.copy_(root[:, None] * v[:module.r])
+    module.lora_B.copy_(u[:, :module.r] * root)
+
+
+@contextlib.contextmanager
+def rows_held(network):
+    """Inside the block DoRA's row lengths stay what they are now, whatever the adapters do: what its gradients are the gradients of."""
+    modules = [module for module in network.modules() if isinstance(module, AdaptedLinear) and module.dora]
+    for module in modules:
+        module.held = module.row_lengths(network.get_output_embeddings().weight.dtype)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.held = None
+
+
+@torch.no_grad()
+def measure_rows(network):
+    """Set DoRA's magnitudes to the lengths that the rows have, so that they change nothing yet."""
     for module in network.modules():
         if isinstance(module, AdaptedLinear) and module.dora:
             module.lora_magnitude_vector.copy_(module.row_lengths(network.get_input_embeddings().weight.dtype))

@@ -156,7 +156,7 @@ def check(network, forward_backward, batches, scale=1.0, parts=False):
     names, adapters = zip(*model.adapters(network).items())
     places = {name: memory.places[parameter] for name, parameter in zip(names, adapters)}
     kept_gradient, theta = flat.grad.cpu() if flat.grad.is_cuda else flat.grad.clone(), flat.detach().clone()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), model.rows_held(network):
         try:
             loss, gradient = gradient_of(network, forward_backward, batches, float(scale), supervised)
             measured = Measurement(network, batches, supervised, theta, gradient)

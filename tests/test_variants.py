@@ -166,6 +166,30 @@ def test_a_dora_run_learns_and_its_merge_and_its_adapter_are_exported_whole(tiny
     assert any("magnitude" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
 
+def test_the_gradient_proof_holds_for_dora_with_its_rows_held_and_finds_a_wrong_gradient_all_the_same(tiny_inputs):
+    import proof
+    settings = make_config(tiny_inputs / "model", lora={"dora": True}, data={"train": str(tiny_inputs / "train.jsonl")})
+    network = model.load(settings, "cpu")
+    with torch.no_grad():
+        for name, parameter in model.adapters(network).items():
+            parameter.mul_(1.1) if "magnitude" in name else parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    rows = data.tokenize(data.read_rows(settings.data.train), data.load_tokenizer(tiny_inputs / "model"), settings.data)
+    batches = data.pack(rows, list(range(12)), 2048)
+
+    def forward_backward(batch, weight, wrong=1.0):
+        loss = model.summed_loss(network, batch)[0]
+        (loss * weight).backward()
+        network.get_submodule("model.layers.1.mlp.up_proj").lora_magnitude_vector.grad.mul_(wrong)
+        return loss.detach()
+
+    right, wrong = (proof.check(network, lambda batch, weight, factor=factor: forward_backward(batch, weight, factor), batches) for factor in (1.0, -1.0))
+    assert right.ok is True and wrong.ok is False
+    with model.rows_held(network):
+        held = model.summed_loss(network, batches[0])[0].item()
+    assert held == pytest.approx(model.summed_loss(network, batches[0])[0].item(), rel=1e-6)  # and let go again after it
+    assert all(module.held is None for module in network.modules() if isinstance(module, model.AdaptedLinear))
+
+
 def test_merged_dora_is_pefts_merge(tiny_inputs, tmp_path):
     reference = make_model(tmp_path / "model", vocab_size=320)
     import conftest
@@ -181,6 +205,54 @@ def test_merged_dora_is_pefts_merge(tiny_inputs, tmp_path):
     assert export.main([f"--ckpt={tmp_path / 'adapter'}", f"--merge={tmp_path / 'out'}", "--dtype=fp32", "--model.quant=none", "--model.compute_dtype=fp32", f"--data={tiny_inputs / 'eval.jsonl'}"]) == 0
     wanted, ours = peft.merge_and_unload().state_dict(), load_file(tmp_path / "out" / "model.safetensors")
     assert max(relative(ours[name], wanted[name]) for name in ours) < 1e-6
+
+
+@pytest.mark.parametrize("alpha, rslora", [(4.0, False), (8.0, False), (8.0, True)])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loftq_starts_at_pefts_decomposition_of_what_quantisation_changed(tmp_path, kind, alpha, rslora):
+    from peft.utils.loftq_utils import _low_rank_decomposition
+    reference = make_model(tmp_path)
+    plain, corrected = (model.load(make_config(tmp_path, quant=kind, lora={"alpha": alpha, "rslora": rslora, "init": init}), "cpu") for init in ("zero", "loftq"))
+    for name, module in corrected.named_modules():
+        if isinstance(module, model.AdaptedLinear):
+            weight, quantised = reference.get_submodule(name).weight.detach(), module.weight.dequantize(torch.float32)
+            assert torch.equal(quantised, plain.get_submodule(name).weight.dequantize(torch.float32))  # the base stays what it was
+            theirs = _low_rank_decomposition(weight - quantised, reduced_rank=4)
+            ours = module.scaling * module.lora_B @ module.lora_A
+            assert relative(ours, theirs["L"] @ theirs["R"]) < 1e-4
+            if alpha == 4.0:  # PEFT does not divide by the scale: its matrices are ours where that is 1, but for signs
+                assert relative(module.lora_A.abs(), theirs["R"].abs()) < 1e-3 and relative(module.lora_B.abs(), theirs["L"].abs()) < 1e-3
+
+
+def test_loftq_brings_the_network_nearer_to_the_unquantised_one(tmp_path):
+    make_model(tmp_path)
+    documents, supervised = draw((20, 13, 20, 20))
+    batch = packed(documents, supervised)
+    nll = lambda kind, **lora: model.summed_loss(model.load(make_config(tmp_path, quant=kind, lora=lora), "cpu"), batch)[1]
+    exact, zero, small, large = nll("none"), nll("nf4"), nll("nf4", init="loftq"), nll("nf4", init="loftq", r=32, alpha=32.0)
+    assert (large - exact).norm() < 0.7 * (zero - exact).norm() and (small - exact).norm() < (zero - exact).norm()
+
+
+def test_loftq_and_dora_go_together_and_peft_loads_the_run(tiny_inputs, tmp_path, capsys):
+    run = run_of(tiny_inputs, tmp_path / "p", dora=True, init="loftq")
+    capsys.readouterr()
+    assert evaluation.main([f"--ckpt={run}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(train.record.read_metrics(run)[-1]["eval/loss"], rel=1e-6)
+    with pytest.raises(ValueError, match="began as a correction of quantisation"):
+        export.main([f"--ckpt={run}", f"--merge={tmp_path / 'out'}", "--onto=original"])
+    assert export.main([f"--ckpt={run}", f"--merge={tmp_path / 'out'}", "--dtype=fp32"]) == 0
+    assert json.loads((run / "checkpoints" / "step-000006" / "adapter_config.json").read_text())["init_lora_weights"] is True  # nothing for PEFT to initialise
+    with pytest.raises(ValueError, match="did not start at B = 0"):
+        evaluation.main([f"--ckpt={run}", "--untrained", "--keep"])
+
+
+def test_loftq_without_quantisation_beside_an_adapter_or_with_too_large_a_rank_is_refused(tmp_path):
+    make_model(tmp_path)
+    for sections, said in (({"lora": {"init": "loftq"}}, "nothing is quantised"), ({"quant": "nf4", "lora": {"init": "loftq", "init_from": "x"}}, "give one of the two"), ({"lora": {"init": "pissa"}}, "must be one of zero, loftq")):
+        with pytest.raises(ValueError, match=said):
+            make_config(tmp_path, **sections)
+    with pytest.raises(ValueError, match=r"lora.init: loftq needs a rank of 32 at most for a projection of shape \(32, 64\), lora.r is 40"):
+        model.load(make_config(tmp_path, quant="nf4", lora={"init": "loftq", "r": 40}), "cpu")
 
 
 def test_lora_plus_is_a_larger_alpha(tmp_path):
