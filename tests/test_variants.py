@@ -179,10 +179,11 @@ def test_the_gradient_proof_holds_for_dora_with_its_rows_held_and_finds_a_wrong_
     def forward_backward(batch, weight, wrong=1.0):
         loss = model.summed_loss(network, batch)[0]
         (loss * weight).backward()
-        network.get_submodule("model.layers.1.mlp.up_proj").lora_magnitude_vector.grad.mul_(wrong)
+        for name, parameter in model.adapters(network).items():
+            parameter.grad.mul_(wrong if "layers.1.mlp" in name else 1.0)
         return loss.detach()
 
-    right, wrong = (proof.check(network, lambda batch, weight, factor=factor: forward_backward(batch, weight, factor), batches) for factor in (1.0, -1.0))
+    right, wrong = (proof.check(network, lambda batch, weight, factor=factor: forward_backward(batch, weight, factor), batches) for factor in (1.0, 2.0))
     assert right.ok is True and wrong.ok is False
     with model.rows_held(network):
         held = model.summed_loss(network, batches[0])[0].item()
