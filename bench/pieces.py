@@ -1,6 +1,6 @@
 """The pieces that case A spends its time in, each by itself, on one GPU: products, the narrow products of adapters, SwiGLU, the bus.
 
-    python bench/kernels.py
+    python bench/pieces.py
 
 Shapes of one micro-batch of 8,188 tokens through a layer of the 8B shape. For products, row strides show what alignment is worth;
 the last lines run one product for some seconds, since power limits what a GPU sustains. Prints milliseconds, and TFLOP/s or GB/s.
