@@ -106,7 +106,7 @@ class Schedule:
 class Eval:
     every_steps: int = key(500, "evaluate every so many steps, and before the first and after the last; 0: only then", low=0)
     max_rows: int = key(0, "evaluate on the first so many evaluation rows; 0: all", low=0)
-    samples: int = key(4, "generation samples from the first evaluation rows", low=0)
+    samples: int = key(8, "generation samples from the first evaluation rows", low=0)
     prompts: str = key("", "file of prompts to sample from instead: one a line, or JSONL with prompt or messages")
     max_new_tokens: int = key(64, "longest generation sample in tokens", low=1)
     unquantised: str = key("auto", "evaluate the untouched model in 16 bits before the run, to tell learning from making good what quantisation spoilt; auto: where it fits in memory", choices=("auto", "no"))

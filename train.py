@@ -12,9 +12,9 @@
 A step consumes micro_batch_size x accumulation samples. Their loss is summed over all supervised tokens of the window
 and divided once, so how the window is cut into micro-batches changes nothing but rounding (and which elements adapter
 dropout hits). Nothing inside a step waits for a GPU: the host reads a step's figures while the next one runs. State is
-saved between steps only. Exit codes: 0 done; 2 bad configuration or input; 3 refused by the forecast; 4 stopped by an alert
-(steps that are not finite, dead or wrong gradients); 5 finished, but short of what criteria.enforce asks for; 130 or 143 interrupted,
-with a checkpoint saved. Leaves out: several GPUs.
+saved between steps only. Exit codes: 0 done; 2 bad configuration or input; 3 refused by the forecast; 4 stopped by an
+alert (steps that are not finite, dead or wrong gradients); 5 finished, but short of criteria.enforce; 130 or
+143 interrupted, with a checkpoint saved. Leaves out: several GPUs.
 """
 import dataclasses
 import gc
