@@ -253,7 +253,7 @@ class Alerts:
                 continue
             known[1] += 1
             if known[1] >= 3 and self.area - known[2] > rules.MOVES:
-                told = f"The {name} is {value:g} for the {known[1]}th time in a row, at step {self.step:,}."
+                told = f"The {name} is {value:g} in {known[1]} recorded steps in a row, up to step {self.step:,}."
                 found += self.judged([], [finding("fault", "adapters never moved", told)])
         return found
 

@@ -317,8 +317,13 @@ RULES = (dead_gradients, proof, nonfinite, zero_loss, evaluation, still_adapters
 
 
 def diagnose(record):
-    """All findings on a Record, the gravest first, what could not be judged last."""
-    return sorted((found for rule in RULES for found in rule(record)), key=lambda found: SEVERITIES.index(found.severity))
+    """All findings on a Record, the gravest first, what could not be judged last. One name stands once, with all its evidence."""
+    merged = {}
+    for found in sorted((found for rule in RULES for found in rule(record)), key=lambda found: SEVERITIES.index(found.severity)):
+        first = merged.setdefault((found.severity == "unjudged", found.name), found)
+        if first is not found and found.evidence not in first.evidence:
+            first.evidence += f" {found.evidence}"
+    return list(merged.values())
 
 
 # -------------------------------------------------------------------------------------------------------------- console

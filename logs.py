@@ -17,7 +17,7 @@ NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_r
          "train/loss_scale": "scale", "train/skipped": "skipped",
          "eval/loss": "eval_loss", "eval/adapter_digest": "digest", "eval/unquantised_loss": "unquantised_loss",
          "eval/stop_rate": "stop_rate",
-         "eval/repetition": "repetition", "eval/overlap": "overlap", "eval/samples": "written", "adapters/lora_A_norm": "lora_A norm",
+         "eval/token_accuracy": "accuracy", "eval/repetition": "repetition", "eval/overlap": "overlap", "eval/samples": "written", "adapters/lora_A_norm": "lora_A norm",
          "adapters/lora_B_norm": "lora_B norm", "adapters/delta_ratio": "delta_ratio", "adapters/modules": "modules",
          "proof/ratio": "proof", "proof/tolerance": "proof_tolerance", "train/noise_scale": "noise_scale",
          "loss": "loss", "grad_norm": "grad_norm", "learning_rate": "rate", "lr": "rate", "epoch": "epoch", "eval_loss": "eval_loss"}

@@ -295,17 +295,20 @@ def damage(entry, alerts):
 
 
 def coherence(evals, alerts):
-    """Whether the newest evaluation's samples stop, repeat themselves, and follow the loss. Asked from half of the run on.
+    """Whether the newest evaluation's samples stop, repeat themselves, and follow the loss. Asked from half of the run on, and only where the
+    model predicts half of the tokens (six tenths for the last): the samples of a model that has not learnt much yet are bad without a fault.
 
     Never stopping is judged by samples that ran on past one and a half times their reference: others were cut off by eval.max_new_tokens.
     Repetition is compared with the references' own. Overlap that stays where it was while the loss falls by half a nat: other targets.
     """
     last, first = evals[-1], evals[0]
-    samples = last.get("samples") or []
+    samples, able = last.get("samples") or [], last.get("accuracy", 1.0)
+    if able < 0.5:
+        return
     known = [sample for sample in samples if sample.get("reference")]
     overrun = [sample for sample in known if len(sample["text"]) > 1.5 * len(sample["reference"]) + 10]
     stopped = [sample for sample in samples if sample.get("stopped")]
-    if not stopped and len(overrun) > 1:
+    if not stopped and len(overrun) > 1 and last.get("overlap", 1.0) >= 0.1:  # what it writes is to the point, but for the end
         told = f"None of {len(samples)} samples at step {last['step']:,} ended by itself, though {len(overrun)} are longer than "
         yield finding("warning", "samples never stop", told + "one and a half times their reference.")
     elif not known and last.get("stop_rate") == 0 and max((entry.get("stop_rate", 0) for entry in evals), default=0) > 0:
@@ -316,7 +319,7 @@ def coherence(evals, alerts):
         told = f"At step {last['step']:,} {share:.0%} of the samples' four-word sequences stood in them before"
         yield finding("warning", "samples repeat themselves", told + (f" ({usual:.0%} in the references)." if known else "."), share=share)
     before = first.get("overlap") if first["step"] == 0 else None
-    if before is not None and last.get("overlap", 1) <= min(0.05, before) and first["loss"] - last["loss"] > 0.5:
+    if before is not None and last.get("overlap", 1) <= min(0.05, before) and able > 0.6 and first["loss"] - last["loss"] > 0.5:
         told = f"The evaluation loss fell from {first['loss']:.4f} to {last['loss']:.4f}, and the samples' overlap with their references "
         yield finding("warning", "samples do not follow the loss", told + f"is {last['overlap']:.2f} ({before:.2f} before training).")
 
@@ -333,7 +336,7 @@ def evaluation_entry(line):
     if not math.isfinite(line.get("eval_loss", math.nan)):
         return None
     entry = {"step": line["step"], "loss": line["eval_loss"]}
-    names = ("digest", "delta_ratio", "stop_rate", "repetition", "overlap", "unquantised_loss")
+    names = ("digest", "delta_ratio", "accuracy", "stop_rate", "repetition", "overlap", "unquantised_loss")
     entry |= {name: line[name] for name in names if name in line}
     for name in ("modules", "written"):
         try:

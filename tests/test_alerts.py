@@ -41,7 +41,7 @@ def healthy(settings_, seed=0, loss=None, norm=None, evals=5, rows=10_000, evalu
 def evaluation(step, loss, digest, delta, stop=True, text="a small answer", reference="a small answer"):
     samples = [{"prompt": "p", "reference": reference, "text": text, "tokens": 5, "stopped": stop}] * 3
     return {"step": step, "eval/loss": loss, "eval/adapter_digest": digest, "adapters/delta_ratio": delta, "eval/stop_rate": float(stop), "eval/samples": json.dumps(samples),
-            "eval/overlap": 0.2 + 0.3 * min(1.0, step), "eval/repetition": 0.0, "adapters/modules": json.dumps({"q": [delta, 2.0, None], "v": [delta, 2.0, None]})}
+            "eval/overlap": 0.2 + 0.3 * min(1.0, step), "eval/repetition": 0.0, "eval/token_accuracy": 0.7, "adapters/modules": json.dumps({"q": [delta, 2.0, None], "v": [delta, 2.0, None]})}
 
 
 def raised(settings_, lines, upto=None):
@@ -313,6 +313,9 @@ def test_samples_are_judged_from_half_of_the_run_on_by_their_references():
     on_and_on = "one two three four five six seven eight nine ten eleven twelve"
     assert names(swapped(stop=False, text=on_and_on)) == {"samples never stop": 240}
     assert names(swapped(stop=False, text=on_and_on, reference=3 * on_and_on)) == {}  # cut off by eval.max_new_tokens
+    unable = lambda lines, **change: [line | change if "eval/loss" in line else line for line in lines]
+    assert names(unable(swapped(stop=False, text=on_and_on), **{"eval/token_accuracy": 0.4})) == {}  # bad, but for want of training
+    assert names(unable(swapped(stop=False, text=on_and_on), **{"eval/overlap": 0.0, "eval/token_accuracy": 0.55})) == {}
     assert names(swapped(text="the cat sat on " * 8)) == {"samples repeat themselves": 240}
     assert names(swapped(text="red " * 12, reference="red " * 12)) == {}  # as they should
 
@@ -322,6 +325,8 @@ def test_samples_that_do_not_follow_the_loss_are_told():
     lines = [line | {"eval/overlap": 0.02} if "eval/loss" in line else line for line in healthy(s)]
     assert first(s, lines, "samples do not follow the loss")[1].severity == "warning"
     assert "samples do not follow the loss" not in {one.name for _, one in raised(s, healthy(s))}
+    early = [line | {"eval/token_accuracy": 0.5} if "eval/loss" in line else line for line in lines]
+    assert "samples do not follow the loss" not in {one.name for _, one in raised(s, early)}
 
 
 def test_a_gradient_proof_outside_its_tolerance_is_a_fault():
