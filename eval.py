@@ -15,6 +15,8 @@ Any key of train.py --help can be given as --section.key=value.
 The loss is the one of training (model.summed_loss): summed over supervised tokens and divided once, so it does not
 depend on how rows are packed. Leaves out: benchmarks of other kinds, which lm-eval has, and sampling with temperature.
 """
+import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -149,6 +151,26 @@ def show(samples, width=80):
                 lines += textwrap.wrap(line, width, initial_indent=f"  {who:<9}  ", subsequent_indent=" " * 13) or [""]
                 who = ""
     return "\n".join(lines)
+
+
+def evaluate_unquantised(config, device, eval_rows):
+    """(figures, by row) of the untouched model in 16 or 32 bits, as eval.evaluate gives them; None where it is not asked for or does not fit.
+
+    What training gains is told against it too: making good what quantisation spoilt is not yet learning.
+    """
+    if config.eval.unquantised == "no" or config.model.quant == "none":
+        return None
+    if config.eval.unquantised == "auto" and 1.3 * model.stored_bytes(config) > model.free_memory(device):
+        print("note: the unquantised model does not fit beside what is in memory, so it is not evaluated; eval.unquantised=no leaves it out without a word")
+        return None
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quant="none"))
+    network = model.load(plain, device)
+    figures = evaluate(network, eval_rows, config.eval.max_rows, config.memory.max_tokens or (8192 if device.type == "cuda" else 2048))
+    del network
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return figures
 
 
 def check_vocabulary(network, *data_sets):

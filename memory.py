@@ -112,10 +112,25 @@ def rehearse(network, window, forward_backward, budget_gib):
             seconds = time.perf_counter() - began
     flat.grad.zero_()
     if device.type == "cuda":
-        return {"step_seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated(), "available_bytes": int(room(device, budget_gib) / MARGIN)}
+        return {"step_seconds": seconds, "peak_bytes": peak(device), "available_bytes": int(room(device, budget_gib) / MARGIN)}
+    return {"step_seconds": seconds, "peak_bytes": peak(device), "available_bytes": peak(device) + model.free_memory(device)}
+
+
+def parts(network, moments, probed):
+    """{part: bytes} of the network, the optimizer and, on a GPU, what the probed step took beside them."""
+    parts = {f"{part} ({', '.join(sorted(dtypes))})": size for part, (dtypes, size) in model.memory_table(network).items()}
+    parts["optimizer and gradients (float32)"] = sum(tensor.nbytes for tensor in moments.values()) + network.adapter_memory.flat.grad.nbytes
+    if network.device.type == "cuda":
+        parts["activations"] = max(0, probed["peak_bytes"] - sum(parts.values()))
+    return parts
+
+
+def peak(device):
+    """Most bytes ever in use: of the GPU's memory, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
     import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"step_seconds": seconds, "peak_bytes": peak, "available_bytes": peak + model.free_memory(device)}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def room(device, budget_gib):

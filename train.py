@@ -17,7 +17,6 @@ alert (steps that are not finite, dead or wrong gradients); 5 finished, but shor
 143 interrupted, with a checkpoint saved. Leaves out: several GPUs.
 """
 import dataclasses
-import gc
 import hashlib
 import json
 import math
@@ -26,8 +25,6 @@ import pathlib
 import shutil
 import signal
 import sys
-import tempfile
-import textwrap
 import time
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when torch first asks for GPU memory: fewer gaps between tensors
@@ -38,6 +35,8 @@ from tqdm import tqdm
 import alerts
 import checkpoint
 import config as settings
+import console
+import continuation
 import data
 import eval as evaluation
 import forecast
@@ -49,7 +48,6 @@ import quant
 import record
 import report
 import schedule
-import verdict
 
 PATIENCE = 10  # seconds that a window may go on after a signal; then it is given up, to be done by the resumed run
 
@@ -67,15 +65,15 @@ def train(config, run, guard, resume, accept, preflight):
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     rows, eval_rows = data.load(config, tokenizer)
     prompts, end_ids = data.prompts(config, tokenizer), data.end_of_turn(tokenizer)
-    saved = load_checkpoint(resume) if resume else None
-    initial = load_initial(config) if config.lora.init_from and not resume else None
+    saved = continuation.load_checkpoint(resume) if resume else None
+    initial = continuation.load_initial(config) if config.lora.init_from and not resume else None
     max_steps, total_samples = schedule.plan_steps(config, len(rows))
     facts = forecast.Facts.of(rows, eval_rows)
     outlook = forecast.forecast(config, facts)
     if forecast.refusals(outlook, config.forecast):
-        return refuse(outlook, config)
+        return console.refuse(outlook, config)
 
-    unquantised = None if preflight or saved and saved["state"]["evaluated"] >= 0 else evaluate_unquantised(config, device, eval_rows)
+    unquantised = None if preflight or saved and saved["state"]["evaluated"] >= 0 else evaluation.evaluate_unquantised(config, device, eval_rows)
     network = model.load(config, device)
     evaluation.check_vocabulary(network, rows, eval_rows)
     adapters = model.adapters(network)
@@ -95,16 +93,16 @@ def train(config, run, guard, resume, accept, preflight):
     plan = memory.plan(config, network, rows, saved["state"]["plan"] if saved else {})
     state = {"step": 0, "samples": 0, "tokens": 0, "supervised_tokens": 0, "norms": [], "nonfinite": 0, "skipped": 0, "line": {},
              "evaluated": -1, "best_step": None, "best_loss": None, "without_improvement": 0,
-             "plan": plan, "origin": origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
+             "plan": plan, "origin": continuation.origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
     if saved:
-        state = restore(saved, resume, accept, state, adapters, moments, scaler, device)
+        state = continuation.restore(saved, resume, accept, state, adapters, moments, scaler, device)
     fatal = []  # alerts that end the run
     stopped = lambda: state["nonfinite"] == config.train.nonfinite_limit or bool(fatal)
     stopped_early = lambda: 0 < config.eval.patience <= state["without_improvement"]
     finished = lambda: stopped_early() or state["evaluated"] == max_steps  # which is the last thing that a run does
     if finished():
         print(f"finished already: {resume} is the end of the run")
-        return conclude(run, config, state, max_steps)
+        return console.conclude(run, config, state, max_steps)
 
     def forward_backward(batch, weight):
         """Add weight x the gradient of a micro-batch's summed loss to flat.grad, and return that loss."""
@@ -117,9 +115,9 @@ def train(config, run, guard, resume, accept, preflight):
     first_samples = data.samples(rows, config.train.seed, *schedule.window_samples(min(state["step"] + 1, max_steps), config, total_samples))
     probed = memory.rehearse(network, data.pack(rows, first_samples, plan["fits"]), forward_backward, config.memory.budget_gib)
     probed["step_seconds"] *= total_samples / max_steps / max(1, len(first_samples))
-    outlook = forecast.forecast(config, dataclasses.replace(facts, trainable=len(flat), memory=memory_parts(network, moments, probed), **probed))
+    outlook = forecast.forecast(config, dataclasses.replace(facts, trainable=len(flat), memory=memory.parts(network, moments, probed), **probed))
     if forecast.refusals(outlook, config.forecast):
-        return refuse(outlook, config)
+        return console.refuse(outlook, config)
     if preflight:
         print(forecast.show_forecast(outlook))
         return 0
@@ -130,7 +128,7 @@ def train(config, run, guard, resume, accept, preflight):
     interrupted = catch_signals()
     recorder = open_record(run, config, state, resume, owed, outlook)
     data.keep_dropped(rows, run)
-    introduce(run, config, rows, network, state, outlook)
+    console.introduce(run, config, rows, network, state, outlook)
     watch, raised = alerts.Alerts(config, max_steps, len(rows)), {}  # raised: step -> its alerts
     for line in record.read_metrics(run) if resume else ():
         watch.see(line)
@@ -145,7 +143,7 @@ def train(config, run, guard, resume, accept, preflight):
             recorder.write(step, {"alerts": alerts.as_text(raised[step])})
             recorder.text(step, "alerts", "\n\n".join(f"**{alert.severity}: {alert.name}** {alert.evidence} {alert.cause} {alert.remedy}" for alert in raised[step]))
             for alert in found:
-                say(tell(f"ALERT at step {step}: {alert.name} ({alert.severity})", alert))
+                console.say(console.tell(f"ALERT at step {step}: {alert.name} ({alert.severity})", alert))
         fatal.extend(alert.name for alert in watch.fatal(found))
 
     def settle(done):
@@ -155,7 +153,7 @@ def train(config, run, guard, resume, accept, preflight):
         seconds = elapsed(*done["clock"])
         values |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/clipped": float(grad_norm > values["train/clip_threshold"]),
                    "train/skipped": float(not finite), "train/seconds": seconds, "train/tokens_per_second": values["train/tokens"] / seconds,
-                   "train/peak_memory_gib": peak_memory(device) / 2**30}
+                   "train/peak_memory_gib": memory.peak(device) / 2**30}
         values |= {"train/loss_scale": scale} if fp16 else {}
         if finite:
             state["norms"] = [*state["norms"], [step, grad_norm]][-config.schedule.clip_window - 1:]
@@ -166,7 +164,7 @@ def train(config, run, guard, resume, accept, preflight):
             searching = fp16 and scale > 1 and math.isfinite(loss)  # such steps are how fp16 finds its loss scale
             state["nonfinite"] += not empty and not searching
             why = "no supervised token in its window" if empty else f"loss {loss}, gradient norm {grad_norm}"
-            say(f"step {step} was not applied: {why}; rows {', '.join(rows.names[i] for i in done['samples'])}")
+            console.say(f"step {step} was not applied: {why}; rows {', '.join(rows.names[i] for i in done['samples'])}")
         if adapter_norms:
             for matrix in ("lora_A", "lora_B"):
                 norms = [norm for name, norm in zip(adapters, adapter_norms) if f".{matrix}." in name]
@@ -178,8 +176,8 @@ def train(config, run, guard, resume, accept, preflight):
         progress.update(step - progress.n)
         if due(config.log.every_steps, step) or step == 1:
             left = (time.perf_counter() - began) / (step - first + 1) * (max_steps - step)
-            say(f"step {step}/{max_steps}  loss {loss:.4f}  norm {grad_norm:.3f}  rate {values['train/learning_rate']:.1e}  "
-                f"{values['train/tokens_per_second']:,.0f} tok/s  {duration(left)} left")
+            console.say(f"step {step}/{max_steps}  loss {loss:.4f}  norm {grad_norm:.3f}  rate {values['train/learning_rate']:.1e}  "
+                f"{values['train/tokens_per_second']:,.0f} tok/s  {console.duration(left)} left")
 
     def evaluate(step):
         """Evaluate and sample, write both down, and remember the best. What an interruption cuts short, the resumed run does."""
@@ -195,12 +193,12 @@ def train(config, run, guard, resume, accept, preflight):
         if unquantised and step == 0:
             values |= {f"eval/unquantised_{name}": unquantised[0][name] for name in ("loss", "token_accuracy")}
             evaluation.keep(run, "unquantised", unquantised[1], 0, eval_rows, tokenizer, network)
-        say(f"step {step}/{max_steps}  evaluation loss {loss:.4f}  perplexity {figures['perplexity']:.2f}  token accuracy {figures['token_accuracy']:.4f}")
+        console.say(f"step {step}/{max_steps}  evaluation loss {loss:.4f}  perplexity {figures['perplexity']:.2f}  token accuracy {figures['token_accuracy']:.4f}")
         if samples:
             values |= {f"eval/{name}": value for name, value in evaluation.sample_figures(samples).items()} | {"eval/samples": json.dumps(samples)}
             recorder.text(step, "eval/samples", "\n\n".join(f"**{sample['prompt']}**\n\n{sample['text']}" for sample in samples))
             if step in (0, max_steps):
-                say(f"samples {'before' if step == 0 else 'after'} training:\n{evaluation.show(samples)}\n")
+                console.say(f"samples {'before' if step == 0 else 'after'} training:\n{evaluation.show(samples)}\n")
         attend(step, values)
         better = math.isfinite(loss) and (state["best_loss"] is None or loss < state["best_loss"] - config.eval.min_delta)
         if better:
@@ -215,7 +213,7 @@ def train(config, run, guard, resume, accept, preflight):
         start, count = schedule.window_samples(min(step + 1, max_steps), config, total_samples)
         batches = proof.sample(config, rows, data.sample_stream(len(rows), config.train.seed, start, count), device)
         result = proof.check(network, forward_backward, batches, scaler["scale"], parts=what == "parts")
-        say(result.text)
+        console.say(result.text)
         if step >= first or owed:  # the line of an earlier step is closed
             recorder.write(step, result.values)
         if result.ok is False:
@@ -224,11 +222,11 @@ def train(config, run, guard, resume, accept, preflight):
     def save(step):
         """A checkpoint of this step boundary."""
         recorder.flush()
-        by_name = {f"{name}.{moment}": view for moment in ("exp_avg", "exp_avg_sq") for name, view in views(moments[moment], adapters)}
+        by_name = {f"{name}.{moment}": view for moment in ("exp_avg", "exp_avg_sq") for name, view in continuation.views(moments[moment], adapters)}
         tensors = {"adapter_model.safetensors": dict(adapters), "optimizer.safetensors": by_name | {"step": moments["step"]} | scaler,
-                   "generators.safetensors": generators(device)}
+                   "generators.safetensors": continuation.generators(device)}
         texts = {"adapter_config.json": model.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(state, indent=1)}
-        return checkpoint.save(run, step, tensors, texts | texts_of(tokenizer), config.save.keep, state["best_step"])
+        return checkpoint.save(run, step, tensors, texts | continuation.texts_of(tokenizer), config.save.keep, state["best_step"])
 
     began, first, pending, applied, alive = time.perf_counter(), state["step"] + 1, [], 0, set()
     too_large = ""  # a row that does not fit into memory even alone, told with its name
@@ -245,7 +243,7 @@ def train(config, run, guard, resume, accept, preflight):
         clock = [mark(device)]
         start, count = schedule.window_samples(step, config, total_samples)
         samples = data.samples(rows, config.train.seed, start, count)
-        drawn = generators(device) if config.lora.dropout else {}
+        drawn = continuation.generators(device) if config.lora.dropout else {}
 
         loss, late = None, False
         while loss is None and not late:  # once, and again in smaller micro-batches where memory runs out: their sum is the same
@@ -263,7 +261,7 @@ def train(config, run, guard, resume, accept, preflight):
                 loss, too_large = None, shrink(plan, step, batch, rows, error)
             late = late or bool(too_large)
             if loss is None or late:
-                set_generators(drawn, device)
+                continuation.set_generators(drawn, device)
                 graphs.forget(forward_backward)
                 model.release_memory()
         if late:  # the window is given up, and the step before it is where the run ends
@@ -287,10 +285,10 @@ def train(config, run, guard, resume, accept, preflight):
         if len(alive) < 2 and proof.telling(window):  # the first steps: waiting for the device costs nothing yet
             applied += bool(finite)
             matrix = proof.due_matrix(applied, alive)
-            dead = proof.dead(views(flat.grad, adapters), matrix) if matrix and finite else []
+            dead = proof.dead(continuation.views(flat.grad, adapters), matrix) if matrix and finite else []
             alive |= {matrix} if matrix and finite else set()
             if dead and config.proof.enabled:
-                say(f"gradients  DEAD: after step {step} {len(dead)} of the {matrix} have a gradient that is zero or not finite: {proof.some(dead)}")
+                console.say(f"gradients  DEAD: after step {step} {len(dead)} of the {matrix} have a gradient that is zero or not finite: {proof.some(dead)}")
                 fatal.append("dead gradients")
 
         clock.append(mark(device))
@@ -338,81 +336,10 @@ def train(config, run, guard, resume, accept, preflight):
     if not finished():
         print(f"interrupted after step {state['step']}; saved {where}; go on with --resume")
         return 128 + interrupted[0][0]
-    return conclude(run, config, state, max_steps)
+    return console.conclude(run, config, state, max_steps)
 
 
 # ------------------------------------------------------------------------------------------------------------ set-up
-
-def load_initial(config):
-    """The matrices of the adapter that lora.init_from names. Raises ValueError where its scale or rank is not the configuration's."""
-    folder = checkpoint.find(config.lora.init_from)
-    lora, tensors, _ = model.read_adapter(folder)
-    wrong = [f"--lora.{name}={json.dumps(getattr(lora, name))}" for name in ("r", "alpha", "rslora") if getattr(lora, name) != getattr(config.lora, name)]
-    if wrong:
-        raise ValueError(f"lora.init_from: the adapter in {folder} was trained with other settings; start from it with {' '.join(wrong)}")
-    return tensors
-
-
-def load_checkpoint(path):
-    """A run's checkpoint (checkpoint.load). Raises ValueError for an adapter that is no more than that."""
-    saved = checkpoint.load(path)
-    if saved["step"] is None:
-        raise ValueError(f"{path}: is an adapter, not a run's checkpoint, so there is nothing to go on from; start a run from it with --lora.init_from={path}")
-    return saved
-
-
-def origin(config, tokenizer, rows, eval_rows, base_weights, plan):
-    """What shapes a run's curve, by name: settings as they are, content as digests. Compared when the run is resumed.
-
-    Evaluating, judging, saving and logging do not shape it, nor does memory but for packing and kept copies; files may move, with
-    their content.
-    """
-    sections = ("eval.", "save.", "log.", "forecast.", "alerts.", "proof.", "criteria.")
-    free = ("memory.checkpoint_layers", "memory.budget_gib", "memory.offload", "model.path", "data.train", "data.eval", "data.chat_template",
-            "data.mixture", "data.first_rows", "data.drop", "data.audit", "data.cache", "data.near_duplicate", "data.columns", "data.roles")
-    sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
-    shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(sections)}
-    contents = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
-                "chat template": sha(tokenizer.chat_template or ""), "base weights": base_weights}
-    return shaping | {name: digest[:16] for name, digest in contents.items()} | {f"memory.{name}": plan[name] for name in ("max_tokens", "keep_dequantized")}
-
-
-def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
-    """Put a loaded checkpoint's tensors in their places and return its state. Raises ValueError naming what is not as it was then."""
-    state, tensors = saved["state"], saved["tensors"]
-    before = state["origin"] | {"generators": sorted(tensors.get("generators.safetensors", ()))}
-    now = fresh["origin"] | {"generators": sorted(generators(device))}
-    changed = {name: {"was": before.get(name), "is": value} for name, value in now.items() if before.get(name) != value}
-    refused = [name for name in changed if name not in accept]
-    if refused:
-        details = "".join(f"\n  {name}: was {json.dumps(changed[name]['was'])}, is {json.dumps(changed[name]['is'])}" for name in refused)
-        raise ValueError(f"{path}: the run cannot go on as it was, because this changed:{details}\n"
-                         f"Put it back, or accept by name that the run is another from here on: --accept=\"{','.join(changed)}\"")
-    model.set_adapters(adapters, tensors["adapter_model.safetensors"], str(path))
-    optimizer = tensors["optimizer.safetensors"]
-    for moment in ("exp_avg", "exp_avg_sq"):
-        for name, view in views(moments[moment], adapters):
-            view.copy_(optimizer[f"{name}.{moment}"])
-    moments["step"].copy_(optimizer["step"])
-    for name, value in scaler.items():
-        value.copy_(optimizer[name])
-    if "generators" not in changed:
-        set_generators(tensors["generators.safetensors"], device)
-    return state | {"origin": fresh["origin"], "plan": fresh["plan"], "accepted": state["accepted"] + [{"step": state["step"], **changed}] * bool(changed)}
-
-
-def generators(device):
-    """The states of the generators that dropout draws from."""
-    return {"torch": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
-
-
-def set_generators(states, device):
-    """Put the generators back into `states` of `generators`; {} leaves them as they are."""
-    if states:
-        torch.set_rng_state(states["torch"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"])
-
 
 def be_deterministic():
     """On a GPU, the same bits in every run: sums in a fixed order everywhere, or an error. Before CUDA starts."""
@@ -420,19 +347,6 @@ def be_deterministic():
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against reading what was never written; it takes time
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass adds in whatever order threads arrive
-
-
-def views(flat, adapters):
-    """(name, piece of a flat tensor in the parameter's shape) for each of `adapters`, laid out as in model.AdapterMemory."""
-    pieces = flat.split([parameter.numel() for parameter in adapters.values()])
-    return [(name, piece.view_as(parameter)) for (name, parameter), piece in zip(adapters.items(), pieces)]
-
-
-def texts_of(tokenizer):
-    """The tokenizer's own files {name: text}, template included, so that what is served later is what was trained."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {path.name: path.read_text(encoding="utf-8") for path in pathlib.Path(folder).iterdir() if path.suffix in (".json", ".jinja", ".txt")}
 
 
 def open_record(run, config, state, resume, owed, outlook):
@@ -451,58 +365,6 @@ def open_record(run, config, state, resume, owed, outlook):
     return recorder
 
 
-def introduce(run, config, rows, network, state, outlook):
-    """What is about to happen: the forecast, and how it will be done."""
-    plan, hidden = state["plan"], rows.counts["turns_unsupervised"]
-    print(f"run       {run}" + (f", going on after step {state['step']:,}" if state["step"] else ""))
-    for accepted in state["accepted"]:
-        print(f"          accepted at step {accepted['step']}: another {', another '.join(name for name in accepted if name != 'step')}")
-    print(forecast.show_forecast(outlook))
-    print("".join(f"{line}\n" for line in rows.remarks), end="")
-    if hidden:
-        print(f"\n{hidden:,} answers are not supervised: the chat template hides what the model wrote")
-    print(f"network   {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}\n"
-          f"packing   up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed"
-          + (", their inputs on the host" if plan["offload"] else "") + (", embeddings on the host" if plan["host_embeddings"] else "") + f"\n          ({plan['why']}); "
-          f"{network.fused_layers} layers fused, " + ("replayed as CUDA graphs\n" if plan["graphs"] else f"no CUDA graphs:\n          {plan['why_no_graphs']}\n"), flush=True)
-
-
-def refuse(outlook, config):
-    """Tell why the run does not begin. Returns the exit code."""
-    print(forecast.show_forecast(outlook))
-    print(f"\nrefused: {', '.join(found.name for found in forecast.refusals(outlook, config.forecast))}; nothing was written")
-    return 3
-
-
-def evaluate_unquantised(config, device, eval_rows):
-    """(figures, by row) of the untouched model in 16 or 32 bits, as eval.evaluate gives them; None where it is not asked for or does not fit.
-
-    What training gains is told against it too: making good what quantisation spoilt is not yet learning.
-    """
-    if config.eval.unquantised == "no" or config.model.quant == "none":
-        return None
-    if config.eval.unquantised == "auto" and 1.3 * model.stored_bytes(config) > model.free_memory(device):
-        print("note: the unquantised model does not fit beside what is in memory, so it is not evaluated; eval.unquantised=no leaves it out without a word")
-        return None
-    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quant="none"))
-    network = model.load(plain, device)
-    figures = evaluation.evaluate(network, eval_rows, config.eval.max_rows, config.memory.max_tokens or (8192 if device.type == "cuda" else 2048))
-    del network
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return figures
-
-
-def memory_parts(network, moments, probed):
-    """{part: bytes} of the network, the optimizer and, on a GPU, what the probed step took beside them."""
-    parts = {f"{part} ({', '.join(sorted(dtypes))})": size for part, (dtypes, size) in model.memory_table(network).items()}
-    parts["optimizer and gradients (float32)"] = sum(tensor.nbytes for tensor in moments.values()) + network.adapter_memory.flat.grad.nbytes
-    if network.device.type == "cuda":
-        parts["activations"] = max(0, probed["peak_bytes"] - sum(parts.values()))
-    return parts
-
-
 # -------------------------------------------------------------------------------------------------- pieces of the loop
 
 def shrink(plan, step, batch, rows, error):
@@ -514,7 +376,7 @@ def shrink(plan, step, batch, rows, error):
         fits = model.smaller(batch, rows, error)
     except model.DoesNotFit as alone:
         return str(alone)
-    say(f"step {step}: memory ran out over {len(batch.input_ids):,} tokens; the step is done again, and the run goes on, with {fits:,} tokens a micro-batch at most")
+    console.say(f"step {step}: memory ran out over {len(batch.input_ids):,} tokens; the step is done again, and the run goes on, with {fits:,} tokens a micro-batch at most")
     plan["shrunk"].append({"step": step, "from": plan["fits"], "to": fits})
     plan.update(fits=fits, evaluates=min(fits, plan["evaluates"]))
     return ""
@@ -553,25 +415,6 @@ def elapsed(start, end):
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
-def peak_memory(device):
-    """Most bytes ever in use: of the GPU's memory, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def duration(seconds):
-    """Seconds as a text of three figures at most."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def say(text):
-    """Lines to the console, above the progress bar."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
-
-
 def catch_signals():
     """A list that holds (SIGINT or SIGTERM, when) once one arrives: the run ends at the next step boundary. A third one kills."""
     caught = []
@@ -580,40 +423,11 @@ def catch_signals():
         caught.append((number, time.monotonic()))
         if len(caught) > 2:
             sys.exit(128 + number)
-        say(f"{signal.Signals(number).name}: the run saves and ends after this step; twice more, and it ends at once")
+        console.say(f"{signal.Signals(number).name}: the run saves and ends after this step; twice more, and it ends at once")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
     return caught
-
-
-def tell(heading, alert):
-    """An alert as lines of 80 columns."""
-    lines = [heading]
-    for label, text in (("seen", alert.evidence), ("cause", alert.cause), ("remedy", alert.remedy)):
-        lines += textwrap.wrap(text, 80, initial_indent=f"  {label:<8}", subsequent_indent=" " * 10, break_on_hyphens=False)
-    return "\n".join(lines)
-
-
-def conclude(run, config, state, max_steps):
-    """The end of a run: what changed, the verdict, the report, and where to look. Returns the exit code."""
-    metrics = record.read_metrics(run)
-    losses = [line["train/loss"] for line in metrics if math.isfinite(line.get("train/loss", math.nan))]
-    evals = [line for line in metrics if "eval/loss" in line]
-    edge = min(25, len(losses) // 4) or 1
-    median = lambda values: sorted(values)[len(values) // 2] if values else math.nan
-    print(f"finished   {state['step']:,} of {max_steps:,} steps" + (f", {state['skipped']} of them not applied" if state["skipped"] else "")
-          + (", stopped early: the evaluation loss no longer fell" if state["step"] < max_steps else ""))
-    print(f"train      loss {median(losses[:edge]):.4f} -> {median(losses[-edge:]):.4f} (medians of the first and last {edge} steps)")
-    print("evaluation " + ", ".join(f"{what} {evals[0][tag]:.4f} -> {evals[-1][tag]:.4f}" for what, tag in (("loss", "eval/loss"), ("token accuracy", "eval/token_accuracy"))))
-    print(f"           best after step {state['best_step']}: {run}@best" if state["best_step"] else "           no evaluation was better than the one before step 1")
-    judged = verdict.of_run(run)
-    verdict.write(run, judged)
-    print(f"\n{verdict.shown(judged)}\n")
-    if config.log.report:
-        print(f"report     {report.write(run)[0]}")
-    print(f"look       tensorboard --logdir {run.parent}\n           python eval.py --ckpt {run}")
-    return verdict.exit_code(judged)
 
 
 def main(argv):

@@ -264,9 +264,9 @@ def rate_shifted_by_one_step():
 
 
 def without_moments():
-    import train
-    real = train.views
-    train.views = lambda flat, adapters: [(name, view.clone()) for name, view in real(flat, adapters)]
+    import continuation
+    real = continuation.views
+    continuation.views = lambda flat, adapters: [(name, view.clone()) for name, view in real(flat, adapters)]
 
 
 @pytest.mark.parametrize("mistake, seen", [(without_generators, "train/loss"), (data_shifted_by_one_sample, "train/loss"), (rate_shifted_by_one_step, "train/learning_rate"),

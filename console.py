@@ -1,0 +1,74 @@
+"""What a run says on the console: what is about to happen, its alerts, how it ended. Eighty columns, above the progress bar."""
+import math
+import sys
+import textwrap
+
+from tqdm import tqdm
+
+import forecast
+import record
+import report
+import verdict
+
+
+def introduce(run, config, rows, network, state, outlook):
+    """What is about to happen: the forecast, and how it will be done."""
+    plan, hidden = state["plan"], rows.counts["turns_unsupervised"]
+    print(f"run       {run}" + (f", going on after step {state['step']:,}" if state["step"] else ""))
+    for accepted in state["accepted"]:
+        print(f"          accepted at step {accepted['step']}: another {', another '.join(name for name in accepted if name != 'step')}")
+    print(forecast.show_forecast(outlook))
+    print("".join(f"{line}\n" for line in rows.remarks), end="")
+    if hidden:
+        print(f"\n{hidden:,} answers are not supervised: the chat template hides what the model wrote")
+    print(f"network   {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}\n"
+          f"packing   up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed"
+          + (", their inputs on the host" if plan["offload"] else "") + (", embeddings on the host" if plan["host_embeddings"] else "") + f"\n          ({plan['why']}); "
+          f"{network.fused_layers} layers fused, " + ("replayed as CUDA graphs\n" if plan["graphs"] else f"no CUDA graphs:\n          {plan['why_no_graphs']}\n"), flush=True)
+
+
+def refuse(outlook, config):
+    """Tell why the run does not begin. Returns the exit code."""
+    print(forecast.show_forecast(outlook))
+    print(f"\nrefused: {', '.join(found.name for found in forecast.refusals(outlook, config.forecast))}; nothing was written")
+    return 3
+
+
+def tell(heading, alert):
+    """An alert as lines of 80 columns."""
+    lines = [heading]
+    for label, text in (("seen", alert.evidence), ("cause", alert.cause), ("remedy", alert.remedy)):
+        lines += textwrap.wrap(text, 80, initial_indent=f"  {label:<8}", subsequent_indent=" " * 10, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def say(text):
+    """Lines to the console, above the progress bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def duration(seconds):
+    """Seconds as a text of three figures at most."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def conclude(run, config, state, max_steps):
+    """The end of a run: what changed, the verdict, the report, and where to look. Returns the exit code."""
+    metrics = record.read_metrics(run)
+    losses = [line["train/loss"] for line in metrics if math.isfinite(line.get("train/loss", math.nan))]
+    evals = [line for line in metrics if "eval/loss" in line]
+    edge = min(25, len(losses) // 4) or 1
+    median = lambda values: sorted(values)[len(values) // 2] if values else math.nan
+    print(f"finished   {state['step']:,} of {max_steps:,} steps" + (f", {state['skipped']} of them not applied" if state["skipped"] else "")
+          + (", stopped early: the evaluation loss no longer fell" if state["step"] < max_steps else ""))
+    print(f"train      loss {median(losses[:edge]):.4f} -> {median(losses[-edge:]):.4f} (medians of the first and last {edge} steps)")
+    print("evaluation " + ", ".join(f"{what} {evals[0][tag]:.4f} -> {evals[-1][tag]:.4f}" for what, tag in (("loss", "eval/loss"), ("token accuracy", "eval/token_accuracy"))))
+    print(f"           best after step {state['best_step']}: {run}@best" if state["best_step"] else "           no evaluation was better than the one before step 1")
+    judged = verdict.of_run(run)
+    verdict.write(run, judged)
+    print(f"\n{verdict.shown(judged)}\n")
+    if config.log.report:
+        print(f"report     {report.write(run)[0]}")
+    print(f"look       tensorboard --logdir {run.parent}\n           python eval.py --ckpt {run}")
+    return verdict.exit_code(judged)

@@ -1,0 +1,98 @@
+"""What a run goes on from: which settings and contents make its curve, and how a checkpoint's state is put back in its places.
+
+A run that goes on is the same run only if what shapes its curve is the same: `origin` lists that, by name, and `restore` refuses
+what changed unless it is accepted by name. Leaves out: how a checkpoint lies on the disk (checkpoint.py).
+"""
+import hashlib
+import json
+import pathlib
+import tempfile
+
+import torch
+
+import checkpoint
+import model
+
+
+def load_initial(config):
+    """The matrices of the adapter that lora.init_from names. Raises ValueError where its scale or rank is not the configuration's."""
+    folder = checkpoint.find(config.lora.init_from)
+    lora, tensors, _ = model.read_adapter(folder)
+    wrong = [f"--lora.{name}={json.dumps(getattr(lora, name))}" for name in ("r", "alpha", "rslora") if getattr(lora, name) != getattr(config.lora, name)]
+    if wrong:
+        raise ValueError(f"lora.init_from: the adapter in {folder} was trained with other settings; start from it with {' '.join(wrong)}")
+    return tensors
+
+
+def load_checkpoint(path):
+    """A run's checkpoint (checkpoint.load). Raises ValueError for an adapter that is no more than that."""
+    saved = checkpoint.load(path)
+    if saved["step"] is None:
+        raise ValueError(f"{path}: is an adapter, not a run's checkpoint, so there is nothing to go on from; start a run from it with --lora.init_from={path}")
+    return saved
+
+
+def origin(config, tokenizer, rows, eval_rows, base_weights, plan):
+    """What shapes a run's curve, by name: settings as they are, content as digests. Compared when the run is resumed.
+
+    Evaluating, judging, saving and logging do not shape it, nor does memory but for packing and kept copies; files may move, with
+    their content.
+    """
+    sections = ("eval.", "save.", "log.", "forecast.", "alerts.", "proof.", "criteria.")
+    free = ("memory.checkpoint_layers", "memory.budget_gib", "memory.offload", "model.path", "data.train", "data.eval", "data.chat_template",
+            "data.mixture", "data.first_rows", "data.drop", "data.audit", "data.cache", "data.near_duplicate", "data.columns", "data.roles")
+    sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(sections)}
+    contents = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
+                "chat template": sha(tokenizer.chat_template or ""), "base weights": base_weights}
+    return shaping | {name: digest[:16] for name, digest in contents.items()} | {f"memory.{name}": plan[name] for name in ("max_tokens", "keep_dequantized")}
+
+
+def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
+    """Put a loaded checkpoint's tensors in their places and return its state. Raises ValueError naming what is not as it was then."""
+    state, tensors = saved["state"], saved["tensors"]
+    before = state["origin"] | {"generators": sorted(tensors.get("generators.safetensors", ()))}
+    now = fresh["origin"] | {"generators": sorted(generators(device))}
+    changed = {name: {"was": before.get(name), "is": value} for name, value in now.items() if before.get(name) != value}
+    refused = [name for name in changed if name not in accept]
+    if refused:
+        details = "".join(f"\n  {name}: was {json.dumps(changed[name]['was'])}, is {json.dumps(changed[name]['is'])}" for name in refused)
+        raise ValueError(f"{path}: the run cannot go on as it was, because this changed:{details}\n"
+                         f"Put it back, or accept by name that the run is another from here on: --accept=\"{','.join(changed)}\"")
+    model.set_adapters(adapters, tensors["adapter_model.safetensors"], str(path))
+    optimizer = tensors["optimizer.safetensors"]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        for name, view in views(moments[moment], adapters):
+            view.copy_(optimizer[f"{name}.{moment}"])
+    moments["step"].copy_(optimizer["step"])
+    for name, value in scaler.items():
+        value.copy_(optimizer[name])
+    if "generators" not in changed:
+        set_generators(tensors["generators.safetensors"], device)
+    return state | {"origin": fresh["origin"], "plan": fresh["plan"], "accepted": state["accepted"] + [{"step": state["step"], **changed}] * bool(changed)}
+
+
+def generators(device):
+    """The states of the generators that dropout draws from."""
+    return {"torch": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+
+
+def set_generators(states, device):
+    """Put the generators back into `states` of `generators`; {} leaves them as they are."""
+    if states:
+        torch.set_rng_state(states["torch"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"])
+
+
+def views(flat, adapters):
+    """(name, piece of a flat tensor in the parameter's shape) for each of `adapters`, laid out as in model.AdapterMemory."""
+    pieces = flat.split([parameter.numel() for parameter in adapters.values()])
+    return [(name, piece.view_as(parameter)) for (name, parameter), piece in zip(adapters.items(), pieces)]
+
+
+def texts_of(tokenizer):
+    """The tokenizer's own files {name: text}, template included, so that what is served later is what was trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in pathlib.Path(folder).iterdir() if path.suffix in (".json", ".jinja", ".txt")}
