@@ -13,7 +13,7 @@ How train.py uses it, in short (the docstrings say the rest):
 
     what = proof.due(config, step, first, max_steps, device)                      at each boundary, `first` being this process's first step
     batches = proof.sample(config, rows, samples_of_the_first_window, device)
-    result = proof.check(network, forward_backward, batches, scaler["scale"], parts=what == "parts")
+    result = proof.check(network, forward_backward, batches, scaler["scale"], what)
     say(result.text); recorder.write(step, result.values); if result.ok is False: save nothing, exit code 4
 
     matrix = proof.due_matrix(applied, looked_at)                                 behind a step; applied: moments["step"], those really taken
@@ -36,7 +36,7 @@ import model
 # that is allowed before anything is measured: of gradients that are themselves rounded. docs/PROOF.md argues for both.
 FIRST_MOVE = {torch.float64: 5e-4, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.06}
 ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.03}
-SURE = 4          # standard errors that are added to what is allowed
+SURE = 4          # standard errors of the noise that are added to what is allowed
 USELESS = 0.25    # a tolerance beyond this says nothing; the measurement is told as such and stops no run
 SECONDS = 120     # for finding out which modules are wrong, once it is known that some are
 
@@ -104,23 +104,23 @@ def asleep(network, names):
 # ------------------------------------------------------------------------------------------------------------ and true
 
 def due(config, step, first, max_steps, device="cpu"):
-    """What to prove at the boundary behind `step`: "" (nothing), "whole", or "parts": each kind of projection by itself too.
+    """What `check` has to prove at the boundary behind `step`: "" (nothing), "whole", "even" or "parts".
 
     first: the first step of this process, so first - 1 is the boundary before it. Proved is there (where B is 0 it sees nothing of A),
-    behind the second step, with parts, and behind the first evaluation within the run.
+    behind the second step, and behind the first evaluation within the run.
     """
     if not config.proof.enabled:
         return ""
     every, second = config.eval.every_steps, min(first + 1, max_steps)
     evaluation = max_steps if every <= 0 else min(max_steps, first - 1 - (first - 1) % every + every)
     parts = config.proof.parts == "yes" or config.proof.parts == "auto" and torch.device(device).type != "cpu"
-    return "parts" if step == second and parts else "whole" if step in (first - 1, second, evaluation) else ""
+    return "parts" if step == second and parts else "even" if step in (second, evaluation) else "whole" if step == first - 1 else ""
 
 
 def sample(config, rows, order, device="cpu"):
     """Micro-batches for `check` from the rows `order` of a data.Rows, one after another until they supervise proof.tokens tokens.
 
-    proof.tokens 0: 64 on a CPU, 512 elsewhere. Rows that would make it more than 8 times as many tokens in all end it too; at
+    proof.tokens 0: 64 on a CPU, 512 elsewhere. Rows that would make it more than 4 times as many tokens in all end it too; at
     least one row, and two micro-batches where there are two, so that adding up gradients is part of what is proved. A gradient is a
     sum over tokens that are all treated alike, so a few show whatever is wrong with how it is formed; more of them only lower the
     noise. Rows without a supervised token are passed over.
@@ -130,7 +130,7 @@ def sample(config, rows, order, device="cpu"):
     for row in dict.fromkeys(order):
         place = slice(rows.offsets[row], rows.offsets[row + 1])
         length, targets = place.stop - place.start, int(rows.supervised[place].sum())
-        if chosen and (supervised >= wanted or total + length > 8 * wanted):
+        if chosen and (supervised >= wanted or total + length > 4 * wanted):
             break
         if targets:
             chosen, total, supervised = [*chosen, row], total + int(length), supervised + targets
@@ -138,18 +138,19 @@ def sample(config, rows, order, device="cpu"):
     return [batch for part in (chosen[:half], chosen[half:]) for batch in data.pack(rows, part, max(total, 1))]
 
 
-def check(network, forward_backward, batches, scale=1.0, parts=False):
+def check(network, forward_backward, batches, scale=1.0, what="parts"):
     """Compare the gradients that training uses with the loss itself. Returns a Result; changes nothing.
 
     forward_backward(batch, weight): train.py's own, which adds weight x d loss / d adapters to network.adapter_memory.flat.grad and
     returns the summed loss; graphs.Replayed is called twice, so that a replay is what is checked, and its eager twin is taken where
     adapters have dropout, since padded masks would be others. batches: data.MicroBatch on the host, as from `sample`.
-    scale: fp16's loss scale; halved here until the gradients are finite. parts: repeat for each kind of projection.
+    scale: fp16's loss scale; lowered here until the gradients are finite. what: "whole", along the gradient; "even", also along the
+    one in which each adapter matrix goes equally far; "parts", also for each kind of projection by itself.
 
     Weights, moments, generators and the working copies are as before when it returns, bit for bit, and flat.grad is what it was.
-    Costs one forward and backward pass and six forward passes over the batches, seldom more; with `parts` six for each kind.
+    Costs one forward and backward pass over the batches, and 6 to 18 forward passes for each direction.
     """
-    began, memory, device = time.perf_counter(), network.adapter_memory, network.device
+    began, memory, device, even, parts = time.perf_counter(), network.adapter_memory, network.device, what != "whole", what == "parts"
     flat, supervised = memory.flat, sum(len(batch.targets) for batch in batches)
     if not supervised:
         return Result(math.nan, math.nan, None, "gradients  not proved: no supervised token to prove them on")
@@ -160,7 +161,7 @@ def check(network, forward_backward, batches, scale=1.0, parts=False):
         try:
             loss, gradient = gradient_of(network, forward_backward, batches, float(scale), supervised)
             measured = Measurement(network, batches, supervised, theta, gradient)
-            result = judge(measured, loss, {name: gradient[place].view_as(parameter) for (name, place), parameter in zip(places.items(), adapters)}, places, parts)
+            result = judge(measured, loss, even, parts, places, {name: gradient[place].view_as(parameter) for (name, place), parameter in zip(places.items(), adapters)})
         finally:
             with torch.no_grad():
                 flat.copy_(theta)
@@ -197,20 +198,20 @@ class Measurement:
         self.batches = [batch.to(network.device) for batch in batches]
         self.dtype = network.adapter_memory.working.dtype
         self.whole = [(slice(0, len(theta)), 1.0)]
-        self.loss = self.losses().sum().item()
+        self.loss, self.left = self.loss_now(), {}
 
     @torch.no_grad()
-    def losses(self):
-        """Each supervised token's share in the mean loss, float64 (S,), at the weights as they are now; dropout masks always the same."""
-        nll = []
+    def loss_now(self):
+        """The mean loss of the supervised tokens at the weights as they are now, in nats; dropout masks are always the same."""
+        total = 0.0
         for i, batch in enumerate(self.batches):
             torch.manual_seed(i)
-            nll.append(model.summed_loss(self.network, batch)[1].double())
-        return torch.cat(nll) / self.supervised
+            total += model.summed_loss(self.network, batch)[1].double().sum()
+        return total.item() / self.supervised
 
     @torch.no_grad()
     def moved(self, direction, step):
-        """(half the difference of `losses` at both ends of a move, what the mean loss gains at its ends, what g foretells of half the difference).
+        """(half the difference of the loss at both ends of a move, what it gains there on average, what g foretells of half the difference).
 
         direction: [(slice of flat, factor)]; the ends are theta +- step x factor x g there. The network sees the weights rounded to the
         compute dtype, so what is foretold is g times the move as rounded.
@@ -219,7 +220,7 @@ class Measurement:
         for sign in (1, -1):
             for place, factor in direction:
                 torch.add(self.theta[place], self.gradient[place], alpha=sign * step * factor, out=flat.data[place])
-            losses.append(self.losses())
+            losses.append(self.loss_now())
             ends.append([flat[place].to(self.dtype, copy=True) for place, _ in direction])
         for place, _ in direction:
             flat[place] = self.theta[place]
@@ -227,53 +228,101 @@ class Measurement:
         for (place, _), plus, minus in zip(direction, *ends):
             for g, p, m in zip(*(part.split(1 << 22) for part in (self.gradient[place], plus, minus))):
                 foretold += torch.dot(g.double(), p.double() - m.double())
-        return (losses[0] - losses[1]) / 2, (losses[0] + losses[1]).sum().item() / 2 - self.loss, foretold.item() / 2
+        return (losses[0] - losses[1]) / 2, (losses[0] + losses[1]) / 2 - self.loss, foretold.item() / 2
 
-    def ratio(self, direction, first_move, allowed, rounds=4):
-        """(change of the loss measured / foretold, its standard error) along a direction as in `moved`; (nan, inf) if there is no telling.
+    def ratio(self, direction, first_move, allowed, rounds=3):
+        """(change of the loss measured / foretold, how uncertain that is) along a direction as in `moved`; (nan, inf) if there is no telling.
 
-        Three moves, the second twice and the third four times as long as the first. Half the difference of the loss at the two ends
-        of a move is ratio x + c x^3 + noise, where x is what is foretold; both are fitted. The noise is what the fit leaves, token by
-        token, rounding being independent from one to the next, or in their sum, whichever is more. Moves are made longer where noise
-        limits the answer and shorter where bending does, `rounds` times at most: the fifth order is of the size of 0.3 times the square
-        of the third (as for sin, tanh, exp), and a move is too long for any of this where ratios of its thirds differ by a half,
-        or where the loss rises at both its ends by more than is foretold.
+        Rounds of three moves, the second twice and the third four times as long as the first. Half the difference of the loss at the
+        two ends of a move is ratio x + c x^3 + noise, x being what is foretold, and both are fitted to all moves so far. Uncertain it is
+        by SURE standard errors of the noise, and by the orders beyond the third: 0.3 of what the third does to the longest move, less
+        where that is under a twentieth. Moves are made longer where noise matters more and shorter where bending does, until the two
+        come to 2.5 times what is `allowed`, `rounds` times at most.
+        Too long for such a fit are moves that it does not fit, whose ratios differ by a half, or at whose ends the loss lies further
+        above its middle than they are said to lie apart: these are forgotten.
         """
         squared = sum(factor * self.gradient[place].double().square().sum().item() for place, factor in direction)
-        best, move, turned = (math.nan, math.inf), first_move, set()
+        best, move, kept, key = (math.nan, math.inf), first_move, [], tuple((place.start, place.stop) for place, _ in direction)
         for _ in range(rounds):
             step = move * self.loss / squared if squared else 0.0
-            changes, gained, x = zip(*(self.moved(direction, step * factor) for factor in (1, 2, 4)))
-            changes, x = torch.stack(changes).cpu(), torch.tensor(x, dtype=torch.float64)
-            bend, noise = math.inf, 0.0
-            if bool(changes.isfinite().all()) and bool(x.isfinite().all()) and bool((x > 0).all()):
-                unit, sums = x[-1], changes.sum(dim=1)
-                design = torch.stack((x / unit, (x / unit) ** 3), dim=1)  # (3, 2)
-                inverse = torch.linalg.inv(design.T @ design)
-                slope, cubic = (inverse @ design.T @ sums / unit).tolist()
-                residual = changes - design @ (inverse @ design.T @ changes)  # (3, S), one degree of freedom a token
-                spread = residual.square().sum().sqrt().item() / unit.item()
-                size = max(1.0, abs(slope))
-                bend, noise = abs(cubic) / size, spread * inverse[0, 0].sqrt().item() / size
-                error, secants = math.hypot(noise, 0.3 * bend**2), (sums / x).tolist()
-                left, apart = residual.sum(dim=1).norm().item() / unit.item(), abs(secants[0] - secants[2])
-                too_long = left > 4 * spread or gained[2] > max(1.0, abs(secants[2])) * unit.item() * (1 + 4 * spread) \
-                    or apart > 0.5 * max(map(abs, secants)) and apart > 4 * spread * (unit / x[0]).item()
-                if too_long:
-                    bend = max(bend, 1.0)
-                elif error < best[1]:
-                    best = slope, error * size
-                if not too_long and error <= max(allowed * 2 / 3, 1e-7):
+            points = [self.moved(direction, step * factor) for factor in (1, 2, 4)]  # (half difference, gain, foretold)
+            usable = all(x > 0 and math.isfinite(change) and math.isfinite(gain) for change, gain, x in points)
+            bend, noise, too_long = math.inf, 0.0, True
+            if usable:
+                spread, longest = self.noise(), points[-1][2]
+                _, _, _, left = fit(points)
+                secants = [change / x for change, _, x in points]
+                too_long = left > 4 * spread or points[-1][1] > max(1.0, abs(secants[-1])) * longest + 4 * spread \
+                    or abs(secants[0] - secants[-1]) > max(0.5 * max(map(abs, secants)), 4 * spread / points[0][2])
+                bend = 1.0
+            if not too_long:
+                kept += points
+                ratio, bend, leverage, left = fit(kept)
+                self.left[key] = left**2, len(kept) - 2
+                bend, noise = abs(bend) / max(1.0, abs(ratio)), self.noise() * leverage / max(1.0, abs(ratio))
+                doubt = SURE * noise + 0.3 * bend * min(1.0, bend / 0.05)
+                best = min(best, (ratio, doubt * max(1.0, abs(ratio))), key=lambda pair: pair[1])
+                if doubt <= 2.5 * allowed:
                     break
-            longer = bend < 0.15 and noise > 0.3 * bend**2
-            turned.add(longer)
-            if len(turned) == 2 and math.isfinite(best[1]):
-                break
-            move *= min(4.0, math.sqrt(0.3 / max(bend, 1e-9))) if longer else 0.3 if bend < 2 else max(1 / 16, math.sqrt(0.1 / bend))
+            move *= (0.3 if math.isfinite(bend) else 1 / 16) if too_long else min(4.0, max(0.3, math.sqrt(SURE * noise / (0.3 * bend)))) if bend * noise else 1.5
         return best
 
+    def verdict(self, direction, move, allowed):
+        """(ratio, tolerance, ok) along a direction; ok None where it cannot be told. What is wrong is measured twice, with other moves and so other rounding."""
+        for factor in (1.0, 0.7):
+            ratio, doubt = self.ratio(direction, move * factor, allowed)
+            tolerance = allowed * max(1.0, abs(ratio)) + doubt
+            if not math.isfinite(ratio) or not tolerance <= USELESS * max(1.0, abs(ratio)):
+                return ratio, tolerance, None
+            if abs(ratio - 1) <= tolerance:
+                return ratio, tolerance, True
+        return ratio, tolerance, False
 
-def judge(measured, loss, gradients, places, parts):
+    def evenly(self, places):
+        """The direction in which each adapter matrix goes equally far along its own gradient: in g itself a few large ones outvote the others."""
+        norms = {name: self.gradient[place].double().norm().item() for name, place in places.items()}
+        return [(place, 1 / norms[name]) for name, place in places.items() if norms[name] > 1e-6 * max(norms.values())]
+
+    def noise(self):
+        """Standard deviation of half a difference of the mean loss, in nats, through rounding that is another in every pass.
+
+        From five passes with all weights moved a little at random, what the fits so far have left, and two degrees of freedom's worth
+        of what is usual, 0.15 machine epsilons of the loss. Rounding is not independent from token to token (documents begin with the
+        same words), so nothing but passes tells how much it is.
+        """
+        if not self.left:
+            losses = [self.at_random(seed) for seed in range(5)]
+            middle = sum(losses) / len(losses)
+            self.left["usual"] = 2 * (0.15 * torch.finfo(self.dtype).eps * self.loss) ** 2, 2
+            self.left["random"] = sum((loss - middle) ** 2 for loss in losses) / 2, len(losses) - 1
+        left, freedom = map(sum, zip(*self.left.values()))
+        return math.sqrt(left / freedom)
+
+    @torch.no_grad()
+    def at_random(self, seed):
+        """The loss a quarter of a first move away in a random direction, less what g foretells of it (next to nothing: all the rest lies across it)."""
+        flat, norm = self.network.adapter_memory.flat, self.gradient.double().norm().item()
+        draw = torch.randn(flat.shape, generator=torch.Generator(flat.device).manual_seed(seed), device=flat.device, dtype=flat.dtype)
+        length = 0.25 * FIRST_MOVE[self.dtype] * self.loss / norm / math.sqrt(flat.numel())
+        torch.add(self.theta, draw, alpha=length, out=flat.data)
+        loss = self.loss_now() - length * torch.dot(draw, self.gradient).item()
+        flat.copy_(self.theta)
+        return loss
+
+
+def fit(points):
+    """(ratio, third order's share in the longest move, standard error of the ratio for noise of 1, root of the squares left) of moves along one direction.
+
+    points: [(half difference, _, foretold x), ...]; least squares for half difference = ratio x + c x^3.
+    """
+    changes, x = (torch.tensor(values, dtype=torch.float64) for values in list(zip(*points))[::2])
+    design = torch.stack((x / x.max(), (x / x.max()) ** 3), dim=1)  # (moves, 2)
+    inverse = torch.linalg.inv(design.T @ design)
+    solution = inverse @ design.T @ changes
+    return (solution[0] / x.max()).item(), (solution[1] / x.max()).item(), (inverse[0, 0].sqrt() / x.max()).item(), (changes - design @ solution).norm().item()
+
+
+def judge(measured, loss, even, parts, places, gradients):
     """The Result of a Measurement: loss is what the training pass said, gradients and places are by PEFT's name."""
     dtype = measured.dtype
     move, allowed = FIRST_MOVE[dtype], ALLOWED[dtype]
@@ -284,17 +333,15 @@ def judge(measured, loss, gradients, places, parts):
         return Result(math.nan, math.nan, False, wrap(f"gradients  DEAD: {len(lacking)} of {len(gradients)} adapter matrices have a gradient that is zero or not finite: {some(lacking)}. "
                       + ("Nothing reaches the adapters: the graph is cut between the loss and all of them." if len(lacking) == len([name for name in gradients if ".lora_B." in name]) else
                          "The graph is cut behind them, or their layers do not run."), ), lacking, wrong=[], loss=loss)
-    ratio, error = measured.ratio(measured.whole, move, allowed)
-    ratio, tolerance, ok = verdict(ratio, error, allowed)
-    if ok is False:  # once more, with other moves and so other rounding, before a run is stopped
-        again = verdict(*measured.ratio(measured.whole, move * 0.7, allowed), allowed)
-        if again[2] is not False:
-            ratio, tolerance, ok = again
+    ratio, tolerance, ok = measured.verdict(measured.whole, move, allowed)
+    evenly = even and ok is not False and measured.verdict(measured.evenly(places), move, allowed)
+    if evenly and evenly[2] is False:
+        ratio, tolerance, ok = evenly
     result = Result(ratio, tolerance, ok, "", loss=loss)
     apart = abs(loss - measured.loss) > {8: 1e-9, 4: 1e-4, 2: 0.02}[dtype.itemsize] * max(measured.loss, 0.05)
     if ok and parts and not apart:
-        for kind, slices in grouped(places, kind_of).items():
-            result.parts[kind] = verdict(*measured.ratio(slices, move, allowed, rounds=3), allowed)
+        for kind, direction in grouped(places, kind_of).items():
+            result.parts[kind] = measured.verdict(direction, move, allowed)
         result.wrong = [kind for kind, (_, _, fine) in result.parts.items() if fine is False]
     if ok is False:
         result.wrong, note = locate(measured, places, move, allowed)
@@ -320,14 +367,6 @@ def judge(measured, loss, gradients, places, parts):
     return result
 
 
-def verdict(ratio, error, allowed):
-    """(ratio, tolerance, ok) of a measured ratio with its standard error; ok None where it cannot be told."""
-    tolerance = allowed * max(1.0, abs(ratio)) + SURE * error
-    if not math.isfinite(ratio) or not tolerance <= USELESS * max(1.0, abs(ratio)):
-        return ratio, tolerance, None
-    return ratio, tolerance, abs(ratio - 1) <= tolerance
-
-
 def locate(measured, places, move, allowed):
     """(modules whose gradient is wrong, a sentence): layer by layer from the loss backwards, then within the first wrong layer."""
     deadline, wrong_layers, tried = time.perf_counter() + SECONDS, [], 0
@@ -336,12 +375,12 @@ def locate(measured, places, move, allowed):
         if time.perf_counter() > deadline:
             break
         tried += 1
-        if verdict(*measured.ratio(layers[layer], move, allowed, rounds=3), allowed)[2] is False:
+        if measured.verdict(layers[layer], move, allowed)[2] is False:
             wrong_layers.append(layer)
     if not wrong_layers:
         return [], "No layer is wrong by itself as far as can be measured."
-    inside = {name: slices for name, slices in grouped(places, module_of).items() if layer_of(name + ".") == wrong_layers[0]}
-    wrong = [name for name, slices in inside.items() if verdict(*measured.ratio(slices, move, allowed, rounds=3), allowed)[2] is False]
+    inside = {name: direction for name, direction in grouped(places, module_of).items() if layer_of(name + ".") == wrong_layers[0]}
+    wrong = [name for name, direction in inside.items() if measured.verdict(direction, move, allowed)[2] is False]
     where = f"Seen from the loss, {wrong_layers[0]} is the first of {len(wrong_layers)} wrong layers" + (f" (of {tried} tried)" if tried < len(layers) else f" (of {len(layers)})")
     return (wrong or wrong_layers[:1]), where + (f", there in {some([name.removeprefix(wrong_layers[0] + '.') for name in wrong])}: look at the backward pass there and just behind it." if wrong else ".")
 

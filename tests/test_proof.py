@@ -60,7 +60,8 @@ def batches():
 
 
 def checked(folder, *args, **settings):
-    given = {name: settings.pop(name) for name in ("parts", "scale") if name in settings}
+    settings.setdefault("what", "even")
+    given = {name: settings.pop(name) for name in ("what", "scale") if name in settings}
     network, forward_backward = loaded(folder, *args, **settings)
     return proof.check(network, forward_backward, batches(), **given)
 
@@ -68,17 +69,17 @@ def checked(folder, *args, **settings):
 # ------------------------------------------------------------------------------------------------------------ healthy
 
 @pytest.mark.parametrize("b", [0.0, 0.05])
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("quant, dtype, exact", [("none", "fp64", 5e-6), ("none", "fp32", 2e-3), ("nf4", "fp32", 2e-3), ("nf4", "bf16", 0.05), ("int8", "bf16", 0.05), ("none", "bf16", 0.05),
-                                                 ("llm_int8", "bf16", 0.1), ("int8", "fp16", 0.03)])
+@pytest.mark.parametrize("quant, dtype, exact, fast", [("none", "fp64", 5e-6, True), ("none", "fp32", 1e-3, True), ("nf4", "fp32", 1e-3, False), ("nf4", "bf16", 0.05, True), ("int8", "bf16", 0.05, True),
+                                                       ("none", "bf16", 0.05, False), ("llm_int8", "bf16", 0.08, False), ("int8", "fp16", 0.03, True)])
 def test_healthy_gradients_are_proved(folder, quant, dtype, exact, fast, b):
-    result = checked(folder, quant, dtype, b, memory={"fused": fast}, scale=1024.0 if dtype == "fp16" else 1.0)
+    result = checked(folder, quant, dtype, b, memory={"fused": fast}, scale=1024.0 if dtype == "fp16" else 1.0, what="even")
     assert result.ok and not result.dead and not result.wrong, result
     assert abs(result.ratio - 1) < exact and result.tolerance < 0.25, result
+    print("MARGIN", quant, dtype, fast, b, f"{result.ratio - 1:+.2g} {result.tolerance:.2g} {result.seconds:.1f}")
 
 
 def test_each_kind_of_projection_is_proved_by_itself_where_asked_for(folder):
-    result = checked(folder, parts=True)
+    result = checked(folder, what="parts")
     assert set(result.parts) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert all(ok and abs(ratio - 1) <= tolerance < 0.01 for ratio, tolerance, ok in result.parts.values()), result.parts
     assert "down_proj" in result.text and max(map(len, result.text.splitlines())) <= 80
@@ -102,7 +103,7 @@ def test_nothing_is_changed_by_the_proof(folder):
     torch.manual_seed(7)
     everything = lambda: [memory.flat.detach().clone(), memory.flat.grad.clone(), memory.working.clone(), memory.kept.buffer.clone() if memory.kept else torch.zeros(1), torch.get_rng_state()]
     before = everything()
-    assert proof.check(network, forward_backward, batches(), parts=True).ok
+    assert proof.check(network, forward_backward, batches(), what="parts").ok
     assert all(torch.equal(a, b) for a, b in zip(before, everything())) and network.training
     assert all(p.data_ptr() == memory.flat.data_ptr() + 4 * memory.places[p].start for p in model.adapters(network).values())
 
