@@ -202,9 +202,10 @@ class Alerts:
         if self.step == self.max_steps and len(self.blocks) > 2:
             first, last = self.blocks[0], self.blocks[-1]
             error = math.hypot(first[2], last[2])
-            if rules.flat(first[1], last[1], error):
+            went = rules.course(first[1], last[1], error)
+            if went in ("stood", "rose") and "divergence" not in self.active:
                 told = f"Median of the first {self.size} steps {first[1]:.4f}, of the last {last[1]:.4f} (standard error {error:.4f})."
-                found += self.judged([], [finding("warning", "training loss flat", told)])
+                found += self.judged([], [finding("warning", "training loss flat" if went == "stood" else "divergence", told)])
         return found
 
     def rate(self, line):

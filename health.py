@@ -249,14 +249,14 @@ def training_loss(record):
     yield from climbs
     told = f"Median of the first tenth {first:.4f}, of the last {last:.4f}: a change of {last - first:+.4f}, "
     told += f"with a standard error of {error:.4f}."
-    still = rules.flat(first, last, error)
+    went = rules.course(first, last, error)
     if climbs or by_heart(record) or not any(losses):
         return
-    if still is None:
+    if went == "hidden":
         yield unjudged("fall of the training loss", f"{told} The noise could hide a fall of 10 %; log more often or train longer")
-    if still:
-        told += " That is noise." * (last - first < 2 * error)
-        yield finding("warning", "training loss flat", told, first=first, last=last, error=error)
+    if went in ("stood", "rose"):
+        told += " That is noise." * (abs(last - first) < 2 * error)
+        yield finding("warning", "training loss flat" if went == "stood" else "divergence", told, first=first, last=last, error=error)
 
 
 def learning_rate(record):

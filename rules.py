@@ -171,11 +171,14 @@ def diverged(blocks, alerts):
         yield finding("warning", "divergence", told, **numbers)
 
 
-def flat(first, last, error):
-    """Whether a loss stands where it began: it fell by noise alone, and a fall of a tenth would have shown. None: the noise hides it."""
+def course(first, last, error):
+    """Where a loss went over a whole run: "fell" (by two standard errors), "rose" (by four and 2 %), "stood" (a fall of a tenth would have shown),
+    or "hidden" by its noise."""
     if first - last >= 2 * error and first != last:
-        return False
-    return True if first - last + 2 * error < 0.1 * abs(first) else None
+        return "fell"
+    if last - first > max(4 * error, 0.02 * abs(first)):
+        return "rose"
+    return "stood" if first - last + 2 * error < 0.1 * abs(first) else "hidden"
 
 
 def too_high(peak):

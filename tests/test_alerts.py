@@ -204,6 +204,12 @@ def test_a_loss_that_climbs_diverges_early_and_one_that_loses_its_fall_is_warned
     assert first(s, healthy(s, loss=lambda t, rng: 2 + 4 * abs(t - 0.4) + rng.gauss(0, 0.1)), "divergence")[1].severity == "warning"
 
 
+def test_a_small_but_sure_rise_is_told_at_the_end():
+    s = setup()
+    step, found = first(s, healthy(s, loss=lambda t, rng: 2 + 0.1 * t + rng.gauss(0, 0.01)), "divergence")
+    assert (step, found.severity) == (400, "warning")
+
+
 def test_a_rate_far_too_high_is_told_within_some_tens_of_steps():
     s = setup(200)
     step, _ = first(s, healthy(s, loss=lambda t, rng: (4.5 if t < 0.05 else 9.5) + rng.gauss(0, 0.5)), "divergence")

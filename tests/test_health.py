@@ -141,6 +141,12 @@ def test_a_loss_that_climbs_or_loses_its_fall_again_diverges():
     assert "divergence" in found(with_tag("train/loss", lambda line: 2 + abs(line["step"] - 200) / 100 + rng.gauss(0, 0.1)))
 
 
+def test_a_loss_that_rises_a_little_but_surely_is_a_warning():
+    rng = random.Random(5)
+    finding = found(with_tag("train/loss", lambda line: 2 + line["step"] / 4000 + rng.gauss(0, 0.02)))["divergence"]
+    assert finding.severity == "warning" and "+0.0" in finding.evidence
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_loss_that_only_jitters_is_flat_and_never_called_diverging(seed):
     rng = random.Random(seed)
