@@ -72,6 +72,11 @@ class Data:
     roles: list = key([], "turns with other role names: NAME=ROLE, as in bot=assistant")
     chat_template: str = key("", "file with a Jinja chat template, for tokenizers without one")
 
+    @property
+    def sources(self):
+        """Names of the training rows' sources, in order."""
+        return [source for source, _ in self.mixture] or [self.train]
+
 
 @dataclass(frozen=True)
 class Train:

@@ -86,10 +86,6 @@ def _train_stream(data):
             yield number, name, record
 
 
-def _named(data):
-    return " and ".join(source for source, _ in _train_sources(data))
-
-
 def _shown_progress(what, total=None):
     """A progress bar on a terminal, of rows; elsewhere nothing is printed."""
     from tqdm import tqdm
@@ -151,7 +147,7 @@ def _partition(cfg, seen):
     left = np.flatnonzero(fate == 0)
     if not data.eval:
         if len(left) <= data.eval_rows:
-            raise ValueError(f"data.eval_rows: {data.eval_rows} rows cannot be held out of the {len(left)} of {_named(data)}; lower "
+            raise ValueError(f"data.eval_rows: {data.eval_rows} rows cannot be held out of the {len(left)} of {' and '.join(data.sources)}; lower "
                              "it, or name evaluation rows with data.eval")
         fate[left[_permutation(len(left), cfg.train.seed, 0, 1)[:data.eval_rows]]] = 1
         if "leak" in data.drop:  # rows alike, of which one is held out
@@ -160,7 +156,7 @@ def _partition(cfg, seen):
                 dropped[row] = ("leak", "nearly a row that is held out", None)
                 fate[row] = 2
     if not (fate == 0).any():
-        raise ValueError(f"data.drop: every row of {_named(data)} is left out by {', '.join(data.drop)}; drop less")
+        raise ValueError(f"data.drop: every row of {' and '.join(data.sources)} is left out by {', '.join(data.drop)}; drop less")
     return fate, dropped
 
 
@@ -211,7 +207,7 @@ def load(cfg, tokenizer):
     """
     data = cfg.data
     train_prints = [sources.fingerprint(source) for source, _ in _train_sources(data)]
-    what = ["train", _shaping(cfg, tokenizer), train_prints, _named(data), data.first_rows, data.mixture, data.drop, data.audit]
+    what = ["train", _shaping(cfg, tokenizer), train_prints, " and ".join(data.sources), data.first_rows, data.mixture, data.drop, data.audit]
     what += [data.near_duplicate, _special_texts(tokenizer)] if data.drop else []
     what += [cfg.train.seed, data.eval_rows] if not data.eval else [sources.fingerprint(data.eval)] if data.drop or data.audit != "off" else []
     place = cache.folder(data.cache) if all(train_prints) else None
@@ -549,7 +545,7 @@ def _check(cfg, tokenizer, examples, out):
     except ValueError as error:
         rows = evaluation = None
         refused = str(error)
-    for line in audit.report(seen, names, examples, _named(cfg.data), cfg.data, rows, evaluation):
+    for line in audit.report(seen, names, examples, " and ".join(cfg.data.sources), cfg.data, rows, evaluation):
         print(line)
     if refused:
         raise ValueError(refused)

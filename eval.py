@@ -247,7 +247,7 @@ def main(argv):
     kept = keep(place[0], place[2], by_row, place[1], rows, tokenizer, network) if place else None
     samples = generate(network, tokenizer, prompts, config.eval.max_new_tokens, end_ids)
 
-    name = pathlib.Path(config.data.eval or config.data.train).name
+    name = ", ".join(pathlib.Path(source).name for source in ([config.data.eval] if config.data.eval else config.data.sources))
     if flags["json"]:
         strict = {key: value if math.isfinite(value) else None for key, value in figures.items()}  # JSON has no NaN
         about = {"adapter": str(folder) if adapter else None, "model": config.model.path, "quant": config.model.quant,

@@ -363,7 +363,7 @@ def card(title, config, folder, facts):
     state = json.loads((folder / "state.json").read_text(encoding="utf-8")) if run else {}
     if run:
         evaluated = [line for line in record.read_metrics(run) if "eval/loss" in line and line["step"] <= state["step"]]
-        lines += ["| | |", "| --- | --- |", f"| training rows | {shown(config.data.train)}, digest {state['origin'].get('training rows', 'unknown')} |",
+        lines += ["| | |", "| --- | --- |", f"| training rows | {', '.join(map(shown, config.data.sources))}, digest {state['origin'].get('training rows', 'unknown')} |",
                   f"| evaluation rows | {shown(config.data.eval) if config.data.eval else 'held out of the training rows'}, digest {state['origin'].get('evaluation rows', 'unknown')} |",
                   f"| steps | {state['step']:,}: {state['samples']:,} samples, {state['supervised_tokens']:,} supervised tokens |"]
         lines += [f"| evaluation loss | {evaluated[0]['eval/loss']:.4f} after step {evaluated[0]['step']}, {evaluated[-1]['eval/loss']:.4f} after step {evaluated[-1]['step']} |"] if evaluated else []
@@ -405,7 +405,7 @@ def merge_into(out, source, adapter, folder, config, tokenizer, end_ids, rows, d
         loss, theirs = through_merge(work, bits, config, rows, max_tokens)
         logit_norm, first = logit_difference(logits, theirs)
         count = min(len(rows), config.eval.max_rows or len(rows))
-        counted = f"{'' if count == len(rows) else f'the first {count:,} of '}{len(rows):,} of {shown(config.data.eval or config.data.train)}"
+        counted = f"{'' if count == len(rows) else f'the first {count:,} of '}{len(rows):,} of {', '.join(map(shown, [config.data.eval] if config.data.eval else config.data.sources))}"
         onto = [("through the adapter, unquantised", f"{reference:.4f}")] if reference is not trained else []
         losses = [("untouched", f"{untouched:.4f}"), ("through the adapter", f"{trained:.4f}"), *onto, ("through the merge", f"{loss:.4f}, {loss - reference:+.4f}")]
         rounding = f"{'stochastic ' * (source.stochastic and dtype == torch.bfloat16)}rounding to {bits}"
@@ -476,7 +476,7 @@ def main(argv):
     tokenizer = data.load_tokenizer(folder if own else config.model.path, config.data.chat_template, "" if own else config.model.revision)
     end_ids = data.end_of_turn(tokenizer)
     if "merge" in outs:
-        rows = data.tokenize(data.read_rows(config.data.eval, config.data.bad_rows) if config.data.eval else data.read_splits(config)[1], tokenizer, config.data)
+        rows = data.load_evaluation(config, tokenizer)
     if "gguf" in outs:
         gguf_file.check(source, tokenizer)
     if "adapter" in outs:
