@@ -212,7 +212,7 @@ def train(config, run, guard, resume, accept, preflight):
             return
         start, count = schedule.window_samples(min(step + 1, max_steps), config, total_samples)
         batches = proof.sample(config, rows, data.sample_stream(len(rows), config.train.seed, start, count), device)
-        result = proof.check(network, forward_backward, batches, scaler["scale"], parts=what == "parts")
+        result = proof.check(network, forward_backward, batches, scaler["scale"], what)
         console.say(result.text)
         if step >= first or owed:  # the line of an earlier step is closed
             recorder.write(step, result.values)
