@@ -27,7 +27,8 @@ class Alerts:
 
     def __init__(self, config, max_steps, rows):
         self.alerts, self.max_steps, self.rows = config.alerts, max_steps, rows
-        self.initial, self.warmup = bool(config.lora.init_from), config.schedule.lr_warmup_steps
+        self.initial = bool(config.lora.init_from)
+        self.ignored = {*config.alerts.ignore, *config.forecast.acknowledge}  # what the forecast told and was accepted is not told again
         stride = max(1, max_steps // 500)  # the planned sum of the rates, from 500 of them
         planned = [schedule.learning_rate(step, config.schedule, max_steps) for step in range(1, max_steps + 1, stride)]
         self.planned_area = stride * math.fsum(planned)
@@ -57,7 +58,7 @@ class Alerts:
             found += self.evaluation(line)
         if "proof" in line:
             found += self.judged(["wrong gradients"], rules.proved(line["proof"], line.get("proof_tolerance", 0.1), self.step))
-        return [one for one in found if one.name not in self.alerts.ignore]
+        return [one for one in found if one.name not in self.ignored]
 
     def fatal(self, findings):
         """Those of the `findings` that end the run (alerts.stop)."""
@@ -88,19 +89,20 @@ class Alerts:
             return self.not_applied("hold no supervised token")
         searching = line.get("scale", 1) > 1 and math.isfinite(loss) and not math.isfinite(norm)  # how fp16 finds its loss scale
         found = []
-        for what, value in (("training loss", loss), ("gradient norm", norm)):
-            follows = what == "gradient norm" and not math.isfinite(loss)  # then the loss is to be told of
-            name, bad, row = f"non-finite {what}", not math.isfinite(value) and not searching and not follows, self.bad[what]
+        for what, value in (("training loss", line.get("loss", 0.0)), ("gradient norm", line.get("grad_norm", 0.0))):
+            follows = what == "gradient norm" and "loss" in line and not math.isfinite(loss)  # then the loss is to be told of
+            bad, row = not (math.isfinite(value) or searching or follows), self.bad[what]
             row[0], row[1] = row[0] + 1 if bad else 0, row[1] + bad
-            severity = "fault" if row[0] >= self.alerts.nonfinite_steps else "warning"
-            evidence = f"{value} at step {self.step:,}; {row[0]} such steps in a row, {row[1]:,} in all."
-            found += self.judged([], [finding(severity, name, evidence, "non-finite", steps=row[1])] if bad else [], "steps")
+            if bad:
+                severity = "fault" if row[0] >= self.alerts.nonfinite_steps else "warning"
+                told = f"{value} at step {self.step:,}; {row[0]} such steps in a row, {row[1]:,} in all."
+                found += self.judged([], [finding(severity, f"non-finite {what}", told, "non-finite", steps=row[1])], "steps")
         self.searching.append(searching)
         self.dropped.append(line.get("skipped", 0) > 0 and not searching)
         if self.dropped[-1]:
             found += self.not_applied("are not finite")
         if sum(self.searching) > LONG // 4:
-            share = f"{sum(self.searching)} of the last {LONG} steps overflowed in fp16, at a loss scale of {line['scale']:g}."
+            share = f"{sum(self.searching)} of the last {LONG} steps overflowed in fp16, at a loss scale of {line.get('scale', 1):g}."
             found += self.judged([], [finding("warning", "steps not applied", share)])
         if not math.isfinite(norm):
             return found

@@ -16,7 +16,11 @@ import schedule
 
 
 def setup(steps=400, warmup=None, **sections):
-    tree = {"train": {"max_steps": steps, "epochs": 0}, "schedule": {"lr_warmup_steps": steps // 10 if warmup is None else warmup, **sections.pop("schedule", {})}, **sections}
+    tree = {
+        "train": {"max_steps": steps, "epochs": 0},
+        "schedule": {"lr_warmup_steps": steps // 10 if warmup is None else warmup, **sections.pop("schedule", {})},
+        **sections,
+    }
     return config.from_dict(tree)
 
 
@@ -29,8 +33,19 @@ def healthy(settings_, seed=0, loss=None, norm=None, evals=5, rows=10_000, evalu
     lines = [evaluation(0, evaluated(0, rng), "d0", 0.0)]
     for step in range(1, steps + 1):
         rate = schedule.learning_rate(step, settings_.schedule, steps)
-        lines.append({"step": step, "train/loss": loss(step / steps, rng), "train/grad_norm": norm(step / steps, rng), "train/learning_rate": rate, "train/samples": 32,
-                      "train/clip_threshold": settings_.schedule.clip_norm, "train/epoch": 32 * step / rows, "train/supervised_tokens": 500, "train/skipped": 0.0})
+        lines.append(
+            {
+                "step": step,
+                "train/loss": loss(step / steps, rng),
+                "train/grad_norm": norm(step / steps, rng),
+                "train/learning_rate": rate,
+                "train/samples": 32,
+                "train/clip_threshold": settings_.schedule.clip_norm,
+                "train/epoch": 32 * step / rows,
+                "train/supervised_tokens": 500,
+                "train/skipped": 0.0,
+            }
+        )
         if step % 25 == 0:
             lines[-1] |= {"adapters/lora_A_norm": 3 + step / 1e4, "adapters/lora_B_norm": step / 1e3}
         if step % max(1, steps // evals) == 0:
@@ -40,8 +55,18 @@ def healthy(settings_, seed=0, loss=None, norm=None, evals=5, rows=10_000, evalu
 
 def evaluation(step, loss, digest, delta, stop=True, text="a small answer", reference="a small answer"):
     samples = [{"prompt": "p", "reference": reference, "text": text, "tokens": 5, "stopped": stop}] * 3
-    return {"step": step, "eval/loss": loss, "eval/adapter_digest": digest, "adapters/delta_ratio": delta, "eval/stop_rate": float(stop), "eval/samples": json.dumps(samples),
-            "eval/overlap": 0.2 + 0.3 * min(1.0, step), "eval/repetition": 0.0, "eval/token_accuracy": 0.7, "adapters/modules": json.dumps({"q": [delta, 2.0, None], "v": [delta, 2.0, None]})}
+    return {
+        "step": step,
+        "eval/loss": loss,
+        "eval/adapter_digest": digest,
+        "adapters/delta_ratio": delta,
+        "eval/stop_rate": float(stop),
+        "eval/samples": json.dumps(samples),
+        "eval/overlap": 0.2 + 0.3 * min(1.0, step),
+        "eval/repetition": 0.0,
+        "eval/token_accuracy": 0.7,
+        "adapters/modules": json.dumps({"q": [delta, 2.0, None], "v": [delta, 2.0, None]}),
+    }
 
 
 def raised(settings_, lines, upto=None):
@@ -51,7 +76,11 @@ def raised(settings_, lines, upto=None):
 
 
 def alarms(settings_, lines):
-    return [(step, found.severity, found.name, found.evidence) for step, found in raised(settings_, lines) if found.severity in ("fault", "warning")]
+    return [
+        (step, found.severity, found.name, found.evidence)
+        for step, found in raised(settings_, lines)
+        if found.severity in ("fault", "warning")
+    ]
 
 
 def first(settings_, lines, name):
@@ -74,8 +103,14 @@ def changed(lines, change):
 def test_no_healthy_noisy_run_raises_an_alarm(data):
     draw = lambda strategy: data.draw(strategy)
     steps, seed = draw(st.integers(20, 600)), draw(st.integers(0, 10**6))
-    settings_ = setup(steps, warmup=draw(st.integers(0, steps // 2)), schedule={"clip_norm": draw(st.sampled_from([0.0, 0.3, 1.0, 5.0])),
-                                                                               "lr_kind": draw(st.sampled_from(["cosine", "linear", "constant", "wsd"]))})
+    settings_ = setup(
+        steps,
+        warmup=draw(st.integers(0, steps // 2)),
+        schedule={
+            "clip_norm": draw(st.sampled_from([0.0, 0.3, 1.0, 5.0])),
+            "lr_kind": draw(st.sampled_from(["cosine", "linear", "constant", "wsd"])),
+        },
+    )
     tails, start = draw(st.booleans()), draw(st.floats(1.0, 8.0))
     noise = draw(st.floats(0.0, 0.12 if tails else 0.35))
     floor, speed, onset = draw(st.floats(0.0, 0.8)), draw(st.floats(0.5, 30)), draw(st.floats(0.0, 0.7))
@@ -85,8 +120,15 @@ def test_no_healthy_noisy_run_raises_an_alarm(data):
         return deviation * rng.gauss(0, 1) / (math.sqrt(rng.gammavariate(2.5, 2) / 5) if tails else 1)
 
     course = lambda t: start * (floor + (1 - floor) * math.exp(-speed * max(0.0, t - onset)))
-    lines = healthy(settings_, seed, evals=draw(st.integers(1, 12)), rows=draw(st.sampled_from([50, 10_000])), loss=lambda t, rng: course(t) * math.exp(gauss(rng, noise)),
-                    norm=lambda t, rng: base * math.exp(growth * t + gauss(rng, spread)), evaluated=lambda t, rng: 1.05 * course(t) + 0.02 + rng.gauss(0, 0.001))
+    lines = healthy(
+        settings_,
+        seed,
+        evals=draw(st.integers(1, 12)),
+        rows=draw(st.sampled_from([50, 10_000])),
+        loss=lambda t, rng: course(t) * math.exp(gauss(rng, noise)),
+        norm=lambda t, rng: base * math.exp(growth * t + gauss(rng, spread)),
+        evaluated=lambda t, rng: 1.05 * course(t) + 0.02 + rng.gauss(0, 0.001),
+    )
     flat = course(0) - course(1) < 0.15 * course(0)  # nothing to learn from is told, and rightly
     assert [alarm for alarm in alarms(settings_, lines) if not (flat and alarm[2] == "training loss flat")] == []
 
@@ -95,10 +137,16 @@ def test_no_healthy_noisy_run_raises_an_alarm(data):
 def test_hard_but_healthy_courses_raise_no_alarm(seed):
     s = setup(400)
     plateau = lambda t, rng: (3.0 if t < 0.75 else 3.0 - 6 * (t - 0.75)) + rng.gauss(0, 0.05)
-    by_heart = lambda t, rng: 3 * math.exp(-9 * t) * math.exp(rng.gauss(0, 0.3)) + (0.5 if rng.random() < 0.02 else 0)  # and a hard row now and then
+    by_heart = lambda t, rng: 3 * math.exp(-9 * t) * math.exp(rng.gauss(0, 0.3)) + (
+        0.5 if rng.random() < 0.02 else 0
+    )  # and a hard row now and then
     stairs = lambda t, rng: 3 - 0.4 * int(5 * t) + rng.gauss(0, 0.1)  # an epoch is a step down
     two_humps = lambda t, rng: (0.1 if rng.random() < 0.5 else 2.5) * math.exp(rng.gauss(0, 0.1))  # half of the batches known by heart
-    assert alarms(s, healthy(s, seed, plateau)) == [] and alarms(s, healthy(s, seed, by_heart)) == [] and alarms(s, healthy(s, seed, stairs)) == []
+    assert (
+        alarms(s, healthy(s, seed, plateau)) == []
+        and alarms(s, healthy(s, seed, by_heart)) == []
+        and alarms(s, healthy(s, seed, stairs)) == []
+    )
     assert [alarm for alarm in alarms(s, healthy(s, seed, two_humps)) if alarm[2] != "training and evaluation disagree"] == []
     half = setup(400, warmup=200)
     assert alarms(half, healthy(half, seed, lambda t, rng: 4 - 1.5 * t * t + rng.gauss(0, 0.2))) == []
@@ -141,7 +189,9 @@ def test_dead_gradients_that_come_back_are_told_again():
 
 def test_a_window_without_targets_is_not_dead_gradients():
     s = setup()
-    empty = lambda line: {"train/grad_norm": 0.0, "train/loss": 0.0, "train/supervised_tokens": 0, "train/skipped": 1.0} if line["step"] % 4 == 0 else {}
+    empty = lambda line: (
+        {"train/grad_norm": 0.0, "train/loss": 0.0, "train/supervised_tokens": 0, "train/skipped": 1.0} if line["step"] % 4 == 0 else {}
+    )
     names = {one.name for _, one in raised(s, changed(healthy(s), empty))}
     assert "dead gradients" not in names and "steps not applied" in names
     single = first(s, changed(healthy(s), lambda line: {"train/grad_norm": 0.0} if line["step"] == 77 else {}), "steps without gradient")
@@ -151,7 +201,10 @@ def test_a_window_without_targets_is_not_dead_gradients():
 def test_gradients_that_vanish_where_all_is_learnt_are_a_note():
     s = setup()
     rote = lambda t, rng: 3 * math.exp(-30 * t)
-    lines = changed(healthy(s, loss=rote, evaluated=lambda t, rng: 0.001 + 3 * math.exp(-30 * t)), lambda line: {"train/grad_norm": 0.0} if line["train/loss"] < 1e-4 else {})
+    lines = changed(
+        healthy(s, loss=rote, evaluated=lambda t, rng: 0.001 + 3 * math.exp(-30 * t)),
+        lambda line: {"train/grad_norm": 0.0} if line["train/loss"] < 1e-4 else {},
+    )
     assert first(s, lines, "nothing left to learn")[1].severity == "note" and alarms(s, lines) == []
 
 
@@ -163,7 +216,9 @@ def test_a_loss_of_zero_from_the_start_is_a_fault():
 @pytest.mark.parametrize("value", [math.nan, "nan", "inf"])
 def test_a_non_finite_loss_is_a_warning_and_three_in_a_row_a_fault(value):
     s = setup()
-    bad = lambda *steps: changed(healthy(s), lambda line: {"train/loss": value, "train/grad_norm": math.nan, "train/skipped": 1.0} if line["step"] in steps else {})
+    bad = lambda *steps: changed(
+        healthy(s), lambda line: {"train/loss": value, "train/grad_norm": math.nan, "train/skipped": 1.0} if line["step"] in steps else {}
+    )
     told = lambda lines: [(step, one.severity) for step, one in raised(s, lines) if one.name == "non-finite training loss"]
     assert told(bad(50)) == [(50, "warning")] and told(bad(50, 51, 52, 53)) == [(50, "warning"), (52, "fault")]
     assert "non-finite gradient norm" not in {one.name for _, one in raised(s, bad(50))}  # it follows the loss
@@ -171,7 +226,10 @@ def test_a_non_finite_loss_is_a_warning_and_three_in_a_row_a_fault(value):
 
 def test_fp16_finding_its_loss_scale_is_no_alarm_and_overflowing_all_the_time_is():
     s = setup()
-    fp16 = lambda bad: changed(healthy(s), lambda line: {"train/loss_scale": 1024.0} | ({"train/grad_norm": math.inf, "train/skipped": 1.0} if bad(line["step"]) else {}))
+    fp16 = lambda bad: changed(
+        healthy(s),
+        lambda line: {"train/loss_scale": 1024.0} | ({"train/grad_norm": math.inf, "train/skipped": 1.0} if bad(line["step"]) else {}),
+    )
     assert alarms(s, fp16(lambda step: step < 12 or step == 200)) == []
     assert first(s, fp16(lambda step: step % 3 == 0), "steps not applied")[1].severity == "warning"
 
@@ -187,14 +245,24 @@ def test_always_clipped_is_a_note_unless_by_a_large_factor_and_never_clipped_is_
 @pytest.mark.parametrize("tag", ["train/loss", "train/grad_norm"])
 def test_a_spike_of_a_hundred_times_is_told_at_once(tag):
     s = setup()
-    step, found = first(s, changed(healthy(s), lambda line: {tag: 100 * line[tag]} if line["step"] == 123 else {}), f"spikes of the {'training loss' if tag[6:] == 'loss' else 'gradient norm'}")
+    step, found = first(
+        s,
+        changed(healthy(s), lambda line: {tag: 100 * line[tag]} if line["step"] == 123 else {}),
+        f"spikes of the {'training loss' if tag[6:] == 'loss' else 'gradient norm'}",
+    )
     assert step == 123 and found.severity == "warning" and "step 123" in found.evidence
 
 
 def test_smaller_spikes_are_a_note_until_three_fall_close_together():
     s = setup()
-    spiky = changed(healthy(s, norm=lambda t, rng: 0.6 * math.exp(rng.gauss(0, 0.1))), lambda line: {"train/grad_norm": 4.0} if line["step"] in (100, 150, 190) else {})
-    assert [(step, one.severity) for step, one in raised(s, spiky) if one.name == "spikes of the gradient norm"] == [(100, "note"), (190, "warning")]
+    spiky = changed(
+        healthy(s, norm=lambda t, rng: 0.6 * math.exp(rng.gauss(0, 0.1))),
+        lambda line: {"train/grad_norm": 4.0} if line["step"] in (100, 150, 190) else {},
+    )
+    assert [(step, one.severity) for step, one in raised(s, spiky) if one.name == "spikes of the gradient norm"] == [
+        (100, "note"),
+        (190, "warning"),
+    ]
 
 
 def test_a_loss_that_climbs_diverges_early_and_one_that_loses_its_fall_is_warned_of():
@@ -220,7 +288,10 @@ def test_a_plateau_is_a_note_and_a_loss_flat_to_the_end_a_warning():
     s = setup()
     still = healthy(s, loss=lambda t, rng: 2.7 + rng.gauss(0, 0.03))
     assert first(s, still, "plateau")[1].severity == "note" and first(s, still, "plateau")[0] < 300
-    assert first(s, still, "training loss flat") == (400, first(s, still, "training loss flat")[1]) and first(s, still, "training loss flat")[1].severity == "warning"
+    assert (
+        first(s, still, "training loss flat") == (400, first(s, still, "training loss flat")[1])
+        and first(s, still, "training loss flat")[1].severity == "warning"
+    )
     assert "training loss flat" not in {one.name for _, one in raised(s, healthy(s))}
 
 
@@ -240,6 +311,11 @@ def test_a_training_loss_that_is_a_multiple_of_the_evaluation_loss_names_the_mul
 def test_a_rate_that_moves_weights_by_their_own_size_is_told(rate, told):
     s = setup(schedule={"learning_rate": rate})
     assert ("high rate" in {one.name for _, one in raised(s, healthy(s))}) == told
+
+
+def test_what_was_acknowledged_of_the_forecast_is_not_raised_again():
+    s = setup(schedule={"learning_rate": 0.1}, forecast={"acknowledge": ["high rate"]})
+    assert "high rate" not in {one.name for _, one in raised(s, healthy(s))}
 
 
 def test_a_rate_that_dies_early_is_told_when_it_does_and_the_end_of_a_cosine_after_an_epoch_is_not():
@@ -265,7 +341,14 @@ def test_evaluations_before_any_rate_was_spent_may_agree():
     assert "evaluation frozen" not in {one.name for _, one in raised(s, healthy(s, evaluated=lambda t, rng: 2.9310123))}
 
 
-@pytest.mark.parametrize("change", [{"eval/adapter_digest": "same"}, {"adapters/delta_ratio": 0.0}, {"adapters/modules": json.dumps({"q": [0.1, 1, None], "v": [0.0, 0, None]})}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eval/adapter_digest": "same"},
+        {"adapters/delta_ratio": 0.0},
+        {"adapters/modules": json.dumps({"q": [0.1, 1, None], "v": [0.0, 0, None]})},
+    ],
+)
 def test_adapters_that_never_moved_are_told_by_digest_change_or_module(change):
     s = setup()
     lines = [line | change if "eval/loss" in line else line for line in healthy(s)]
@@ -290,7 +373,9 @@ def test_adapters_that_change_the_model_before_training_are_told_unless_they_wer
 
 def test_an_evaluation_worse_than_before_training_is_told_at_once_where_it_is_far_and_else_by_two():
     s = setup()
-    told = lambda evaluated: [step for step, one in raised(s, healthy(s, evaluated=evaluated)) if one.name == "evaluation worse than before training"]
+    told = lambda evaluated: [
+        step for step, one in raised(s, healthy(s, evaluated=evaluated)) if one.name == "evaluation worse than before training"
+    ]
     assert told(lambda t, rng: 4.0 + 1.0 * t + (0 if t else 0)) == [240, 400] or told(lambda t, rng: 4.0 + 1.0 * t)[0] <= 240
     assert told(lambda t, rng: 4.0 if t == 0 else 9.0) == [80]
     assert told(lambda t, rng: 4.1 if 0 < t < 0.3 else 4.0 - t) == []
@@ -298,7 +383,9 @@ def test_an_evaluation_worse_than_before_training_is_told_at_once_where_it_is_fa
 
 def test_an_evaluation_that_rises_while_the_training_loss_falls_is_a_growing_gap():
     s = setup()
-    rising = healthy(s, loss=lambda t, rng: 3 - 2 * t + rng.gauss(0, 0.05), evaluated=lambda t, rng: 3 - t if t < 0.5 else 2.6 + 0.8 * (t - 0.5))
+    rising = healthy(
+        s, loss=lambda t, rng: 3 - 2 * t + rng.gauss(0, 0.05), evaluated=lambda t, rng: 3 - t if t < 0.5 else 2.6 + 0.8 * (t - 0.5)
+    )
     step, found = first(s, rising, "growing gap")
     assert step == 320 and "step 160" in found.remedy
     both = healthy(s, loss=lambda t, rng: 3 - 2 * t + rng.gauss(0, 0.05), evaluated=lambda t, rng: 3 - 0.5 * t)
@@ -313,8 +400,19 @@ def test_damage_by_quantisation_is_told_beyond_what_nf4_usually_costs():
 
 def test_samples_are_judged_from_half_of_the_run_on_by_their_references():
     s = setup()
-    swapped = lambda **sample: [line | ({name: value for name, value in evaluation(line["step"], 0, "", 0, **sample).items() if name in ("eval/samples", "eval/stop_rate")}
-                                        if "eval/loss" in line else {}) for line in healthy(s)]
+    swapped = lambda **sample: [
+        line
+        | (
+            {
+                name: value
+                for name, value in evaluation(line["step"], 0, "", 0, **sample).items()
+                if name in ("eval/samples", "eval/stop_rate")
+            }
+            if "eval/loss" in line
+            else {}
+        )
+        for line in healthy(s)
+    ]
     names = lambda lines: {one.name: step for step, one in raised(s, lines)}
     on_and_on = "one two three four five six seven eight nine ten eleven twelve"
     assert names(swapped(stop=False, text=on_and_on)) == {"samples never stop": 240}
@@ -338,13 +436,19 @@ def test_samples_that_do_not_follow_the_loss_are_told():
 def test_a_gradient_proof_outside_its_tolerance_is_a_fault():
     s = setup()
     proof = lambda ratio: [healthy(s)[0] | {"proof/ratio": ratio, "proof/tolerance": 0.05}]
-    assert first(s, proof(0.4), "wrong gradients")[1].severity == "fault" and first(s, proof(math.nan), "wrong gradients") and raised(s, proof(1.03)) == []
+    assert (
+        first(s, proof(0.4), "wrong gradients")[1].severity == "fault"
+        and first(s, proof(math.nan), "wrong gradients")
+        and raised(s, proof(1.03)) == []
+    )
 
 
 def test_noise_far_above_the_batch_is_a_note():
     s = setup()
     lines = changed(healthy(s), lambda line: {"train/noise_scale": 5000.0} if line["step"] % 20 == 0 else {})
-    assert first(s, lines, "noisy gradients")[1].severity == "note" and "noisy gradients" not in {one.name for _, one in raised(s, changed(healthy(s), lambda line: {"train/noise_scale": 100.0}))}
+    assert first(s, lines, "noisy gradients")[1].severity == "note" and "noisy gradients" not in {
+        one.name for _, one in raised(s, changed(healthy(s), lambda line: {"train/noise_scale": 100.0}))
+    }
 
 
 # -------------------------------------------------------------------------------------------------- settings and costs
@@ -381,13 +485,24 @@ def test_a_step_costs_well_under_a_fifth_of_a_millisecond_and_memory_is_bounded(
 
 def test_a_record_gets_the_same_names_from_the_diagnosis_as_from_its_alerts():
     s = setup()
-    sick = changed(healthy(s, evaluated=lambda t, rng: 2.9310123), lambda line: {"train/grad_norm": 0.0, "train/loss": 2.7 + line["step"] % 7 / 100})
+    sick = changed(
+        healthy(s, evaluated=lambda t, rng: 2.9310123), lambda line: {"train/grad_norm": 0.0, "train/loss": 2.7 + line["step"] % 7 / 100}
+    )
     told = {one.name for _, one in raised(s, sick) if one.severity == "fault"}
     judged = {one.name for one in health.diagnose(health.to_record("test", sick)) if one.severity == "fault"}
     assert told == judged == {"dead gradients", "evaluation frozen"}
 
 
-@pytest.mark.parametrize("lines", [[{"step": 0}], [{"step": 5, "train/loss": "nan"}], [{"step": 1, "train/loss": 2.0}], [{"step": 0, "eval/loss": math.nan}],
-                                   [{"step": 0, "eval/loss": 1.0, "eval/samples": "{broken", "adapters/modules": "[1]"}], [{"step": 1, "train/loss": -1.0, "train/grad_norm": 1e-300}]])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{"step": 0}],
+        [{"step": 5, "train/loss": "nan"}],
+        [{"step": 1, "train/loss": 2.0}],
+        [{"step": 0, "eval/loss": math.nan}], [{"step": 1, "train/grad_norm": 0.5}],
+        [{"step": 0, "eval/loss": 1.0, "eval/samples": "{broken", "adapters/modules": "[1]"}],
+        [{"step": 1, "train/loss": -1.0, "train/grad_norm": 1e-300}],
+    ],
+)
 def test_lines_that_hold_little_or_nonsense_are_survived(lines):
     raised(setup(), lines)

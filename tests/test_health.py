@@ -20,9 +20,19 @@ def healthy(seed, steps=400, **changes):
     """Lines of a healthy noisy run under our own names: an exponential fall, heavy-tailed norms, five evaluations."""
     rng, lines = random.Random(seed), []
     for step in range(1, steps + 1):
-        lines.append({"step": step, "train/loss": 2 + 1.5 * math.exp(-step / (steps / 5)) + rng.gauss(0, 0.25), "train/grad_norm": 0.7 * math.exp(rng.gauss(0, 0.3)),
-                      "train/learning_rate": 1e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2), "train/clip_threshold": 1.0, "train/samples": 32, "train/epoch": 1.4 * step / steps,
-                      "adapters/lora_A_norm": 3 + step / 1e4, "adapters/lora_B_norm": step / 1e3})
+        lines.append(
+            {
+                "step": step,
+                "train/loss": 2 + 1.5 * math.exp(-step / (steps / 5)) + rng.gauss(0, 0.25),
+                "train/grad_norm": 0.7 * math.exp(rng.gauss(0, 0.3)),
+                "train/learning_rate": 1e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2),
+                "train/clip_threshold": 1.0,
+                "train/samples": 32,
+                "train/epoch": 1.4 * step / steps,
+                "adapters/lora_A_norm": 3 + step / 1e4,
+                "adapters/lora_B_norm": step / 1e3,
+            }
+        )
         if step % (steps // 5) == 0:
             lines[-1] |= {"eval/loss": 2.1 + math.exp(-step / (steps / 5)) + rng.gauss(0, 0.004), "eval/adapter_digest": f"{step:x}"}
     for line in lines:
@@ -87,7 +97,9 @@ def test_single_zero_norms_point_at_steps_without_supervised_tokens():
     assert "steps 50, 90" in findings["steps without gradient"].evidence and "dead gradients" not in findings
 
 
-@pytest.mark.parametrize("tag, what", [("train/loss", "training loss"), ("train/grad_norm", "gradient norm"), ("eval/loss", "evaluation loss")])
+@pytest.mark.parametrize(
+    "tag, what", [("train/loss", "training loss"), ("train/grad_norm", "gradient norm"), ("eval/loss", "evaluation loss")]
+)
 @pytest.mark.parametrize("value", ["nan", math.inf])
 def test_non_finite_values_are_a_fault_and_name_their_first_step(tag, what, value):
     findings = found(with_tag(tag, lambda line: value if line["step"] >= 320 else line[tag]))
@@ -95,7 +107,12 @@ def test_non_finite_values_are_a_fault_and_name_their_first_step(tag, what, valu
 
 
 def test_the_first_overflows_of_fp16_are_a_note():
-    assert found(with_tag("train/grad_norm", lambda line: math.inf if line["step"] < 4 else 0.5 + line["step"] % 7 / 10))["non-finite gradient norm"].severity == "note"
+    assert (
+        found(with_tag("train/grad_norm", lambda line: math.inf if line["step"] < 4 else 0.5 + line["step"] % 7 / 10))[
+            "non-finite gradient norm"
+        ].severity
+        == "note"
+    )
 
 
 def test_a_loss_of_exactly_zero_is_a_fault():
@@ -108,7 +125,9 @@ def test_identical_evaluations_are_a_fault_and_similar_ones_are_not():
     assert same(lambda line: 2.5)["evaluation frozen"].severity == "fault"
     assert "other weights" in same(lambda line: 2.5)["evaluation frozen"].cause  # the digests do move
     assert "evaluation frozen" not in same(lambda line: 2.5 + line["step"] / 1e6)
-    assert same(lambda line: 2.31 if line["step"] < 200 else 2.2 - line["step"] / 1e5)["evaluation frozen"].severity == "warning"  # two decimals may agree by chance
+    assert (
+        same(lambda line: 2.31 if line["step"] < 200 else 2.2 - line["step"] / 1e5)["evaluation frozen"].severity == "warning"
+    )  # two decimals may agree by chance
     assert same(lambda line: 2.3124567 if line["step"] < 200 else 2.2 - line["step"] / 1e5)["evaluation frozen"].severity == "fault"
     assert found(with_tag("eval/adapter_digest", lambda line: "abc"))["adapters never moved"].severity == "fault"
 
@@ -121,7 +140,9 @@ def test_evaluations_that_agree_because_the_rate_was_nothing_say_so():
     assert finding.severity == "note" and "rate was next to nothing" in finding.cause
 
 
-@pytest.mark.parametrize("threshold, name, severity", [(0.1, "always clipped", "note"), (1e-6, "always clipped", "warning"), (50.0, "never clipped", "note")])
+@pytest.mark.parametrize(
+    "threshold, name, severity", [(0.1, "always clipped", "note"), (1e-6, "always clipped", "warning"), (50.0, "never clipped", "note")]
+)
 def test_clipping_always_or_never_is_told_by_its_factor(threshold, name, severity):
     assert found(with_tag("train/clip_threshold", lambda line: threshold))[name].severity == severity
     trainer = [{"step": line["step"], "grad_norm": line["train/grad_norm"]} for line in healthy(1)]
@@ -216,9 +237,23 @@ def test_the_failed_run_is_diagnosed_as_dead_gradients_and_not_as_low_coverage(c
     printed = capsys.readouterr().out
     text = " ".join(printed.split())
     assert max(map(len, printed.splitlines())) <= max(80, len(str(FAILED_RUN)))
-    assert text.index("Dead gradients.") < text.index("FAULT: dead gradients") < text.index("FAULT: evaluation frozen") < text.index("WARNING: coverage below one epoch")
-    for fact in ("Other rates, batch sizes or bits would not have cured it", "exactly 0.0 in 20 of 20", "2.9310, 3 times", "steps 0, 250, 500", "8.9% of its training rows: 4,000 of 45,000",
-                 "explains weak learning; it does not explain a gradient norm of exactly 0.0 or identical evaluations", "add up to 0.0125", "use_reentrant", "training loss flat"):
+    assert (
+        text.index("Dead gradients.")
+        < text.index("FAULT: dead gradients")
+        < text.index("FAULT: evaluation frozen")
+        < text.index("WARNING: coverage below one epoch")
+    )
+    for fact in (
+        "Other rates, batch sizes or bits would not have cured it",
+        "exactly 0.0 in 20 of 20",
+        "2.9310, 3 times",
+        "steps 0, 250, 500",
+        "8.9% of its training rows: 4,000 of 45,000",
+        "explains weak learning; it does not explain a gradient norm of exactly 0.0 or identical evaluations",
+        "add up to 0.0125",
+        "use_reentrant",
+        "training loss flat",
+    ):
         assert fact in text, fact
 
 
@@ -247,13 +282,25 @@ def test_three_formats_of_one_run_give_the_same_diagnosis(tmp_path):
     (tmp_path / "events").mkdir()
     for file in (tmp_path / "run").glob("events*"):
         file.rename(tmp_path / "events" / file.name)
-    names = [{f.name for f in health.diagnose(health.read(tmp_path / folder)) if f.severity in ("fault", "warning")} for folder in ("run", "out", "events")]
+    names = [
+        {f.name for f in health.diagnose(health.read(tmp_path / folder)) if f.severity in ("fault", "warning")}
+        for folder in ("run", "out", "events")
+    ]
     assert names[0] == names[1] == names[2] == {"gradient norm wrongly recorded"}
     assert len(health.read(tmp_path / "events").steps) == 100
 
 
-@pytest.mark.parametrize("content, says", [("", "not valid JSON"), ("{\"log_history\": [{\"step\"", "cut off"), ("[1, 2]", "no log_history"), ("{\"log_history\": [3]}", "log_history entry 1"),
-                                          ("{\"log_history\": [{\"loss\": 1.0}]}", "whole number as step"), ("[" * 100_000, "not valid JSON")])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("", "not valid JSON"),
+        ("{\"log_history\": [{\"step\"", "cut off"),
+        ("[1, 2]", "no log_history"),
+        ("{\"log_history\": [3]}", "log_history entry 1"),
+        ("{\"log_history\": [{\"loss\": 1.0}]}", "whole number as step"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
 def test_an_unreadable_file_is_refused_with_what_is_wrong(tmp_path, content, says):
     (tmp_path / "trainer_state.json").write_text(content)
     with pytest.raises(ValueError, match=re.escape(says)):
@@ -270,9 +317,17 @@ def test_what_is_not_there_or_not_text_is_refused_with_the_remedy(tmp_path):
             health.main([str(FAILED_RUN), *wrong])
 
 
-@pytest.mark.parametrize("entries", [[], [{"step": 1, "loss": 2.5, "grad_norm": 0.7, "learning_rate": 1e-4, "epoch": 0.5}], [{"step": 0, "eval_loss": math.nan}],
-                                     [{"step": s, "loss": math.nan, "grad_norm": None, "learning_rate": math.nan, "epoch": math.nan} for s in range(1, 30)],
-                                     [{"step": s, "loss": 10**400, "grad_norm": "big", "learning_rate": -1e-4, "epoch": 0} for s in (5, 3, 5)], [{"step": 10**12, "loss": 1, "learning_rate": 1e-4}]])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [],
+        [{"step": 1, "loss": 2.5, "grad_norm": 0.7, "learning_rate": 1e-4, "epoch": 0.5}],
+        [{"step": 0, "eval_loss": math.nan}],
+        [{"step": s, "loss": math.nan, "grad_norm": None, "learning_rate": math.nan, "epoch": math.nan} for s in range(1, 30)],
+        [{"step": s, "loss": 10**400, "grad_norm": "big", "learning_rate": -1e-4, "epoch": 0} for s in (5, 3, 5)],
+        [{"step": 10**12, "loss": 1, "learning_rate": 1e-4}],
+    ],
+)
 def test_records_that_hold_little_are_answered_with_what_cannot_be_judged(tmp_path, capsys, entries):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
     assert health.main([str(tmp_path)]) == 0
@@ -290,7 +345,10 @@ def test_a_killed_runs_unfinished_last_line_is_left_out(tmp_path):
 
 
 def test_the_command_answers_in_a_second_without_torch_and_exits_2_where_it_cannot_read():
-    script = "import sys, time; start = time.time(); import health; health.main(sys.argv[1:]); assert time.time() - start < 1; assert not {'torch', 'numpy', 'tensorboard'} & set(sys.modules)"
+    script = (
+        "import sys, time; start = time.time(); import health; health.main(sys.argv[1:]); assert time.time() - start < 1; assert not"
+        " {'torch', 'numpy', 'tensorboard'} & set(sys.modules)"
+    )
     start = time.time()
     done = subprocess.run([sys.executable, "-c", script, str(FAILED_RUN)], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0 and "Dead gradients" in done.stdout, done.stderr
@@ -311,21 +369,51 @@ AXOLOTL = {"memory/max_active (GiB)": 5.1, "memory/device_reserved (GiB)": 6.2, 
 EVALUATED = {"eval_loss": "2.931", "eval_runtime": "3.1", "eval_mean_token_accuracy": "0.51", "eval_num_tokens": 10.0}
 
 
-@pytest.mark.parametrize("extra, text", [({}, float), (TRL, str), (AXOLOTL, float), ({"train_speed(iter/s)": 0.3, "memory(GiB)": 5.2}, float)], ids=["Trainer", "TRL", "axolotl", "others"])
+@pytest.mark.parametrize(
+    "extra, text",
+    [({}, float), (TRL, str), (AXOLOTL, float), ({"train_speed(iter/s)": 0.3, "memory(GiB)": 5.2}, float)],
+    ids=["Trainer", "TRL", "axolotl", "others"],
+)
 def test_trainer_states_of_the_trainers_kin_are_diagnosed_alike(tmp_path, extra, text):
     history = [{"step": step, "epoch": text(step / 5000), **dead(step, text), **extra} for step in range(10, 301, 10)]
     history += [{"step": step, "epoch": step / 5000, **EVALUATED} for step in (100, 200, 300)]
     history.append({"step": 300, "total_flos": 1e15, "train_loss": 2.74, "train_runtime": 812.0})
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "max_steps": 300, "num_train_epochs": 1, "best_metric": None}))
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": history, "max_steps": 300, "num_train_epochs": 1, "best_metric": None})
+    )
     judged = {f.name: f.severity for f in health.diagnose(health.read(tmp_path))}
     assert judged["dead gradients"] == judged["evaluation frozen"] == "fault" and judged["coverage below one epoch"] == "warning"
 
 
 def test_llama_factorys_and_swifts_logs_are_read_by_their_own_names_of_a_step(tmp_path):
-    factory = [{"current_steps": step, "total_steps": 300, "loss": 2.7 + step % 7 / 100, "lr": 5e-05, "epoch": step / 5000, "percentage": step / 3, "elapsed_time": "0:01:00",
-                "remaining_time": "0:09:00"} for step in range(10, 301, 10)]
-    factory += [{"current_steps": step, "total_steps": 300, "eval_loss": 2.931, "epoch": step / 5000} for step in (100, 200, 300)] + [{"current_steps": 300, "total_steps": 300, "epoch": 0.06}]
-    swift = [{"loss": 2.7, "grad_norm": 0.0, "learning_rate": 5e-05, "token_acc": 0.5, "epoch": step / 5000, "global_step/max_steps": f"{step}/300", "percentage": "3.33%"} for step in range(10, 301, 10)]
+    factory = [
+        {
+            "current_steps": step,
+            "total_steps": 300,
+            "loss": 2.7 + step % 7 / 100,
+            "lr": 5e-05,
+            "epoch": step / 5000,
+            "percentage": step / 3,
+            "elapsed_time": "0:01:00",
+            "remaining_time": "0:09:00",
+        }
+        for step in range(10, 301, 10)
+    ]
+    factory += [{"current_steps": step, "total_steps": 300, "eval_loss": 2.931, "epoch": step / 5000} for step in (100, 200, 300)] + [
+        {"current_steps": 300, "total_steps": 300, "epoch": 0.06}
+    ]
+    swift = [
+        {
+            "loss": 2.7,
+            "grad_norm": 0.0,
+            "learning_rate": 5e-05,
+            "token_acc": 0.5,
+            "epoch": step / 5000,
+            "global_step/max_steps": f"{step}/300",
+            "percentage": "3.33%",
+        }
+        for step in range(10, 301, 10)
+    ]
     swift.append({"last_model_checkpoint": "output/checkpoint-300", "best_metric": 2.9})
     for name, entries in (("trainer_log.jsonl", factory), ("logging.jsonl", swift)):
         (tmp_path / name).write_text("\n".join(json.dumps(entry) for entry in entries) + "\n")
@@ -339,56 +427,95 @@ def test_llama_factorys_and_swifts_logs_are_read_by_their_own_names_of_a_step(tm
 
 def test_a_console_log_is_read_with_the_steps_of_its_progress_bar_or_by_counting(tmp_path):
     line = "{'loss': '2.7%d', 'grad_norm': '0', 'learning_rate': '5e-05', 'epoch': '0.0%d'}"
-    plain = "Loading model\n" + "\n".join(line % (i % 7, i % 9) for i in range(1, 31)) + "\n{'eval_loss': 2.931, 'epoch': 0.1}\n{'loss': nan, 'grad_norm': nan, 'epoch': 0.1}\n"
-    bars = "\n".join(f"  {i}%|# | {10 * i}/300 [00:{i:02d}<09:00,  1.0s/it]\n{line % (i % 7, i % 9)}\n 50%|#  | 3/6 [00:01<00:01]" for i in range(1, 31))
+    plain = (
+        "Loading model\n"
+        + "\n".join(line % (i % 7, i % 9) for i in range(1, 31))
+        + "\n{'eval_loss': 2.931, 'epoch': 0.1}\n{'loss': nan, 'grad_norm': nan, 'epoch': 0.1}\n"
+    )
+    bars = "\n".join(
+        f"  {i}%|# | {10 * i}/300 [00:{i:02d}<09:00,  1.0s/it]\n{line % (i % 7, i % 9)}\n 50%|#  | 3/6 [00:01<00:01]" for i in range(1, 31)
+    )
     (tmp_path / "plain.log").write_text(plain)
     (tmp_path / "bars.txt").write_text(bars)
     counted, stepped = health.read(tmp_path / "plain.log"), health.read(tmp_path / "bars.txt")
     assert counted.steps[-1]["step"] == 31 and math.isnan(counted.steps[-1]["loss"]) and "no progress bar" in counted.doubts[0]
-    assert stepped.steps[-1]["step"] == 300 and stepped.planned_steps == 300 and "dead gradients" in {f.name for f in health.diagnose(stepped)}
+    assert (
+        stepped.steps[-1]["step"] == 300 and stepped.planned_steps == 300 and "dead gradients" in {f.name for f in health.diagnose(stepped)}
+    )
     (tmp_path / "other.log").write_text("{'colour': 'red'}")
     with pytest.raises(ValueError, match="holds no line such as"):
         health.read(tmp_path / "other.log")
 
 
 def test_of_several_evaluation_sets_one_is_followed_and_always_the_same():
-    lines = [{"step": step, "eval_b_loss": 2.0 + step, "eval_b_runtime": 1.0} | ({"eval_a_loss": 1.0} if step > 1 else {}) for step in range(1, 5)]
+    lines = [
+        {"step": step, "eval_b_loss": 2.0 + step, "eval_b_runtime": 1.0} | ({"eval_a_loss": 1.0} if step > 1 else {})
+        for step in range(1, 5)
+    ]
     assert [value for _, value in health.to_record("test", lines).series("eval_loss")] == [3.0, 4.0, 5.0, 6.0]
 
 
 def test_the_epoch_of_a_stream_says_nothing_of_coverage(tmp_path):
     history = [{"step": step, "epoch": step / 1000, **dead(step, float)} for step in range(10, 301, 10)]
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "max_steps": 1000, "num_train_epochs": 9223372036854775807}))
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": history, "max_steps": 1000, "num_train_epochs": 9223372036854775807})
+    )
     judged = {f.name: f for f in health.diagnose(health.read(tmp_path))}
     assert "coverage below one epoch" not in judged and "stream of unknown length" in judged["coverage"].evidence
     assert "stops at step 300 of 1,000" in judged["the end of the run"].evidence
 
 
 def test_the_loss_of_reinforcement_learning_is_not_judged_by_its_level():
-    lines = [{"step": step, "loss": 0.0 if step < 5 else 0.001 * (step % 3), "grad_norm": 0.0 if step % 5 == 0 else 0.3, "learning_rate": 1e-6, "reward": 0.1 + step / 100, "reward_std": 0.1}
-             for step in range(1, 100)]
+    lines = [
+        {
+            "step": step,
+            "loss": 0.0 if step < 5 else 0.001 * (step % 3),
+            "grad_norm": 0.0 if step % 5 == 0 else 0.3,
+            "learning_rate": 1e-6,
+            "reward": 0.1 + step / 100,
+            "reward_std": 0.1,
+        }
+        for step in range(1, 100)
+    ]
     judged = {f.name: f for f in health.diagnose(health.to_record("test", lines))}
     assert "rewards" in judged["training loss"].evidence and judged["steps without gradient"].severity == "note"
     assert not {"loss of zero", "training loss flat", "divergence", "spikes of the training loss"} & set(judged)
 
 
 def test_a_loss_learnt_down_to_zero_is_not_a_loss_of_zero_nor_dead():
-    lines = [{"step": step, "loss": round(3 * math.exp(-step / 8), 4), "grad_norm": 0.0 if step > 100 else math.exp(-step / 20), "learning_rate": 1e-4, "epoch": step} for step in range(1, 200)]
+    lines = [
+        {
+            "step": step,
+            "loss": round(3 * math.exp(-step / 8), 4),
+            "grad_norm": 0.0 if step > 100 else math.exp(-step / 20),
+            "learning_rate": 1e-4,
+            "epoch": step,
+        }
+        for step in range(1, 200)
+    ]
     judged = {f.name: f.severity for f in health.diagnose(health.to_record("test", lines))}
     assert judged["nothing left to learn"] == "note" and not {"loss of zero", "dead gradients", "training loss flat"} & set(judged)
 
 
 def test_the_trainers_filtered_nan_is_recognised():
     """With logging_nan_inf_filter, the default, a loss of NaN is written as 0.0; the norm beside it gives it away."""
-    lines = [{"step": step, "loss": 2.5 - step / 200 if step < 100 else 0.0, "grad_norm": 0.7 if step < 100 else math.nan, "learning_rate": 1e-4} for step in range(5, 300, 5)]
+    lines = [
+        {"step": step, "loss": 2.5 - step / 200 if step < 100 else 0.0, "grad_norm": 0.7 if step < 100 else math.nan, "learning_rate": 1e-4}
+        for step in range(5, 300, 5)
+    ]
     judged = {f.name: f for f in health.diagnose(health.to_record("test", lines))}
-    assert judged["non-finite gradient norm"].severity == judged["loss of zero"].severity == "fault" and "logging_nan_inf_filter" in judged["loss of zero"].cause
+    assert (
+        judged["non-finite gradient norm"].severity == judged["loss of zero"].severity == "fault"
+        and "logging_nan_inf_filter" in judged["loss of zero"].cause
+    )
 
 
 def test_what_a_run_of_ours_adds_to_its_record_is_judged():
     proof = healthy(1)
     proof[0] |= {"proof/ratio": 0.31, "proof/tolerance": 0.04}
-    assert found(proof)["wrong gradients"].severity == "fault" and "wrong gradients" not in found([proof[0] | {"proof/ratio": 1.01}, *proof[1:]])
+    assert found(proof)["wrong gradients"].severity == "fault" and "wrong gradients" not in found(
+        [proof[0] | {"proof/ratio": 1.01}, *proof[1:]]
+    )
     still = [line | ({"adapters/delta_ratio": 0.0} if "eval/loss" in line else {}) for line in healthy(1)]
     assert found(still)["adapters never moved"].severity == "fault"
     before = [{"step": 0, "eval/loss": 3.4, "eval/unquantised_loss": 1.1}, *healthy(1)]
