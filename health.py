@@ -131,7 +131,7 @@ def dead_gradients(record):
 
 
 def nonfinite(record):
-    """A loss that is not a number ends learning. A norm may be: fp16 finds its loss scale by a few overflowing steps, which are skipped."""
+    """A loss that stays no number ends learning; a few that pass were skipped. fp16 finds its loss scale by a few overflowing norms."""
     lost = []
     watched = {"loss": "training loss", "eval_loss": "evaluation loss", "grad_norm": "gradient norm", "rate": "learning rate"}
     for name, what in watched.items():
@@ -140,7 +140,8 @@ def nonfinite(record):
         lost = set(bad) if name == "loss" else lost  # where the loss is not finite, the norm only follows it
         search = name == "grad_norm" and len(bad) <= max(3, 0.1 * len(points)) and bad and bad[-1] < points[-1][0]
         if bad:
-            severity, advice = ("note", "fp16 search") if search else ("fault", "non-finite")
+            passing = len(bad) <= 0.1 * len(points) and math.isfinite(points[-1][1])  # NaN that reached the weights would have stayed
+            severity, advice = ("note", "fp16 search") if search else ("warning" if passing else "fault", "non-finite")
             told = f"{len(bad):,} of {len(points):,} are NaN or infinite, at {listed(bad)}."
             yield finding(severity, f"non-finite {what}", told, advice)
 
@@ -159,7 +160,7 @@ def evaluation(record):
     """The rules on evaluations (rules.py): frozen, unmoved adapters, worse than before, growing gap, damage by quantisation, samples."""
     entries, alerts = evaluations(record), config.Alerts()
     if len(entries) < 2:
-        yield unjudged("evaluation frozen", f"{len(entries) or 'no'} evaluation{'s' * (not entries)} recorded, and it takes two")
+        yield unjudged("evaluation frozen", f"{counted_as(len(entries), 'evaluation')} recorded, and it takes two")
     frozen = [found for upto in range(2, len(entries) + 1) for found in rules.frozen(entries[:upto][-50:], alerts)]
     if frozen:
         yield max(frozen, key=lambda found: found.figures["times"])
@@ -169,7 +170,7 @@ def evaluation(record):
         yield from rules.worsened(entries, alerts)
     if len(entries) < 3 or len(record.series("loss")) < 6:
         evals, losses = len(entries), len(record.series("loss"))
-        counts = f"{evals} evaluation{'s' * (evals != 1)} and {losses} training loss{'es' * (losses != 1)}"
+        counts = f"{counted_as(evals, 'evaluation')} and {counted_as(losses, 'training loss')}"
         yield unjudged("gap between training and evaluation", f"{counts}; it takes 3 and 6")
     else:
         yield from rules.gap(entries, alerts)
@@ -224,7 +225,7 @@ def spikes(record):
             watch.add(step, value)
         yield from watch.found()
         if 0 < len(points) <= 20:
-            yield unjudged(f"spikes of the {what}", f"{len(points)} values, and it takes more than 20")
+            yield unjudged(f"spikes of the {what}", f"{counted_as(len(points), 'value')}, and it takes more than 20")
 
 
 def training_loss(record):
@@ -237,7 +238,7 @@ def training_loss(record):
         yield unjudged("training loss", "the record holds rewards, so it is of reinforcement learning, whose loss does not show progress")
         return
     if figures is None:
-        counted = f"{len(losses) or 'no'} finite loss{'es' * (len(losses) != 1)}"
+        counted = counted_as(len(losses), "finite loss")
         yield unjudged("fall of the training loss", f"{counted}, and it takes 6: two single losses compare two handfuls of rows")
         return
     first, last, error = figures
@@ -280,7 +281,8 @@ def learning_rate(record):
         yield finding("warning" if early or steps - figures["negligible_from"] >= 0.1 * steps else "note", "rate ends at nothing",
                       f"{told} From step {figures['negligible_from']:,} on it is below 1 % of the peak{when}", **figures)
     yield from rules.too_high(figures["peak"])
-    if 0 < figures["area"] < SMALL_AREA and not any(doubt.startswith("steps") for doubt in record.doubts):
+    partial = steps < record.planned_steps or any(doubt.startswith("steps") for doubt in record.doubts)
+    if 0 < figures["area"] < SMALL_AREA and not partial:
         nothing = figures["area"] < SMALL_AREA / 200  # no adapter is moved by that, and hardly a whole model
         yield finding("warning" if nothing else "note", "small rate area",
                       f"The rates add up to {figures['area']:.3g}, which is little for adapters (below {SMALL_AREA:g}).", **figures)
@@ -292,12 +294,16 @@ def data_coverage(record):
     if covered is None and not record.doubts:
         give = "" if record.rows else "; give the rows of the training set as --rows=N, which helps where samples are recorded"
         yield unjudged("coverage", f"the record holds no epoch{give}")
-    elif covered is not None and covered < 1 - 1e-3:
+        return
+    last = record.steps[-1]["step"] if record.steps else 0
+    planned = covered * record.planned_steps / last if covered and 0 < last < record.planned_steps else covered
+    if planned is not None and planned < 1 - 1e-3:
         seen = f": {covered * record.rows:,.0f} of {record.rows:,} rows" if record.rows else ""
-        found = finding("warning", "coverage below one epoch", f"The run saw {covered:.1%} of its training rows{seen}.", coverage=covered)
+        whole = "" if planned == covered else f" All of its {record.planned_steps:,} planned steps would see {planned:.1%}."
+        found = finding("warning", "coverage below one epoch", f"The run saw {covered:.1%} of its training rows{seen}.{whole}", coverage=covered)
         if dead_from(record) is not None:
             found.cause = found.cause[:-1] + "; it does not explain a gradient norm of exactly 0.0 or identical evaluations."
-        found.remedy = f"For one epoch train {1 / covered:.1f} times as many samples." if covered else "Train longer."
+        found.remedy = f"For one epoch train {1 / planned:.1f} times as many samples." if planned else "Train longer."
         yield found
 
 
@@ -360,7 +366,14 @@ def headline(record, findings):
         return f"Faulty: {', '.join(faults)}. See to the first fault below before anything else."
     if warnings:
         return f"No fault found, but it learnt less than it could: {', '.join(warnings)}."
+    if len(record.series("loss")) < 6 and len(record.series("eval_loss")) < 2:
+        return "Too little is recorded to judge this run by, and nothing is wrong in that little."
     return "Nothing wrong found in what the record holds. What it does not hold could not be judged."
+
+
+def counted_as(number, what):
+    """A number of things in words."""
+    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"
 
 
 def whole_number(text, flag, kind):
@@ -391,8 +404,8 @@ def main(argv):
         print(json.dumps({"record": record.kind, "steps": last, "planned_steps": record.planned_steps, "headline": headline(record, findings),
                           "findings": plain}, indent=1))
         return 0
-    counted = {"loss": "losses", "grad_norm": "gradient norms", "eval_loss": "evaluations"}
-    counts = ", ".join(f"{len(record.series(name, finite=False)):,} {what}" for name, what in counted.items())
+    counted = {"loss": "loss", "grad_norm": "gradient norm", "eval_loss": "evaluation"}
+    counts = ", ".join(counted_as(len(record.series(name, finite=False)), what) for name, what in counted.items())
     upto = f"up to step {last:,}" + (f" of {record.planned_steps:,}" if record.planned_steps > 0 else "")
     print(words[0])
     print("\n".join(textwrap.wrap(f"{record.kind}, {upto}: {counts}", 80)))

@@ -152,8 +152,17 @@ def read_lines(text, path):
     if not ours:  # others end with lines of another kind: the paths of the best checkpoint, total times
         entries = [entry for entry in entries if not isinstance(entry, dict) or any(name in entry for name in STEPS)] or entries
     totals = [number(entry.get("total_steps")) for entry in entries if isinstance(entry, dict)]
-    planned = int(next((total for total in totals if total), 0))
+    planned = int(next((total for total in totals if total), 0)) or (planned_beside(path) if ours else 0)
     return to_record(kinds.get(path.name, "metrics.jsonl"), checked(entries, f"{path}, entry"), planned_steps=planned)
+
+
+def planned_beside(path):
+    """train.max_steps of the config.json beside a metrics.jsonl of ours; 0 where it does not tell."""
+    try:
+        steps = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["train"]["max_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0  # a record by itself is enough
+    return steps if type(steps) is int and steps > 0 else 0
 
 
 def read_console(text, path):

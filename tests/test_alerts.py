@@ -418,6 +418,8 @@ def test_samples_are_judged_from_half_of_the_run_on_by_their_references():
     assert names(swapped(stop=False, text=on_and_on)) == {"samples never stop": 240}
     assert names(swapped(stop=False, text=on_and_on, reference=3 * on_and_on)) == {}  # cut off by eval.max_new_tokens
     unable = lambda lines, **change: [line | change if "eval/loss" in line else line for line in lines]
+    free = swapped(reference="")  # prompts of one's own have no reference: samples that stopped and no longer do are told
+    assert names([*free[:100], *swapped(stop=False, reference="", text=on_and_on)[100:]]) == {"samples never stop": 240} and names(free) == {}
     assert names(unable(swapped(stop=False, text=on_and_on), **{"eval/token_accuracy": 0.4})) == {}  # bad, but for want of training
     assert names(unable(swapped(stop=False, text=on_and_on), **{"eval/overlap": 0.0, "eval/token_accuracy": 0.55})) == {}
     assert names(swapped(text="the cat sat on " * 8)) == {"samples repeat themselves": 240}

@@ -217,6 +217,27 @@ def test_coverage_comes_from_the_epoch_or_from_samples_and_rows():
     assert "coverage below one epoch" not in found(short, rows=12_800)
 
 
+def test_an_unfinished_run_is_judged_by_what_its_plan_would_see():
+    part = [line | {"train/epoch": 3 * line["step"] / 4000} for line in healthy(1)]  # 400 of 4,000 steps, 3 epochs in all
+    assert "coverage below one epoch" in found(part) and "coverage below one epoch" not in found(part, planned_steps=4000)
+    assert "would see 60.0%" in found(part, planned_steps=800)["coverage below one epoch"].evidence
+
+
+def test_a_run_of_ours_brings_its_planned_steps_and_a_handful_of_losses_is_called_too_little(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in healthy(1)[:3]))
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"max_steps": 400}}))
+    assert health.read(tmp_path).planned_steps == 400
+    health.main([str(tmp_path)])
+    assert "Too little is recorded" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text("{broken")
+    assert health.read(tmp_path).planned_steps == 0
+
+
+def test_a_nan_that_passes_is_a_warning_and_one_that_stays_a_fault():
+    once = found(with_tag("train/loss", lambda line: math.nan if line["step"] == 100 else line["train/loss"]))
+    assert once["non-finite training loss"].severity == "warning"
+
+
 def test_an_evaluation_that_rises_while_the_training_loss_falls_is_a_growing_gap():
     rising = {80: 2.4, 160: 2.2, 240: 2.3, 320: 2.5, 400: 2.8}
     lines = with_tag("eval/loss", lambda line: rising[line["step"]])
