@@ -48,6 +48,7 @@ import quant
 import record
 import report
 import schedule
+import telemetry
 
 PATIENCE = 10  # seconds that a window may go on after a signal; then it is given up, to be done by the resumed run
 
@@ -129,6 +130,7 @@ def train(config, run, guard, resume, accept, preflight):
     recorder = open_record(run, config, state, resume, owed, outlook)
     data.keep_dropped(rows, run)
     console.introduce(run, config, rows, network, state, outlook)
+    weights, noise = telemetry.measure_weights(network), telemetry.NoiseScale()
     watch, raised = alerts.Alerts(config, max_steps, len(rows)), {}  # raised: step -> its alerts
     for line in record.read_metrics(run) if resume else ():
         watch.see(line)
@@ -149,12 +151,13 @@ def train(config, run, guard, resume, accept, preflight):
     def settle(done):
         """Read a step's figures off the device and write them down. A step that was not applied is told with its rows."""
         step, values = done["step"], done["values"]
-        loss, grad_norm, finite, scale, *adapter_norms = done["figures"]()
+        loss, grad_norm, finite, scale, *rest = done["figures"]()
+        of_pair, adapter_norms = rest[:done["of_pair"]], rest[done["of_pair"]:]
         seconds = elapsed(*done["clock"])
         values |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/clipped": float(grad_norm > values["train/clip_threshold"]),
                    "train/skipped": float(not finite), "train/seconds": seconds, "train/tokens_per_second": values["train/tokens"] / seconds,
                    "train/peak_memory_gib": memory.peak(device) / 2**30}
-        values |= {"train/loss_scale": scale} if fp16 else {}
+        values |= noise.update(of_pair) | ({"train/loss_scale": scale} if fp16 else {})
         if finite:
             state["norms"] = [*state["norms"], [step, grad_norm]][-config.schedule.clip_window - 1:]
             state["nonfinite"] = 0
@@ -199,6 +202,7 @@ def train(config, run, guard, resume, accept, preflight):
             recorder.text(step, "eval/samples", "\n\n".join(f"**{sample['prompt']}**\n\n{sample['text']}" for sample in samples))
             if step in (0, max_steps):
                 console.say(f"samples {'before' if step == 0 else 'after'} training:\n{evaluation.show(samples)}\n")
+        values |= telemetry.adapters(network, weights)
         attend(step, values)
         better = math.isfinite(loss) and (state["best_loss"] is None or loss < state["best_loss"] - config.eval.min_delta)
         if better:
@@ -271,6 +275,7 @@ def train(config, run, guard, resume, accept, preflight):
             break
 
         grad_norm = torch.linalg.vector_norm(flat.grad) / scaler["scale"]  # before clipping
+        of_pair = noise.observe(step, flat.grad, scaler["scale"], count)
         known = [norm for at, norm in state["norms"] if at < step - 1]  # the last step's norm may still be on its way
         threshold = schedule.clip_threshold(known, config.schedule)
         flat.grad.mul_(torch.clamp(threshold / (grad_norm + 1e-6), max=1.0) / scaler["scale"])
@@ -292,11 +297,11 @@ def train(config, run, guard, resume, accept, preflight):
                 fatal.append("dead gradients")
 
         clock.append(mark(device))
-        figures = torch.stack((loss, grad_norm, finite, scaler["scale"])).float()
+        figures = torch.cat((torch.stack((loss, grad_norm, finite, scaler["scale"])).float(), of_pair.float()))
         if due(config.log.every_steps, step):
             figures = torch.cat((figures, torch.stack(torch._foreach_norm(list(adapters.values()))).float()))
         state |= {"step": step, "samples": start + count, "tokens": state["tokens"] + tokens, "supervised_tokens": state["supervised_tokens"] + supervised}
-        pending.append({"step": step, "samples": samples, "clock": clock, "figures": to_host(figures), "values": {
+        pending.append({"step": step, "samples": samples, "clock": clock, "of_pair": len(of_pair), "figures": to_host(figures), "values": {
             "train/learning_rate": learning_rate, "train/clip_threshold": threshold, "train/samples": count, "train/tokens": tokens,
             "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)} | ({"train/max_tokens": plan["fits"]} if plan["shrunk"] else {})})
 
