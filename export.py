@@ -20,6 +20,7 @@ lost), several adapters at once, and uploading.
 """
 import contextlib
 import fcntl
+import gc
 import json
 import math
 import os
@@ -33,7 +34,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint
 import config as settings
 import data
 import eval as evaluation
@@ -41,6 +41,7 @@ import gguf_file
 import model
 import quant
 import record
+import trust
 
 SHARD_BYTES = 5 << 30  # largest file of weights, but for a single larger tensor
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # in safetensors' headers
@@ -59,31 +60,36 @@ def fate(update, kept, base):
     """
     update, kept, base = update.double(), kept.double(), base.double()
     lost = (kept == 0) & (update != 0)
-    return torch.stack([update.square().sum(), base.square().sum(), (update * kept).sum(), (kept - update).square().sum(), lost.sum().double(),
-                        torch.tensor(float(update.numel()), dtype=torch.float64, device=update.device)]).cpu()
+    count = torch.tensor(float(update.numel()), dtype=torch.float64, device=update.device)
+    squares = update.square().sum(), base.square().sum(), (update * kept).sum(), (kept - update).square().sum()
+    return torch.stack([*squares, lost.sum().double(), count]).cpu()
 
 
 def fate_figures(sums):
-    """{"size": ‖update‖/‖W‖, "survives": <kept, update>/‖update‖², "noise": ‖kept - update‖/‖update‖, "lost": share of elements left as they were}."""
+    """{"size": ‖update‖/‖W‖, "survives": ⟨kept, update⟩/‖update‖², "noise": ‖kept - update‖/‖update‖, "lost": share left as it was}."""
     update, weight, along, error, lost, count = sums.tolist()
-    return {"size": math.sqrt(update / (weight or 1)), "survives": along / (update or 1), "noise": math.sqrt(error / (update or 1)), "lost": lost / (count or 1)}
+    update = update or 1.0  # an adapter that does nothing loses nothing
+    lengths = {"size": math.sqrt(update / (weight or 1)), "noise": math.sqrt(error / update)}
+    return lengths | {"survives": along / update, "lost": lost / (count or 1)}
 
 
 def merge(base, lora_A, lora_B, magnitude, scaling, dtype, seed=None):
     """(W + scaling B A in `dtype`, the sums of `fate`): summed in fp32 (fp64 where W has it) and rounded once.
 
-    base (out, in), lora_A (r, in), lora_B (out, r); magnitude None, or DoRA's (out,), to which the rows are stretched. With a seed, bf16 is rounded stochastically: an update is often smaller than
-    half the distance of two bf16 numbers, and rounding to the nearest would drop it again and again; see `round_stochastically`.
+    base (out, in), lora_A (r, in), lora_B (out, r); magnitude None, or DoRA's (out,), to which the rows are stretched. With a seed,
+    bf16 is rounded stochastically: an update is often smaller than half the distance of two bf16 numbers, and rounding to the
+    nearest would drop it again and again; see `round_stochastically`.
     """
     wide = torch.promote_types(base.dtype, torch.float32)
-    out, lora_A, lora_B, sums = torch.empty_like(base, dtype=dtype), lora_A.to(base.device, wide), lora_B.to(base.device, wide), torch.zeros(6, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed or 0)
+    lora_A, lora_B = lora_A.to(base.device, wide), lora_B.to(base.device, wide)
+    out, sums, generator = torch.empty_like(base, dtype=dtype), torch.zeros(6, dtype=torch.float64), torch.Generator().manual_seed(seed or 0)
+    dithered = seed is not None and dtype == torch.bfloat16
     for rows in quant.pieces(len(base), 1024):  # wide copies of a whole weight would be the largest thing in memory
         piece, update = base[rows].to(wide), scaling * (lora_B[rows] @ lora_A)
         if magnitude is not None:
             turned = piece + update
             update = turned * (magnitude[rows].to(turned) / torch.linalg.vector_norm(turned, dim=1))[:, None] - piece
-        out[rows] = round_stochastically(piece + update, generator) if seed is not None and dtype == torch.bfloat16 else (piece + update).to(dtype)
+        out[rows] = round_stochastically(piece + update, generator) if dithered else (piece + update).to(dtype)
         sums += fate(update, out[rows].to(wide) - piece, piece)
     return out, sums
 
@@ -111,17 +117,20 @@ class Source:
         self.folder = model.local_folder(config.model.path, config.model.revision)
         self.network = model.architecture(self.folder, self.compute)  # without memory
         tied = set(self.network._tied_weights_keys or ()) if self.network.config.tie_word_embeddings else set()
-        shapes, self.files = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}, model.weight_files(self.folder)
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
+        self.files = model.weight_files(self.folder)
         self.shapes = {name: shapes[name] for name in self.files if name in shapes and name not in tied}
-        head = self.network.get_output_embeddings()
-        self.quantised = {f"{name}.weight" for name, module in self.network.named_modules() if isinstance(module, nn.Linear) and module is not head}
+        head, modules = self.network.get_output_embeddings(), self.network.named_modules()
+        self.quantised = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear) and module is not head}
         self.scaling = config.lora.alpha / (math.sqrt(config.lora.r) if config.lora.rslora else config.lora.r)
         for name, tensor in adapter.items():
             module, _, matrix = name.removeprefix(model.PEFT_PREFIX).rpartition(".lora_")
             shape = self.shapes.get(f"{module}.weight")
-            wanted = {"A.weight": lambda: (config.lora.r, shape[1]), "B.weight": lambda: (shape[0], config.lora.r), "magnitude_vector": lambda: (shape[0],)}
-            if f"{module}.weight" not in self.quantised or matrix not in wanted or tuple(tensor.shape) != wanted[matrix]():
-                raise ValueError(f"{name} of shape {tuple(tensor.shape)} is no adapter for {type(self.network).__name__} in {self.folder}; it belongs to another model: name that with --model")
+            out, width = shape if f"{module}.weight" in self.quantised else (None, None)
+            wanted = {"A.weight": (config.lora.r, width), "B.weight": (out, config.lora.r), "magnitude_vector": (out,)}
+            if tuple(tensor.shape) != wanted.get(matrix):
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)} is no adapter for {type(self.network).__name__} in {self.folder}; "
+                                 "it belongs to another model: name that with --model")
 
     def base(self, name):
         """The weight under the adapter: as training saw it (quantised and dequantised, in the compute dtype), or as it is stored."""
@@ -141,16 +150,18 @@ class Source:
     def merged(self, name, dtype):
         """(the weight with its adapter in `dtype`, the sums of `fate` or None). Raises ValueError where `dtype` cannot hold it."""
         base, matrices = self.base(name), self.matrices(name)
-        out, sums = merge(base, *matrices, self.scaling, dtype, zlib.crc32(name.encode()) if self.stochastic else None) if matrices else (base.to(dtype), None)
+        seed = zlib.crc32(name.encode()) if self.stochastic else None
+        out, sums = merge(base, *matrices, self.scaling, dtype, seed) if matrices else (base.to(dtype), None)
         if not torch.isfinite(out).all():
             raise ValueError(f"{name}: a value is not a finite number in {str(dtype).removeprefix('torch.')}; choose --dtype=bf16")
         return out, sums
 
 
 def lost_in_4_bits(source):
-    """What of the update would survive a merge into NF4, over all adapted weights: `fate_figures`, where "lost" is the share of codes that stay."""
+    """What of the update would survive a merge into NF4, over all adapted weights: `fate_figures`, "lost" being the share of codes that stay."""
     wide, total, same = torch.promote_types(source.compute, torch.float32), torch.zeros(6, dtype=torch.float64), 0
-    for name in tqdm([name for name in source.shapes if source.matrices(name)], desc="what 4 bits would lose", unit="weight", dynamic_ncols=True, disable=None):
+    adapted = [name for name in source.shapes if source.matrices(name)]
+    for name in tqdm(adapted, desc="what 4 bits would lose", unit="weight", dynamic_ncols=True, disable=None):
         base = source.base(name)
         exact = merge(base, *source.matrices(name), source.scaling, wide)[0]
         before, after = (quant.NF4Weight(weight.to(source.compute), source.config.model.double_quant) for weight in (base, exact))
@@ -176,7 +187,8 @@ def write_weights(folder, source, dtype):
             file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             header, start = {"__metadata__": {"format": "pt"}}, 0
             for name in names:
-                header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(source.shapes[name]), "data_offsets": [start, start := start + sizes[name]]}
+                place = [start, start := start + sizes[name]]
+                header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(source.shapes[name]), "data_offsets": place}
                 where[name] = file_name
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
@@ -197,18 +209,28 @@ def write_weights(folder, source, dtype):
 
 def documents(rows):
     """The rows on which logits are compared: a few, each cut short, as id tensors."""
-    return [torch.from_numpy(rows.ids[rows.offsets[r]:rows.offsets[r + 1]][:LOGIT_TOKENS]).long() for r in range(min(LOGIT_ROWS, len(rows)))]
+    places = [(rows.offsets[r], min(rows.offsets[r + 1], rows.offsets[r] + LOGIT_TOKENS)) for r in range(min(LOGIT_ROWS, len(rows)))]
+    return [torch.from_numpy(rows.ids[start:end]).long() for start, end in places]
 
 
 @torch.no_grad()
 def logits_of(network, rows):
     """Logits fp32 (places, vocabulary) on the CPU, less their mean at each place, which no probability depends on."""
-    logits = torch.cat([network(input_ids=ids[None].to(network.device), use_cache=False).logits[0].float().cpu() for ids in documents(rows)])
+    forward = lambda ids: network(input_ids=ids[None].to(network.device), use_cache=False).logits[0].float().cpu()
+    logits = torch.cat([forward(ids) for ids in documents(rows)])
     return logits - logits.mean(dim=-1, keepdim=True)
+
+
+def free():
+    """Give back the memory of networks that are no longer used: their layers refer to one another."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def through_adapter(config, adapter, origin, rows, max_tokens):
     """(loss of the untouched model, loss with the adapter, logits with it) of a configuration's network."""
+    free()
     network = model.load(config, "cuda" if torch.cuda.is_available() else "cpu")
     evaluation.check_vocabulary(network, rows)
     untouched = evaluation.evaluate(network, rows, config.eval.max_rows, max_tokens)[0]["loss"]
@@ -225,13 +247,16 @@ def through_merge(folder, dtype, config, rows, max_tokens):
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()
-    tree = {"model": {"path": str(folder), "quant": "none", "compute_dtype": dtype}, "lora": {"r": 1, "targets": ["all-linear"]}, "memory": config.to_dict()["memory"]}
+    free()
+    tree = {"model": {"path": str(folder), "quant": "none", "compute_dtype": dtype}, "lora": {"r": 1, "targets": ["all-linear"]},
+            "memory": config.to_dict()["memory"]}
     network = model.load(settings.from_dict(tree), "cuda" if torch.cuda.is_available() else "cpu")  # with an adapter that does nothing
     loss = evaluation.evaluate(network, rows, config.eval.max_rows, max_tokens)[0]["loss"]
     device = network.device
     del network
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, attn_implementation="eager").to(device).eval()
-    return loss, logits_of(theirs, rows)
+    free()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, attn_implementation="eager")
+    return loss, logits_of(theirs.to(device).eval(), rows)
 
 
 def logit_difference(ours, theirs):
@@ -291,7 +316,8 @@ def vacant(flag, out):
     """`out` as a path, if nothing is lost by writing there. Raises ValueError where something is there already."""
     path = pathlib.Path(out)
     if path.is_symlink() or path.is_file() or path.is_dir() and (flag == "gguf" or any(path.iterdir())):
-        raise ValueError(f"--{flag}: {out} is there already{' and not empty' if path.is_dir() and flag != 'gguf' else ''}; name a new one, or move it away first")
+        full = " and not empty" if path.is_dir() and flag != "gguf" else ""
+        raise ValueError(f"--{flag}: {out} is there already{full}; name a new one, or move it away first")
     return path
 
 
@@ -300,19 +326,20 @@ def room(folder, needed, what):
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise ValueError(f"{folder}: {what} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there; make room or name another place")
+        raise ValueError(f"{folder}: {what} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there; "
+                         "make room or name another place")
 
 
 def write_companions(folder, source, tokenizer, end_ids, dtype):
-    """What a model folder has beside weights: config, generation settings (which stop where training taught to stop), tokenizer, template."""
-    tree = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    """What a model folder has beside weights: config, tokenizer, template, generation settings that stop where training taught to stop."""
+    tree = trust.read_json(source.folder / "config.json")
     for name in ("_name_or_path", "transformers_version"):
         tree.pop(name, None)
     tree |= {"architectures": [type(source.network).__name__], "dtype": str(dtype).removeprefix("torch.")}
     if "torch_dtype" in tree:
         tree["torch_dtype"] = tree["dtype"]
     stored = source.folder / "generation_config.json"
-    generation = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {name: tree[name] for name in ("bos_token_id", "pad_token_id") if tree.get(name) is not None}
+    generation = trust.read_json(stored) if stored.is_file() else {name: tree[name] for name in ("bos_token_id", "pad_token_id") if name in tree}
     before = generation.get("eos_token_id", tree.get("eos_token_id"))
     stops = list(dict.fromkeys([*end_ids, *(before if isinstance(before, list) else [before] if before is not None else [])]))
     generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
@@ -327,10 +354,11 @@ def write_companions(folder, source, tokenizer, end_ids, dtype):
 def write_adapter(folder, checkpoint_folder, config, adapter, tokenizer):
     """An adapter folder: PEFT's two files as they were saved (the base model's name as config has it), tokenizer and template."""
     from safetensors.torch import save_file
-    tree = json.loads((checkpoint_folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tree = trust.read_json(checkpoint_folder / "adapter_config.json")
     tree["base_model_name_or_path"] = config.model.path
     tokenizer.save_pretrained(folder)
-    save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
     _, back, _ = model.read_adapter(folder)
     if back.keys() != adapter.keys() or not all(torch.equal(back[name], adapter[name]) for name in adapter):
@@ -341,12 +369,23 @@ def write_adapter(folder, checkpoint_folder, config, adapter, tokenizer):
 
 def run_of(folder):
     """The run that a checkpoint folder belongs to, or None."""
-    return next((parent for parent in folder.absolute().parents[:2] if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
+    is_run = lambda parent: (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()
+    return next((parent for parent in folder.absolute().parents[:2] if is_run(parent)), None)
 
 
 def shown(name):
     """A model's or file's name for others to read: a hub name as it is, of a path its last part."""
     return name if settings.is_hub_name(name) else pathlib.Path(name).name
+
+
+def kind_of(lora):
+    """A kind of adapter in words: 'LoRA, rank 16, alpha 32'."""
+    return f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.r}, alpha {lora.alpha:g}{', rsLoRA' if lora.rslora else ''}"
+
+
+def table(pairs):
+    """Lines of a Markdown table without a head."""
+    return ["| | |", "| --- | --- |", *(f"| {what} | {text} |" for what, text in pairs), ""]
 
 
 def card(title, config, folder, facts):
@@ -358,87 +397,130 @@ def card(title, config, folder, facts):
     config = settings.read(run / "config.json") if run else config
     lines = ["---", "library_name: " + ("peft" if title == "adapter" else "transformers"), "pipeline_tag: text-generation"]
     lines += [f"base_model: {config.model.path}"] if settings.is_hub_name(config.model.path) else []
-    lines += ["---", f"# {title.capitalize()} of {shown(config.model.path)}", "", f"Trained with rawlora; the licence is for you to state, and the base model's holds besides.", "",
-              "| | |", "| --- | --- |", *(f"| {what} | {text} |" for what, text in facts), "", "## Data and training", ""]
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8")) if run else {}
+    lines += ["---", f"# {title.capitalize()} of {shown(config.model.path)}", ""]
+    lines += ["Trained with rawlora. The licence is for you to state; the base model's holds besides.", "", *table(facts), "## Data and training", ""]
     if run:
+        state = trust.read_json(folder / "state.json")
         evaluated = [line for line in record.read_metrics(run) if "eval/loss" in line and line["step"] <= state["step"]]
-        lines += ["| | |", "| --- | --- |", f"| training rows | {', '.join(map(shown, config.data.sources))}, digest {state['origin'].get('training rows', 'unknown')} |",
-                  f"| evaluation rows | {shown(config.data.eval) if config.data.eval else 'held out of the training rows'}, digest {state['origin'].get('evaluation rows', 'unknown')} |",
-                  f"| steps | {state['step']:,}: {state['samples']:,} samples, {state['supervised_tokens']:,} supervised tokens |"]
-        lines += [f"| evaluation loss | {evaluated[0]['eval/loss']:.4f} after step {evaluated[0]['step']}, {evaluated[-1]['eval/loss']:.4f} after step {evaluated[-1]['step']} |"] if evaluated else []
+        evaluation_rows = shown(config.data.eval) if config.data.eval else "held out of the training rows"
+        digest = lambda which: state["origin"].get(which, "unknown")
+        pairs = [("training rows", f"{', '.join(map(shown, config.data.sources))}, digest {digest('training rows')}"),
+                 ("evaluation rows", f"{evaluation_rows}, digest {digest('evaluation rows')}"),
+                 ("steps", f"{state['step']:,}: {state['samples']:,} samples, {state['supervised_tokens']:,} supervised tokens")]
+        at = lambda line: f"{line['eval/loss']:.4f} after step {line['step']}"
+        lines += table(pairs + [("evaluation loss", f"{at(evaluated[0])}, {at(evaluated[-1])}")] * bool(evaluated))
     else:
-        lines += ["Not known: the adapter came without the record of its run."]
+        lines += ["Not known: the adapter came without the record of its run.", ""]
     paths = ("model.path", "lora.init_from", "data.train", "data.eval", "data.chat_template", "eval.prompts")
-    told = {name: shown(value) if name in paths and value else value for name, value in config.flat().items() if value != defaults[name] or name in ("model.quant", "lora.r", "lora.alpha", "schedule.learning_rate")}
-    lines += ["", "## Settings", "", "Those that differ from the defaults, and a few that do not:", "", "| | |", "| --- | --- |", *(f"| {name} | {json.dumps(value)} |" for name, value in told.items()), "", "## Verdict", ""]
-    verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8")) if run and (run / "verdict.json").is_file() else None
-    if verdict:
+    always = ("model.quant", "lora.r", "lora.alpha", "schedule.learning_rate")
+    told = {name: value for name, value in config.flat().items() if value != defaults[name] or name in always}
+    lines += ["## Settings", "", "Those that differ from the defaults, and a few that do not:", ""]
+    lines += table((name, json.dumps(shown(value) if name in paths and value else value)) for name, value in told.items()) + ["## Verdict", ""]
+    if run and (run / "verdict.json").is_file():
+        verdict = trust.read_json(run / "verdict.json")
         lines += [f"**{verdict['outcome']}**", "", "| criterion | outcome | measured | threshold | |", "| --- | --- | --- | --- | --- |"]
-        lines += [f"| {c.get('set', '')} {c['name']} | {c['outcome']} | {c.get('measured')} | {c.get('threshold')} | {c.get('reason') or ''} |" for c in verdict["criteria"]]
+        for criterion in verdict["criteria"]:
+            told = [f"{criterion.get('set', '')} {criterion['name']}", *map(criterion.get, ("outcome", "measured", "threshold", "reason"))]
+            lines += ["| " + " | ".join("" if text is None else str(text) for text in told) + " |"]
     else:
         lines += ["None was recorded."]
     return "\n".join(lines) + "\n"
 
 
-def merge_into(out, source, adapter, folder, config, tokenizer, end_ids, rows, dtype, tolerance):
-    """Write, compare and publish a merged model folder. Returns the exit code."""
-    bits, name = next(bits for bits, kind in quant.DTYPES.items() if kind == dtype), config.model.path
+def merge_into(out, source, folder, tokenizer, end_ids, rows, dtype, tolerance):
+    """Write, compare and publish a merged model folder. folder: the adapter's. Returns the exit code."""
+    config, adapter, bits = source.config, source.adapter, next(bits for bits, kind in quant.DTYPES.items() if kind == dtype)
     needed = sum(math.prod(shape) for shape in source.shapes.values()) * dtype.itemsize
     room(out.parent, needed + (64 << 20), "the merged model")
     max_tokens = config.memory.max_tokens or (16384 if source.device.type == "cuda" else 2048)
     kind = "unquantised" if config.model.quant == "none" else f"{config.model.quant}, dequantised"
-    print(f"adapter    {folder}\nbase       {name}\n           " + ("as it is stored, unquantised" if source.original else f"as it was in training: {kind}"), flush=True)
+    onto = "as it is stored, unquantised" if source.original else f"as it was in training: {kind}"
+    print(f"adapter    {folder}\nbase       {config.model.path}\n           {onto}", flush=True)
+
     untouched, trained, logits = through_adapter(config, adapter, str(folder), rows, max_tokens)
+    losses = [(f"{untouched:.4f}", "untouched"), (f"{trained:.4f}", "through the adapter")]
     reference = trained
     if source.original and config.model.quant != "none":
         tree = config.to_dict()
         tree["model"]["quant"] = "none"
         _, reference, logits = through_adapter(settings.from_dict(tree), adapter, str(folder), rows, max_tokens)
+        losses += [(f"{reference:.4f}", "through the adapter, unquantised")]
+
     with unfinished(out) as work:
         fates = write_weights(work, source, dtype)
-        total, worst = fate_figures(sum(fates.values())), min(fates, key=lambda name: fate_figures(fates[name])["survives"])
         write_companions(work, source, tokenizer, end_ids, dtype)
         written = data.load_tokenizer(work)
-        if written.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str() or written.chat_template != tokenizer.chat_template:
+        if (written.backend_tokenizer.to_str(), written.chat_template) != (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template):
             raise ValueError(f"{out}: the tokenizer, saved and loaded again, is another; nothing was kept")
         loss, theirs = through_merge(work, bits, config, rows, max_tokens)
-        logit_norm, first = logit_difference(logits, theirs)
-        count = min(len(rows), config.eval.max_rows or len(rows))
-        counted = f"{'' if count == len(rows) else f'the first {count:,} of '}{len(rows):,} of {', '.join(map(shown, [config.data.eval] if config.data.eval else config.data.sources))}"
-        onto = [("through the adapter, unquantised", f"{reference:.4f}")] if reference is not trained else []
-        losses = [("untouched", f"{untouched:.4f}"), ("through the adapter", f"{trained:.4f}"), *onto, ("through the merge", f"{loss:.4f}, {loss - reference:+.4f}")]
+        losses += [(f"{loss:.4f}, {loss - reference:+.4f}", "through the merge")]
+        off, first = logit_difference(logits, theirs)
+
+        total, each = fate_figures(sum(fates.values())), {name: fate_figures(sums)["survives"] for name, sums in fates.items()}
+        least = min(each, key=each.get)
         rounding = f"{'stochastic ' * (source.stochastic and dtype == torch.bfloat16)}rounding to {bits}"
-        update = [f"{total['size']:.2%} of the weights' size, over {len(fates)} matrices", f"{total['survives']:.1%} of it survives {rounding},",
-                  f"least {fate_figures(fates[worst])['survives']:.1%}, of {worst.removesuffix('.weight')}", f"rounding noise {total['noise']:.0%} of its size; {total['lost']:.0%} of the weights unchanged"]
-        compared = f"differ by {logit_norm:.2%} over {len(logits)} places; the same token first at {first:.1%}"
-        print(f"weights    {len(source.shapes)} in {bits}, {needed / 2**30:.2f} GiB\nupdate     " + "\n           ".join(update) + f"\nrows       {counted}")
-        print("loss       " + "\n           ".join(f"{value:<17} {what}" for what, value in losses) + f"\nlogits     {compared}", flush=True)
-        why = []
-        if not abs(loss - reference) <= tolerance:
-            why.append(f"the loss differs by {loss - reference:+.4f} nats")
-        if not loss - trained <= tolerance:
-            why.append(f"the loss is {loss - trained:.4f} nats above the one that was trained")
-        if not logit_norm <= ALLOWED_LOGITS[bits] * max(1, tolerance / ALLOWED_NATS[bits]):
-            why.append(f"the logits differ by {logit_norm:.1%}")
-        if why:
-            remedy = "merge onto the dequantised base (without --onto=original)" if source.original else "look at --dtype=fp32, or serve the adapter beside its base (--adapter)"
-            print(f"error: the merge is not what was trained: {'; '.join(why)} (allowed: {tolerance:g} nats). Nothing was kept; {remedy}, or allow more with --tolerance=NATS", file=sys.stderr)
+        update = [f"{total['size']:.2%} of the weights' size, over {len(fates)} matrices",
+                  f"{total['survives']:.1%} of it survives {rounding},", f"least {each[least]:.1%}, of {least.removesuffix('.weight')}",
+                  f"rounding noise {total['noise']:.0%} of its size; {total['lost']:.0%} of the weights unchanged"]
+        count = min(len(rows), config.eval.max_rows or len(rows))
+        of = [config.data.eval] if config.data.eval else config.data.sources
+        counted = f"{'' if count == len(rows) else f'the first {count:,} of '}{len(rows):,} of {', '.join(map(shown, of))}"
+        compared = f"differ by {off:.2%} over {len(logits)} places; the same token first at {first:.1%}"
+        for what, told in (("weights", [f"{len(source.shapes)} in {bits}, {needed / 2**30:.2f} GiB"]), ("update", update), ("rows", [counted]),
+                           ("loss", [f"{value:<17} {how}" for value, how in losses]), ("logits", [compared])):
+            print(f"{what:<10} " + "\n           ".join(told), flush=True)
+
+        allowed = ALLOWED_LOGITS[bits] * max(1, tolerance / ALLOWED_NATS[bits])
+        wrong = [text for text, fine in ((f"the loss differs by {loss - reference:+.4f} nats", abs(loss - reference) <= tolerance),
+                                         (f"the loss is {loss - trained:.4f} nats above the trained one", loss - trained <= tolerance),
+                                         (f"the logits differ by {off:.1%}", off <= allowed)) if not fine]
+        if wrong:
+            remedy = "merge onto the dequantised base" if source.original else "try --dtype=fp32, or serve the adapter beside its base (--adapter)"
+            print(f"error: the merge is not what was trained: {'; '.join(wrong)} (allowed: {tolerance:g} nats). Nothing was kept; "
+                  f"{remedy}, or allow more with --tolerance=NATS", file=sys.stderr)
             return 5
-        facts = [("adapter", f"{'DoRA' if config.lora.dora else 'LoRA'}, rank {config.lora.r}, alpha {config.lora.alpha:g}{', rsLoRA' if config.lora.rslora else ''}, merged into the weights"),
-                 ("base", "the unquantised weights" if source.original else f"the weights as they were in training: {kind}"), ("stored in", bits), ("update", " ".join(update)),
-                 ("evaluation rows", counted), *((f"loss {what}", value) for what, value in losses), ("logits through merge and adapter", compared)]
+        facts = [("adapter", f"{kind_of(config.lora)}, merged into the weights"), ("base", onto), ("stored in", bits),
+                 ("update", " ".join(update)), ("evaluation rows", counted), *((f"loss {how}", value) for value, how in losses), ("logits through merge and adapter", compared)]
         (work / "README.md").write_text(card("merged model", config, folder, facts), encoding="utf-8")
         publish(work, out)
     print(f"written    {out}")
     return 0
 
 
+def export_adapter(out, source, folder, tokenizer):
+    """Write and publish an adapter folder."""
+    with unfinished(out) as work:
+        write_adapter(work, folder, source.config, source.adapter, tokenizer)
+        facts = [("adapter", f"{kind_of(source.config.lora)}, in PEFT's format"), ("trained over", f"{source.config.model.quant} weights")]
+        (work / "README.md").write_text(card("adapter", source.config, folder, facts), encoding="utf-8")
+        publish(work, out)
+    print(f"adapter    {len(source.adapter)} matrices, the checkpoint's bit for bit\nwritten    {out}")
+
+
+def export_gguf(out, source, tokenizer, end_ids, bits):
+    """Write, compare and publish a GGUF file."""
+    room(out.parent, gguf_file.size(source, bits) + (64 << 20), "the GGUF file")
+    with unfinished(out) as work:
+        entries, tensors, sums, worst = gguf_file.write(work / "model.gguf", source, tokenizer, end_ids, bits, out.stem)
+        counts = {key: len(value) for key, value, _ in entries if isinstance(value, list)}
+        size = (work / "model.gguf").stat().st_size
+        print(f"gguf       {tensors} tensors as {gguf_file.TYPES[bits][0]}, vectors as F32, {size / 2**30:.2f} GiB\n"
+              f"tokenizer  {gguf_file.splitting(tokenizer)}, {counts['tokenizer.ggml.tokens']:,} tokens, {counts['tokenizer.ggml.merges']:,} merges")
+        if bits != "q8_0":
+            figures = fate_figures(sums)
+            print(f"update     {figures['size']:.2%} of the weights' size; {figures['survives']:.1%} survives rounding to {bits}")
+        print(f"read back  equal to the merge, but for at most {worst:.3g}" if worst else "read back  equal to the merge")
+        publish(work / "model.gguf", out)
+    print(f"written    {out}")
+
+
 def wanted_dtype(word, config, flags):
-    """The dtype to write in: bf16, fp16, fp32, or "q8_0" for GGUF. Raises ValueError for others; fewer bits are main's to refuse."""
-    word = {"f16": "fp16", "f32": "fp32", "q8": "q8_0"}.get(word.lower(), word.lower()) or (config.model.compute_dtype if config.model.compute_dtype in ("bf16", "fp16") else "bf16")
+    """The dtype to write in: bf16, fp16, fp32, or "q8_0" for GGUF. Raises ValueError for others."""
+    own = config.model.compute_dtype if config.model.compute_dtype in ("bf16", "fp16") else "bf16"
+    word = {"": own, "f16": "fp16", "f32": "fp32", "q8": "q8_0"}.get(word.lower(), word.lower())
     if word not in ("bf16", "fp16", "fp32", "q8_0") or word == "q8_0" and (flags["merge"] or not flags["gguf"]):
-        raise ValueError(f"--dtype: must be bf16, fp16, fp32, or q8_0 for --gguf alone, got {word}; a merged model has 16 bits or more, so that rounding does not eat what was trained")
+        raise ValueError(f"--dtype: must be bf16, fp16, fp32, or q8_0 for --gguf alone, got {word}; a merged model has 16 bits or more, "
+                         "so that rounding does not eat what was trained")
     return word
 
 
@@ -446,7 +528,8 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
-    words, flags, overrides = settings.command_line(argv, {"ckpt": "", "model": "", "data": "", "merge": "", "adapter": "", "gguf": "", "onto": "", "dtype": "", "rounding": "", "tolerance": ""})
+    known = ("ckpt", "model", "data", "merge", "adapter", "gguf", "onto", "dtype", "rounding", "tolerance")
+    words, flags, overrides = settings.command_line(argv, dict.fromkeys(known, ""))
     if words:
         raise ValueError(f"{words[0]}: unexpected; as in: python export.py --ckpt runs/approach1 --merge out")
     if not flags["ckpt"] or not (flags["merge"] or flags["adapter"] or flags["gguf"]):
@@ -456,15 +539,18 @@ def main(argv):
     if flags["rounding"] not in ("", "stochastic", "nearest"):
         raise ValueError(f"--rounding: must be stochastic or nearest, got {flags['rounding']}")
     outs = {flag: vacant(flag, flags[flag]) for flag in ("adapter", "merge", "gguf") if flags[flag]}
-    config, adapter, folder = evaluation.configure(flags["ckpt"], flags["model"], overrides + ([("data.eval", flags["data"])] if flags["data"] else []))
+    overrides += [("data.eval", flags["data"])] if flags["data"] else []
+    config, adapter, folder = evaluation.configure(flags["ckpt"], flags["model"], overrides)
     run = run_of(folder)
     if flags["onto"] == "original" and run and settings.read(run / "config.json").lora.init == "loftq":
-        raise ValueError(f"--onto=original: the adapter of {run} began as a correction of quantisation (lora.init=loftq), which unquantised weights do not need; leave --onto out")
+        raise ValueError(f"--onto=original: the adapter of {run} began as a correction of quantisation (lora.init=loftq), which unquantised "
+                         "weights do not need; leave --onto out")
     source = Source(config, adapter, flags["onto"] == "original", flags["rounding"] != "nearest")
     if flags["dtype"].lower() in OF_4_BITS:
         lost = lost_in_4_bits(source)
-        raise ValueError(f"--dtype={flags['dtype']}: merging into 4 bits would undo the training: {lost['survives']:.0%} of the update would survive, under noise of {lost['noise']:.1f} times its size, "
-                         f"and {lost['lost']:.0%} of the codes would stay as they are. Merge into bf16; or serve 4 bits as in training, the adapter (--adapter) beside the base")
+        raise ValueError(f"--dtype={flags['dtype']}: merging into 4 bits would undo the training: {lost['survives']:.0%} of the update would "
+                         f"survive, under noise of {lost['noise']:.1f} times its size, and {lost['lost']:.0%} of the codes would stay as they "
+                         "are. Merge into bf16; or serve 4 bits as in training, the adapter (--adapter) beside the base")
     bits = wanted_dtype(flags["dtype"], config, flags)
     try:
         tolerance = float(flags["tolerance"] or ALLOWED_NATS.get(bits, 0.02))
@@ -472,31 +558,21 @@ def main(argv):
         tolerance = math.nan
     if not tolerance >= 0:
         raise ValueError(f"--tolerance: must be a number of nats a token, 0 or more, got {flags['tolerance']}")
+
     own = (folder / "tokenizer.json").is_file()  # what was trained with, if the checkpoint has it
-    tokenizer = data.load_tokenizer(folder if own else config.model.path, config.data.chat_template, "" if own else config.model.revision)
+    place, revision = (folder, "") if own else (config.model.path, config.model.revision)
+    tokenizer = data.load_tokenizer(place, config.data.chat_template, revision)
     end_ids = data.end_of_turn(tokenizer)
-    if "merge" in outs:
-        rows = data.load_evaluation(config, tokenizer)
     if "gguf" in outs:
         gguf_file.check(source, tokenizer)
-    if "adapter" in outs:
-        with unfinished(outs["adapter"]) as work:
-            write_adapter(work, folder, config, adapter, tokenizer)
-            (work / "README.md").write_text(card("adapter", config, folder, [("adapter", f"{'DoRA' if config.lora.dora else 'LoRA'} in PEFT's format, rank {config.lora.r}, alpha {config.lora.alpha:g}"), ("trained over", f"{config.model.quant} weights")]), encoding="utf-8")
-            publish(work, outs["adapter"])
-        print(f"adapter    {len(adapter)} matrices, the checkpoint's bit for bit\nwritten    {outs['adapter']}")
     if "merge" in outs:
-        code = merge_into(outs["merge"], source, adapter, folder, config, tokenizer, end_ids, rows, quant.DTYPES[bits], tolerance)
-        if code:
-            return code
-    if "gguf" in outs:
-        room(outs["gguf"].parent, gguf_file.size(source, bits) + (64 << 20), "the GGUF file")
-        with unfinished(outs["gguf"]) as work:
-            told = gguf_file.write(work / "model.gguf", source, tokenizer, end_ids, bits, outs["gguf"].stem)
-            print(told)
-            publish(work / "model.gguf", outs["gguf"])
-        print(f"written    {outs['gguf']}")
-    return 0
+        rows = data.load_evaluation(config, tokenizer)
+    if "adapter" in outs:
+        export_adapter(outs["adapter"], source, folder, tokenizer)
+    code = merge_into(outs["merge"], source, folder, tokenizer, end_ids, rows, quant.DTYPES[bits], tolerance) if "merge" in outs else 0
+    if "gguf" in outs and not code:
+        export_gguf(outs["gguf"], source, tokenizer, end_ids, bits)
+    return code
 
 
 if __name__ == "__main__":

@@ -290,11 +290,15 @@ def test_generation_settings_stop_where_training_taught_to_stop(tiny_inputs, tmp
 
 def test_the_model_card_says_where_the_model_came_from_and_names_no_path(plain, merged, tiny_inputs, tmp_path):
     text = (merged / "README.md").read_text()
-    for word in ("LoRA, rank 4", "train.jsonl", "eval.jsonl", "| steps | 6: 24 samples", "| schedule.learning_rate | 0.02 |", "loss through the merge", "None was recorded"):
+    for word in ("LoRA, rank 4", "train.jsonl", "eval.jsonl", "| steps | 6: 24 samples", "| schedule.learning_rate | 0.02 |", "loss through the merge", "## Verdict\n\n**"):
         assert word in text, word
+    assert json.loads((plain / "verdict.json").read_text())["outcome"] in text
     assert str(tiny_inputs) not in text and str(merged.parent) not in text and "lora.targets" not in text
     run = tmp_path / "run"
     shutil.copytree(plain, run)
+    (run / "verdict.json").unlink()
+    export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'without'}"])
+    assert "## Verdict\n\nNone was recorded." in (tmp_path / "without" / "README.md").read_text()
     (run / "verdict.json").write_text(json.dumps({"outcome": "FAIL", "criteria": [{"set": "minimum", "name": "eval loss", "outcome": "FAIL", "threshold": -0.2, "measured": -0.1, "low": -0.2, "high": 0.0, "reason": "too few steps"}]}))
     export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'adapter'}"])
     text = (tmp_path / "adapter" / "README.md").read_text()
