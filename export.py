@@ -398,7 +398,8 @@ def card(title, config, folder, facts):
     lines = ["---", "library_name: " + ("peft" if title == "adapter" else "transformers"), "pipeline_tag: text-generation"]
     lines += [f"base_model: {config.model.path}"] if settings.is_hub_name(config.model.path) else []
     lines += ["---", f"# {title.capitalize()} of {shown(config.model.path)}", ""]
-    lines += ["Trained with rawlora. The licence is for you to state; the base model's holds besides.", "", *table(facts), "## Data and training", ""]
+    lines += ["Trained with rawlora. The licence is for you to state; the base model's holds besides.", ""]
+    lines += [*table(facts), "## Data and training", ""]
     if run:
         state = trust.read_json(folder / "state.json")
         evaluated = [line for line in record.read_metrics(run) if "eval/loss" in line and line["step"] <= state["step"]]
@@ -411,11 +412,12 @@ def card(title, config, folder, facts):
         lines += table(pairs + [("evaluation loss", f"{at(evaluated[0])}, {at(evaluated[-1])}")] * bool(evaluated))
     else:
         lines += ["Not known: the adapter came without the record of its run.", ""]
-    paths = ("model.path", "lora.init_from", "data.train", "data.eval", "data.chat_template", "eval.prompts")
+    paths = ("model.path", "lora.init_from", "data.train", "data.eval", "data.chat_template", "data.cache", "eval.prompts")
+    without_paths = {"data.mixture": lambda mixture: [[shown(source), weight] for source, weight in mixture]} | dict.fromkeys(paths, shown)
     always = ("model.quant", "lora.r", "lora.alpha", "schedule.learning_rate")
     told = {name: value for name, value in config.flat().items() if value != defaults[name] or name in always}
     lines += ["## Settings", "", "Those that differ from the defaults, and a few that do not:", ""]
-    lines += table((name, json.dumps(shown(value) if name in paths and value else value)) for name, value in told.items()) + ["## Verdict", ""]
+    lines += table((name, json.dumps(without_paths[name](value) if value and name in without_paths else value)) for name, value in told.items()) + ["## Verdict", ""]
     if run and (run / "verdict.json").is_file():
         verdict = trust.read_json(run / "verdict.json")
         lines += [f"**{verdict['outcome']}**", "", "| criterion | outcome | measured | threshold | |", "| --- | --- | --- | --- | --- |"]
@@ -479,8 +481,8 @@ def merge_into(out, source, folder, tokenizer, end_ids, rows, dtype, tolerance):
             print(f"error: the merge is not what was trained: {'; '.join(wrong)} (allowed: {tolerance:g} nats). Nothing was kept; "
                   f"{remedy}, or allow more with --tolerance=NATS", file=sys.stderr)
             return 5
-        facts = [("adapter", f"{kind_of(config.lora)}, merged into the weights"), ("base", onto), ("stored in", bits),
-                 ("update", " ".join(update)), ("evaluation rows", counted), *((f"loss {how}", value) for value, how in losses), ("logits through merge and adapter", compared)]
+        facts = [("adapter", f"{kind_of(config.lora)}, merged into the weights"), ("base", onto), ("stored in", bits), ("update", " ".join(update)),
+                 ("evaluation rows", counted), *((f"loss {how}", value) for value, how in losses), ("logits, merge and adapter", compared)]
         (work / "README.md").write_text(card("merged model", config, folder, facts), encoding="utf-8")
         publish(work, out)
     print(f"written    {out}")
