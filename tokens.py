@@ -20,6 +20,7 @@ import trust
 from sources import brief as _brief
 
 CHUNK_ROWS = 2048  # rows encoded at a time: bounds the memory of character offsets, which Python holds as tuples
+LONGEST_TEXT = 4_000_000  # characters of a row: about a million tokens, and half a gigabyte of their offsets
 
 
 @dataclass
@@ -167,6 +168,9 @@ def _render(record, tokenizer, ends, supervise, columns, roles):
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text") from None
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"has {len(text):,} characters, more than {LONGEST_TEXT:,}: to encode it would take gigabytes of memory, for the few tokens that "
+                         "data.max_length keeps; split it into several rows")
     return text, spans, len(answers) - len(spans)
 
 

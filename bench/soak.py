@@ -123,7 +123,7 @@ def damage(run, chance):
 def beset(run, arguments, log, steps, kinds, longest, chance, over, suffered):
     """Start the run again and again, with a fault each time, until it ends by itself. Appends {"kind", "lost", "allowed"} to `suffered`."""
     while True:
-        _, newest, valid = standing(run)
+        stood, newest, valid = standing(run)
         peaceful = over()
         child = begin([*arguments, *["--resume"] * bool(valid)], log)
         code = None
@@ -148,7 +148,7 @@ def beset(run, arguments, log, steps, kinds, longest, chance, over, suffered):
         before = newest
         last, newest, valid = standing(run)
         assert newest >= before, f"{kind}: the newest checkpoint was of step {before} and is of step {newest}"
-        suffered.append({"kind": "SIGKILL" if kind == "damaged checkpoint" else kind, "lost": max(0, last - newest), "allowed": 0 if code == 143 else INTERVAL})
+        suffered.append({"kind": "SIGKILL" if kind == "damaged checkpoint" else kind, "lost": max(0, last - newest) * ((last, newest) != (stood, before)), "allowed": 0 if code == 143 else INTERVAL})
         if kind == "damaged checkpoint" and valid > 1:
             damage(run, chance)
             suffered.append({"kind": kind, "lost": newest - standing(run)[1], "allowed": INTERVAL})

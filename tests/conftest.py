@@ -128,6 +128,8 @@ def differences(a, b):
     rows = [{name: ({key: values.tolist() for key, values in arrays.items()}, metadata) for name, (arrays, metadata) in record.read_evaluations(folder).items()} for folder in (a, b)]
     found += [f"evaluations: {name}" for name in rows[0].keys() | rows[1].keys() if rows[0].get(name) != rows[1].get(name)]
     a, b = newest(a), newest(b)
+    for saved in (a, b):
+        saved["state"]["plan"].pop("why", None)  # "as the run began" where it went on
     found += [f"{file}: {name}" for file in a["tensors"].keys() | b["tensors"].keys() for name in a["tensors"].get(file, {}).keys() | b["tensors"].get(file, {}).keys()
               if not (name in a["tensors"].get(file, {}) and name in b["tensors"].get(file, {}) and torch.equal(a["tensors"][file][name], b["tensors"][file][name]))]
     return found + [f"state: {name}" for name in a["state"].keys() | b["state"].keys() if name not in ("line", "accepted") and a["state"].get(name) != b["state"].get(name)]

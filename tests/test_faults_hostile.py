@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from conftest import CHATML, make_config, make_model, make_tokenizer, settings_of
 
+import config
 import data
 import model
 import train
@@ -208,3 +209,19 @@ def test_an_adapter_by_a_stranger_is_checked_like_weights(folder, tmp_path, tiny
         with pytest.raises(ValueError, match=word):
             train.main(arguments("third", f"--lora.init_from={adapter}"))
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("row", [{"text": "word " * 2_000_000}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 2_000_000}]}], ids=["text", "chat"])
+def test_a_row_of_ten_megabytes_is_named_or_listed_before_it_is_encoded(folder, tmp_path, row):
+    rows = tmp_path / "rows.jsonl"
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows.write_text("".join(json.dumps(each) + "\n" for each in (good, row, good)))
+    tokenizer, began = data.load_tokenizer(str(folder)), time.monotonic()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: has 10,000,\d\d\d characters, more than 4,000,000: .*split it"):
+        data.tokenize(data.read_rows(str(rows)), tokenizer, config.Data())
+    kept = data.tokenize(data.read_rows(str(rows)), tokenizer, config.Data(bad_rows="skip"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(kept) == 2 and [message.split(": ")[0].rpartition("/")[2] for message in kept.skipped] == ["rows.jsonl:2"]
+    assert peak < 400 << 20 and time.monotonic() - began < 60

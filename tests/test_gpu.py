@@ -250,3 +250,96 @@ def test_a_run_on_a_gpu_learns_and_goes_on_after_a_stop(tiny_inputs, tmp_path, k
     assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5]) - 0.5
     assert train.main([*common, "--train.max_steps=30", "--resume", "--accept=train.max_steps"]) == 0
     assert [line["step"] for line in record.read_metrics(tmp_path / "run")] == list(range(31))
+
+
+class Killed(BaseException):
+    pass
+
+
+def tiny_run(tiny_inputs, tmp_path, name, *options):
+    """train.main's arguments for a run of 16 steps in tmp_path/name."""
+    from conftest import settings_of
+    return [str(settings_of(tiny_inputs, tmp_path / "tiny.json")), f"--out={tmp_path / name}", "--train.max_steps=16", "--save.every_steps=4", "--train.accumulation=4", *options]
+
+
+@gpu
+@pytest.mark.parametrize("options", [("--model.quant=nf4", "--lora.dropout=0.1"), ("--model.quant=int8", "--lora.dropout=0.1", "--memory.checkpoint_layers=1", "--schedule.clip_percentile=40"),
+                                     ("--model.quant=none", "--model.compute_dtype=fp32"), ("--model.quant=llm_int8", "--lora.dropout=0.1"), ("--model.quant=nf4", "--model.compute_dtype=fp16")], ids=lambda options: options[0][14:])
+def test_a_deterministic_run_that_was_killed_has_the_same_curve_bit_for_bit(tiny_inputs, tmp_path, monkeypatch, options):
+    import gc
+    from conftest import differences
+    import train
+    options = [*options, "--train.deterministic=true"]
+    try:
+        assert train.main(tiny_run(tiny_inputs, tmp_path, "whole", *options)) == 0
+        for begin in (40, 48, 90):
+            real = data.sample_stream
+
+            def stream(rows, seed, start, count):
+                if start >= begin:
+                    raise Killed
+                return real(rows, seed, start, count)
+
+            monkeypatch.setattr(data, "sample_stream", stream)
+            with pytest.raises(Killed):
+                train.main(tiny_run(tiny_inputs, tmp_path, "run", *options, *["--resume"] * (begin > 40)))
+            monkeypatch.undo()
+            gc.collect()  # frees the lock, as the end of a process would
+        assert train.main(tiny_run(tiny_inputs, tmp_path, "run", *options, "--resume")) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+    assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
+@gpu
+def test_a_process_killed_on_a_gpu_goes_on_to_the_same_end(tiny_inputs, tmp_path):
+    import pathlib
+    import subprocess
+    import sys
+    import time
+    from conftest import PROJECT, differences
+    options = ["--train.deterministic=true", "--lora.dropout=0.1"]
+
+    def command(name, *more):
+        arguments = tiny_run(tiny_inputs, tmp_path, name, *options, *more)
+        return [sys.executable, str(PROJECT / "train.py"), *[argument.replace("max_steps=16", "max_steps=400") for argument in arguments]]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    process, record = subprocess.Popen(command("run"), stdout=subprocess.DEVNULL), pathlib.Path(tmp_path / "run/metrics.jsonl")
+    while not record.exists() or record.read_bytes().count(b"\n") < 150:
+        time.sleep(0.01)
+        assert process.poll() is None, "ended before it could be killed"
+    process.kill()
+    process.wait()
+    subprocess.run(command("run", "--resume"), check=True, capture_output=True)
+    assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
+@gpu
+@pytest.mark.parametrize("options, tolerance", [(("--model.quant=none", "--model.compute_dtype=fp32"), 1e-4), (("--model.quant=nf4",), 3e-2)], ids=["fp32", "nf4 with graphs"])
+def test_where_a_gpus_memory_runs_out_the_window_is_done_again_in_smaller_pieces(tiny_inputs, tmp_path, monkeypatch, options, tolerance):
+    import record
+    import train
+    assert train.main(tiny_run(tiny_inputs, tmp_path, "whole", *options, "--memory.max_tokens=128")) == 0
+    real, state = graphs.Replayed.__call__ if "nf4" in options[0] else model.summed_loss, {"armed": False}
+    stream = data.sample_stream
+
+    def lacking(*given):
+        if state["armed"]:
+            state["armed"] = False
+            torch.empty(1 << 46, dtype=torch.uint8, device="cuda")
+        return real(*given)
+
+    def arm(rows, seed, start, count):
+        state["armed"] = start == 32
+        return stream(rows, seed, start, count)
+
+    monkeypatch.setattr(data, "sample_stream", arm)
+    monkeypatch.setattr(*((graphs.Replayed, "__call__") if "nf4" in options[0] else (model, "summed_loss")), lacking)
+    assert train.main(tiny_run(tiny_inputs, tmp_path, "run", *options, "--memory.max_tokens=128")) == 0
+    ours, theirs = ([line["train/loss"] for line in record.read_metrics(tmp_path / name) if "train/loss" in line] for name in ("run", "whole"))
+    assert ours == pytest.approx(theirs, rel=tolerance)
+    import checkpoint
+    plan = checkpoint.load(checkpoint.newest_valid(tmp_path / "run")[0])["state"]["plan"]
+    assert [shrunk["step"] for shrunk in plan["shrunk"]] == [5] and plan["fits"] < 128
