@@ -343,3 +343,22 @@ def test_where_a_gpus_memory_runs_out_the_window_is_done_again_in_smaller_pieces
     import checkpoint
     plan = checkpoint.load(checkpoint.newest_valid(tmp_path / "run")[0])["state"]["plan"]
     assert [shrunk["step"] for shrunk in plan["shrunk"]] == [5] and plan["fits"] < 128
+
+
+@gpu
+def test_what_does_not_fit_on_a_gpu_is_told_before_step_1_with_the_longest_row(tiny_inputs, tmp_path, monkeypatch):
+    import train
+    rows = (tiny_inputs / "train.jsonl").read_text().splitlines()
+    rows[16] = json.dumps({"messages": [{"role": "user", "content": "?" * 120}, {"role": "assistant", "content": "long " * 15}]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    real = model.summed_loss
+
+    def lacking(network, batch):
+        if len(batch.input_ids) > 150:
+            torch.empty(1 << 46, dtype=torch.uint8, device="cuda")
+        return real(network, batch)
+
+    monkeypatch.setattr(model, "summed_loss", lacking)
+    with pytest.raises(ValueError, match=r"the longest row, .*rows.jsonl:17, has 2\d\d tokens"):
+        train.main(tiny_run(tiny_inputs, tmp_path, "run", f"--data.train={tmp_path / 'rows.jsonl'}", "--memory.max_tokens=96", "--memory.checkpoint_layers=0"))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,26 @@
+"""docs/RELIABILITY.md names a test for each fault and each pitfall: they exist, and every row has one."""
+import ast
+import functools
+import re
+
+from conftest import PROJECT
+
+TEXT = (PROJECT / "docs/RELIABILITY.md").read_text(encoding="utf-8")
+ROWS = [line for line in TEXT.splitlines() if re.match(r"\| \d+ \|", line)]
+
+
+@functools.cache
+def functions_of(name):
+    """Names of the test functions of a file, if it is one."""
+    path = PROJECT / "tests" / name
+    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)} if path.is_file() else set()
+
+
+def test_every_fault_and_every_pitfall_has_a_row_with_a_test():
+    assert [int(row.split("|")[1]) for row in ROWS] == [*range(1, 26), *range(1, 26)]
+    assert not [row for row in ROWS if not re.search(r"`test_\w+\.py::test_\w+`", row)]
+
+
+def test_every_test_that_the_tables_name_exists():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", TEXT)
+    assert len(named) > 100 and not [f"{file}::{name}" for file, name in named if name not in functions_of(file)]
