@@ -381,7 +381,7 @@ def shrink(plan, step, batch, rows, error):
         fits = model.smaller(batch, rows, error)
     except model.DoesNotFit as alone:
         return str(alone)
-    console.say(f"step {step}: memory ran out over {len(batch.input_ids):,} tokens; the step is done again, and the run goes on, with {fits:,} tokens a micro-batch at most")
+    console.say(f"step {step}: memory ran out over {len(batch.input_ids):,} tokens: again, and from now on, with at most {fits:,}")
     plan["shrunk"].append({"step": step, "from": plan["fits"], "to": fits})
     plan.update(fits=fits, evaluates=min(fits, plan["evaluates"]))
     return ""
