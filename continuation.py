@@ -24,11 +24,44 @@ def load_initial(config):
     return tensors
 
 
+def _count(value):
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _number(value):
+    return type(value) in (int, float)
+
+
+def _plan(value):
+    """Whether a saved plan holds what memory.plan takes over from it in the types that it writes."""
+    rules = {name: lambda v: _count(v) and v > 0 for name in ("max_tokens", "fits", "evaluates")} | {"checkpoint_layers": _count}
+    rules |= {name: lambda v: type(v) is bool for name in ("keep_dequantized", "offload", "host_embeddings")}
+    return isinstance(value, dict) and all(rule(value[name]) for name, rule in rules.items() if name in value)
+
+
+STATE = {  # what state.json must hold, by name
+    **dict.fromkeys(("samples", "tokens", "supervised_tokens", "nonfinite", "skipped", "without_improvement"), _count),
+    "norms": lambda v: isinstance(v, list) and all(isinstance(pair, list) and len(pair) == 2 and _count(pair[0]) and _number(pair[1]) for pair in v),
+    "line": lambda v: isinstance(v, dict) and all(_number(value) or isinstance(value, str) for value in v.values()),
+    "accepted": lambda v: isinstance(v, list) and all(isinstance(entry, dict) and _count(entry.get("step")) for entry in v),
+    "evaluated": lambda v: v == -1 or _count(v), "best_step": lambda v: v is None or _count(v), "best_loss": lambda v: v is None or _number(v),
+    "origin": lambda v: isinstance(v, dict), "plan": _plan}
+
+
 def load_checkpoint(path):
-    """A run's checkpoint (checkpoint.load). Raises ValueError for an adapter that is no more than that."""
+    """A run's checkpoint (checkpoint.load), its state of the kinds that a run writes: its hashes prove who wrote it no more than that it is whole.
+
+    Raises ValueError for what is wrong with it, and for an adapter that is no more than that.
+    """
     saved = checkpoint.load(path)
     if saved["step"] is None:
         raise ValueError(f"{path}: is an adapter, not a run's checkpoint, so there is nothing to go on from; start a run from it with --lora.init_from={path}")
+    for name, rule in STATE.items():
+        if name not in saved["state"] or not rule(saved["state"][name]):
+            raise ValueError(f"{path}/state.json: {name} is {json.dumps(saved['state'].get(name))[:100]}, which no run writes; go on from another checkpoint with --resume=CHECKPOINT")
+    for file, group in saved["tensors"].items():
+        if any(tensor.is_complex() or tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 for tensor in group.values()):
+            raise ValueError(f"{path}/{file}: holds tensors of a dtype that no run writes; go on from another checkpoint with --resume=CHECKPOINT")
     return saved
 
 
@@ -59,8 +92,12 @@ def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
         details = "".join(f"\n  {name}: was {json.dumps(changed[name]['was'])}, is {json.dumps(changed[name]['is'])}" for name in refused)
         raise ValueError(f"{path}: the run cannot go on as it was, because this changed:{details}\n"
                          f"Put it back, or accept by name that the run is another from here on: --accept=\"{','.join(changed)}\"")
+    optimizer, expected = tensors.get("optimizer.safetensors", {}), {name: tensor.shape for name, tensor in {"step": moments["step"], **scaler}.items()}
+    expected |= {f"{name}.{moment}": parameter.shape for name, parameter in adapters.items() for moment in ("exp_avg", "exp_avg_sq")}
+    different = sorted(name for name in expected.keys() | optimizer.keys() if name not in optimizer or optimizer[name].shape != expected.get(name))
+    if different:
+        raise ValueError(f"{path}/optimizer.safetensors: {different[0]} is missing, of another shape, or nothing that this optimizer keeps ({len(different)} such)")
     model.set_adapters(adapters, tensors["adapter_model.safetensors"], str(path))
-    optimizer = tensors["optimizer.safetensors"]
     for moment in ("exp_avg", "exp_avg_sq"):
         for name, view in views(moments[moment], adapters):
             view.copy_(optimizer[f"{name}.{moment}"])
@@ -68,7 +105,10 @@ def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
     for name, value in scaler.items():
         value.copy_(optimizer[name])
     if "generators" not in changed:
-        set_generators(tensors["generators.safetensors"], device)
+        try:
+            set_generators(tensors["generators.safetensors"], device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}/generators.safetensors: is no state of these generators ({error})") from None
     return state | {"origin": fresh["origin"], "plan": fresh["plan"], "accepted": state["accepted"] + [{"step": state["step"], **changed}] * bool(changed)}
 
 

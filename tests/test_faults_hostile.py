@@ -1,4 +1,5 @@
 """Model folders, templates and adapters made by a stranger: refused with one message, a canary untouched, time and memory bounded."""
+import hashlib
 import json
 import os
 import pathlib
@@ -12,7 +13,9 @@ import safetensors.torch
 import torch
 from conftest import CHATML, make_config, make_model, make_tokenizer, settings_of
 
+import checkpoint
 import config
+import continuation
 import data
 import model
 import train
@@ -225,3 +228,49 @@ def test_a_row_of_ten_megabytes_is_named_or_listed_before_it_is_encoded(folder, 
     tracemalloc.stop()
     assert len(kept) == 2 and [message.split(": ")[0].rpartition("/")[2] for message in kept.skipped] == ["rows.jsonl:2"]
     assert peak < 400 << 20 and time.monotonic() - began < 60
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_inputs, tmp_path_factory):
+    """(settings, run folder) of a run of 4 steps, with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("stopped")
+    settings = settings_of(tiny_inputs, folder / "tiny.json")
+    assert train.main([str(settings), f"--out={folder / 'run'}", "--train.max_steps=4", "--save.every_steps=2", "--schedule.lr_warmup_steps=0", "--eval.every_steps=0"]) == 0
+    return settings, folder / "run"
+
+
+def reseal(folder, step):
+    """A manifest that agrees with whatever lies in the folder: what somebody hostile would write."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in folder.iterdir() if path.name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps({"format": checkpoint.FORMAT, "step": step, "files": files}))
+
+
+def without(tensors, name):
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+HOSTILE = [("state.json", {"norms": [[1, "x"]]}), ("state.json", {"norms": 7}), ("state.json", {"evaluated": "4"}), ("state.json", {"plan": []}), ("state.json", {"plan": {"max_tokens": -1}}),
+           ("state.json", {"plan": {"max_tokens": "9" * 99}}), ("state.json", {"samples": -1}), ("state.json", {"samples": None}), ("state.json", {"line": {"train/loss": []}}), ("state.json", {"origin": []}),
+           ("state.json", {"accepted": [3]}), ("state.json", {"best_loss": "low"}), ("state.json", {"without_improvement": 1e300}),
+           ("optimizer.safetensors", lambda tensors: without(tensors, "step")), ("optimizer.safetensors", lambda tensors: tensors | {f"{A}.exp_avg": torch.zeros(3)}),
+           ("optimizer.safetensors", lambda tensors: tensors | {"extra": torch.zeros(3)}), ("optimizer.safetensors", lambda tensors: tensors | {"step": torch.zeros(3)}),
+           ("generators.safetensors", lambda tensors: {"torch": torch.zeros(7, dtype=torch.uint8)}), ("generators.safetensors", lambda tensors: {"torch": torch.zeros(5056)}),
+           ("adapter_model.safetensors", lambda tensors: tensors | {A: torch.zeros(4, 63)}), ("adapter_model.safetensors", lambda tensors: without(tensors, A)),
+           ("adapter_model.safetensors", lambda tensors: tensors | {A: tensors[A].to(torch.complex64)})]
+
+
+@pytest.mark.parametrize("file, change", HOSTILE)
+def test_a_checkpoint_of_strange_content_is_refused_by_its_file_though_its_hashes_are_right(stopped, tmp_path, file, change):
+    settings, run = stopped
+    folder = tmp_path / "step-000002"
+    shutil.copytree(run / "checkpoints/step-000002", folder)
+    if file == "state.json":
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    else:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in change(safetensors.torch.load_file(folder / file)).items()}, folder / file)
+    reseal(folder, 2)
+    with pytest.raises(ValueError) as caught:
+        continuation.load_checkpoint(folder)
+        train.main([str(settings), f"--out={tmp_path / 'run'}", f"--resume={folder}", "--train.max_steps=4", "--schedule.lr_warmup_steps=0", "--eval.every_steps=0"])
+    assert str(folder) in str(caught.value) and not (tmp_path / "run").exists()
