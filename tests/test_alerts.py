@@ -295,6 +295,13 @@ def test_a_plateau_is_a_note_and_a_loss_flat_to_the_end_a_warning():
     assert "training loss flat" not in {one.name for _, one in raised(s, healthy(s))}
 
 
+def test_a_plateau_that_ended_may_be_told_again():
+    s = setup(800)
+    level = lambda t: 3.0 if t < 0.45 else 3.0 - 10 * (t - 0.45) if t < 0.55 else 2.0
+    told = [step for step, one in raised(s, healthy(s, loss=lambda t, rng: level(t) + rng.gauss(0, 0.02))) if one.name == "plateau"]
+    assert len(told) == 2 and told[0] < 400 < told[1]
+
+
 def test_a_loss_above_guessing_is_told_after_ten_steps():
     s = setup()
     assert first(s, healthy(s, loss=lambda t, rng: 16 * (4.6 - t)), "loss above guessing")[0] == 10

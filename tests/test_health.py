@@ -156,6 +156,15 @@ def test_spikes_are_found_at_their_steps(tag, what):
     assert "steps 77, 300" in findings[f"spikes of the {what}"].evidence
 
 
+def test_late_in_a_run_a_spike_must_rise_above_the_evaluation_that_the_run_began_with():
+    rng = random.Random(4)
+    mixed = [line | {"train/loss": (2.4 if line["step"] % 30 == 0 else 0.1) * math.exp(rng.gauss(0, 0.05))} for line in healthy(1)]
+    for line in mixed:
+        line.pop("eval/loss", None)
+    assert found(mixed)["spikes of the training loss"].severity == "warning"  # one hard row in thirty, or a broken one?
+    assert "spikes of the training loss" not in found([{"step": 0, "eval/loss": 2.6}, *mixed])  # as hard as the rows are untrained
+
+
 def test_a_loss_that_climbs_or_loses_its_fall_again_diverges():
     rng = random.Random(3)
     assert found(with_tag("train/loss", lambda line: 4.6 + line["step"] / 130 + rng.gauss(0, 0.3)))["divergence"].severity == "fault"
@@ -228,7 +237,8 @@ def test_a_run_of_ours_brings_its_planned_steps_and_a_handful_of_losses_is_calle
     (tmp_path / "config.json").write_text(json.dumps({"train": {"max_steps": 400}}))
     assert health.read(tmp_path).planned_steps == 400
     health.main([str(tmp_path)])
-    assert "Too little is recorded" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Too little is recorded" in printed and "up to step 3 of 400: 3 losses, 3 gradient norms, 0 evaluations" in printed
     (tmp_path / "config.json").write_text("{broken")
     assert health.read(tmp_path).planned_steps == 0
 
@@ -266,6 +276,7 @@ def test_the_failed_run_is_diagnosed_as_dead_gradients_and_not_as_low_coverage(c
     )
     for fact in (
         "Other rates, batch sizes or bits would not have cured it",
+        "look at the rest (training loss flat, coverage below one epoch, rate ends at nothing)",
         "exactly 0.0 in 20 of 20",
         "2.9310, 3 times",
         "steps 0, 250, 500",
