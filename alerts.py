@@ -123,7 +123,7 @@ class Alerts:
 
     def zero(self, norm, loss):
         """A norm of exactly 0.0: some in a row: dead; one between others: a window without a target; beside no loss: all is learnt."""
-        if norm == 0 and abs(loss) < rules.ROTE and self.nothing:
+        if norm == 0 and (0 < abs(loss) < rules.ROTE or loss == 0 and self.nothing):
             told = f"At step {self.step:,} the loss is {loss:.2g} and the gradient 0.0."
             return self.judged([], [finding("note", "nothing left to learn", told)])
         if loss > rules.ROTE:

@@ -208,6 +208,13 @@ def test_gradients_that_vanish_where_all_is_learnt_are_a_note():
     assert first(s, lines, "nothing left to learn")[1].severity == "note" and alarms(s, lines) == []
 
 
+def test_rows_that_an_earlier_adapter_knows_by_heart_do_not_stop_the_run():
+    s = setup(lora={"init_from": "somewhere"})
+    known = healthy(s, loss=lambda t, rng: 4e-4 + rng.random() * 1e-4, evaluated=lambda t, rng: 1e-3 + 1e-5 * t)
+    names = {one.name for _, one in raised(s, changed(known, lambda line: {"train/grad_norm": 0.0}))}
+    assert "nothing left to learn" in names and "dead gradients" not in names
+
+
 def test_a_loss_of_zero_from_the_start_is_a_fault():
     s = setup()
     assert first(s, changed(healthy(s), lambda line: {"train/loss": 0.0}), "loss of zero")[1].severity == "fault"
