@@ -210,7 +210,7 @@ def write_weights(folder, source, dtype):
 def documents(rows):
     """The rows on which logits are compared: a few, each cut short, as id tensors."""
     places = [(rows.offsets[r], min(rows.offsets[r + 1], rows.offsets[r] + LOGIT_TOKENS)) for r in range(min(LOGIT_ROWS, len(rows)))]
-    return [torch.from_numpy(rows.ids[start:end]).long() for start, end in places]
+    return [torch.tensor(rows.ids[start:end].tolist()) for start, end in places]
 
 
 @torch.no_grad()

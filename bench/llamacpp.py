@@ -64,7 +64,7 @@ def main(argv):
     off, first = [], []
     with torch.no_grad(), model.own_attention(network):
         for r in range(min(4, count)):
-            ids = torch.from_numpy(rows.ids[rows.offsets[r]:rows.offsets[r + 1]][:128]).long()
+            ids = torch.tensor(rows.ids[rows.offsets[r]:rows.offsets[r + 1]][:128].tolist())
             ours, other = network(input_ids=ids[None], use_cache=False).logits[0].float(), logits[r]
             ours, other = ours - ours.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
             off.append(((ours - other).norm() / ours.norm()).item())

@@ -362,3 +362,44 @@ def test_what_does_not_fit_on_a_gpu_is_told_before_step_1_with_the_longest_row(t
     with pytest.raises(ValueError, match=r"the longest row, .*rows.jsonl:17, has 2\d\d tokens"):
         train.main(tiny_run(tiny_inputs, tmp_path, "run", f"--data.train={tmp_path / 'rows.jsonl'}", "--memory.max_tokens=96", "--memory.checkpoint_layers=0"))
     assert not (tmp_path / "run").exists()
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["nf4", "none"])
+def test_dora_on_a_gpu_is_dora_on_a_cpu_and_no_graphs_are_made_of_it(tmp_path, kind):
+    make_model(tmp_path, "llama")
+    settings, results = make_config(tmp_path, kind, "fp32", {"dora": True}), {}
+    for device in ("cpu", "cuda"):
+        network = random_b(model.load(settings, device))
+        assert network.fused_layers == 0 and (device == "cpu" or "DoRA" in graphs.serves(network, 0) or not network.use_varlen)
+        with torch.no_grad():
+            for name, parameter in model.adapters(network).items():
+                if "magnitude" in name:
+                    parameter.mul_(1.2)
+        loss, _ = gradients(network, data.pack(rows_of(RAGGED), list(range(7)), 256))
+        results[device] = loss, {name: parameter.grad.cpu() for name, parameter in model.adapters(network).items()}
+    assert results["cuda"][0] == pytest.approx(results["cpu"][0], rel=1e-4)
+    for name, gradient in results["cpu"][1].items():
+        assert distance(results["cuda"][1][name], gradient) < 1e-3, name
+
+
+@gpu
+def test_loftqs_start_is_the_same_on_a_gpu(tmp_path):
+    make_model(tmp_path, "llama")
+    settings = make_config(tmp_path, "nf4", "fp32", {"init": "loftq"})
+    for ours, reference in zip(model.load(settings, "cuda").modules(), model.load(settings, "cpu").modules()):
+        if isinstance(ours, model.AdaptedLinear):
+            assert distance((ours.lora_B @ ours.lora_A).cpu(), reference.lora_B @ reference.lora_A) < 1e-2
+
+
+@gpu
+def test_a_run_is_exported_from_a_gpu(tiny_inputs, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import export
+    import train
+    from conftest import settings_of
+    assert train.main([str(settings_of(tiny_inputs, tmp_path / "c.json")), f"--out={tmp_path / 'run'}"]) == 0
+    assert export.main([f"--ckpt={tmp_path / 'run'}", f"--merge={tmp_path / 'merge'}"]) == 0
+    assert export.main([f"--ckpt={tmp_path / 'run'}", f"--gguf={tmp_path / 'out.gguf'}", "--dtype=q8_0"]) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merge")
