@@ -78,7 +78,7 @@ def _told(what):
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(error.errno, f"{what} could not be written ({reason}); make room and run again with --resume") from error
+        raise OSError(f"{what} could not be written ({reason}); make room and run again with --resume") from error
 
 
 def save_evaluation(run_folder, name, per_row, metadata):

@@ -130,7 +130,7 @@ def beset(run, arguments, log, steps, kinds, longest, chance, over, suffered):
         if chance.random() < 0.8:  # most faults meet a run that trains, the others one that loads
             while code is None and recorded(run) <= newest:
                 code = ended(child, 0.05)
-        code = ended(child, 600 if peaceful else chance.uniform(0, longest)) if code is None else code
+        code = ended(child, 3600 if peaceful else chance.uniform(0, longest)) if code is None else code
         if code is not None:
             assert code == 0, f"ended with {code} and no fault"
             return
@@ -186,7 +186,7 @@ def main(argv):
             signal.signal(number, handler)
 
         began, suffered, rounds, broken, total = time.monotonic(), [], 0, [], 0
-        steps, longest = max(60, int(60 * minutes)), min(4.0, max(1.0, 2 * minutes))
+        steps, longest = min(300, max(60, int(60 * minutes))), min(4.0, max(1.0, 2 * minutes))
         over = lambda: time.monotonic() - began > 60 * minutes and len(suffered) >= least
         while not over() and not broken:
             run, quiet = folder / f"run-{rounds}", pathlib.Path(place) / f"quiet-{rounds}"
