@@ -4,9 +4,10 @@ Near duplicates are found in two ways. Rows of 5 to 64 words are given a hash fo
 in that one word. Rows of any length are given a MinHash of their 5-character shingles (Broder 1997) by datasketch's
 permutations, cut into bands as in its MinHashLSH (Indyk & Motwani 1998; Leskovec et al., Mining of Massive Datasets,
 section 3.4): whoever shares a band is compared by the exact Jaccard similarity. The bands are grouped by sorting, not in
-datasketch's tables of Python sets, which would hold 1,000,000 rows in about 7 GB; a test holds the two together.
+datasketch's tables of Python sets, which would take about 4 GiB for 1,000,000 rows; a test holds the two together.
 
-Text that four of five rows share (a frame around each prompt) and system turns say nothing about likeness and are left out. Leaves out: what a row means, and everything that needs a model. Run through data.py:
+Text that four of five rows share (a frame around each prompt) and system turns say nothing about likeness and are left out.
+Leaves out: what a row means, and everything that needs a model. Run through data.py:
 
     python data.py CONFIG --check
 """
@@ -552,7 +553,7 @@ def _example(names, row, why, other, width):
         lines += wrapped("      like ", names[other][0], width)
     lines += wrapped("      ", why, width)
     for text in [_said(record)] + ([_said(names[other][1])] if other is not None and why != "the same turns" else []):
-        lines.append(f"      {text}"[:width])
+        lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="        ", max_lines=2, placeholder=" …")
     return lines
 
 

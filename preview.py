@@ -82,7 +82,9 @@ def wrapped(marked, width, indent="  "):
                     if word:
                         out.append(line + (PLAIN if style else ""))
                         line, used = indent + style, 0
-        out.append(line + (PLAIN if style else ""))
+        out.append((line + (PLAIN if style else "")).rstrip(" "))
+    while out and not out[-1]:  # a template's last line break
+        out.pop()
     return out
 
 
