@@ -556,6 +556,12 @@ def test_what_a_run_of_ours_adds_to_its_record_is_judged():
     assert found(worse)["evaluation worse than before training"].severity == "warning"
 
 
+def test_samples_of_a_record_are_judged_from_half_of_its_plan_on():
+    written = [{"prompt": "p", "reference": "short", "text": "on and on and on and on and on it goes", "stopped": False}] * 3
+    sampled = [line | ({"eval/samples": json.dumps(written), "eval/token_accuracy": 0.7} if "eval/loss" in line else {}) for line in healthy(1)]
+    assert "samples never stop" in found(sampled, planned_steps=400) and "samples never stop" not in found(sampled, planned_steps=4000)
+
+
 def test_a_record_is_found_inside_folders_and_two_runs_of_events_are_not_mixed(tmp_path):
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
