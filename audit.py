@@ -519,6 +519,8 @@ def report(result, names, examples, source, data, rows, evaluation, width=80):
                                ("turns_unsupervised", "answers are not supervised: the template hides what the model wrote")):
                 if counts[name]:
                     lines.append(f"           {counts[name]:,} {text}")
+            if tokens.too_long:
+                lines += wrapped("           ", f"such as {tokens.too_long[0]}, of {tokens.too_long[1]:,} tokens", width)
     counted = Counter(check for _, check, *_ in result["found"])
     for check, meaning in CHECKS.items():
         if check == "near_duplicate" and not result["near"] or not counted[check]:
@@ -528,7 +530,11 @@ def report(result, names, examples, source, data, rows, evaluation, width=80):
         lines += wrapped("  ", meaning, width)
         for row, _, why, other in [entry for entry in result["found"] if entry[1] == check][:examples]:
             lines += _example(names, row, why, other, width)
-    clean = [check for check in CHECKS if not counted[check]]
+    among = rows.audit.get("leak", 0) if rows is not None and not data.eval else 0
+    if among:
+        lines += ["", f"{'leak':<16} {among:>9,}  {among / result['rows']:>6.2%}"]
+        lines += wrapped("  ", f"a row that is trained on is like one of the {len(evaluation):,} that are held out; leave such rows out, or all but the first of their kind", width)
+    clean = [check for check in CHECKS if not counted[check] and not (check == "leak" and (among or not data.eval))]
     lines += [""] + wrapped("not found  ", ", ".join(clean), width) if clean else [""]
     of_eval = Counter(check for _, check, *_ in result["evaluation_found"])
     if of_eval:
@@ -538,7 +544,7 @@ def report(result, names, examples, source, data, rows, evaluation, width=80):
             if check not in seen and check != "one_word":
                 seen.add(check)
                 lines += _example(names, -row - 1, f"{check}: {why}", None, width)
-    droppable = [check for check in counted if check not in ("unreadable", *data.drop)]
+    droppable = [check for check in [*counted, *["leak"] * bool(among)] if check not in ("unreadable", *data.drop)]
     if droppable:
         lines += [""] + wrapped("to leave rows out  ", f"--data.drop={','.join(check for check in CHECKS if check in droppable and check != 'one_word') or droppable[0]}", width)
     if counted["unreadable"]:

@@ -87,8 +87,10 @@ def _train_stream(data):
 
 
 def _shown_progress(what, total=None):
-    """A progress bar on a terminal, of rows; elsewhere nothing is printed."""
+    """A progress bar on a terminal, of rows; elsewhere a line, where it may take a while."""
     from tqdm import tqdm
+    if total and total > 50_000 and not sys.stderr.isatty():
+        print(f"{what} {total:,} rows on {pool.cores()} cores", file=sys.stderr)
     return tqdm(desc=what, total=total, unit=" rows", disable=None, leave=False, mininterval=0.5)
 
 
@@ -242,7 +244,7 @@ def _open_rows(path, part):
     ids, offsets, supervised, names = cache.read_tokens(path / f"{part}.arrow")
     dropped = path / "rows-dropped.jsonl"
     return Rows(ids, offsets, supervised, names, meta["counts"], meta["digest"], meta["skipped"], tuple(map(tuple, meta.get("mixture", ()))),
-                meta.get("audit", {}), tuple(meta.get("remarks", ())), [tuple(record) for record in meta.get("records", ())], str(dropped) if part == "train" and dropped.exists() else "")
+                tuple(meta["too_long"]), meta.get("audit", {}), tuple(meta.get("remarks", ())), [tuple(record) for record in meta.get("records", ())], str(dropped) if part == "train" and dropped.exists() else "")
 
 
 def _build(cfg, tokenizer, folder):
@@ -315,7 +317,7 @@ def _write_rows(path, rows, tokenizer, data, total=None):
                 yield made
 
     digest = cache.write_tokens(path, counted())
-    return {"counts": totals["counts"], "digest": digest, "skipped": totals["skipped"], "sizes": sizes}
+    return {"counts": totals["counts"], "digest": digest, "skipped": totals["skipped"], "too_long": totals["longest"] or (), "sizes": sizes}
 
 
 def _audited(cfg, seen, fate):

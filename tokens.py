@@ -34,6 +34,7 @@ class Rows:
     digest: str             # SHA-256 of ids, offsets and supervised (and of a mixture's sizes and weights)
     skipped: list = field(default_factory=list)  # one message a skipped row, where data.bad_rows is skip
     mixture: tuple = ()     # ((rows, weight), ...) of each source, in order, where there are several
+    too_long: tuple = ()    # (name, tokens, how many such rows) of the first row longer than data.max_length, where there is one
     audit: dict = field(default_factory=dict)  # {check: rows} that an audit found among them, of those that were not dropped
     remarks: tuple = ()     # lines for the console: what the audit found, what was dropped
     records: list = field(default_factory=list)  # the first records [(name, record)] of rows that were held out
@@ -306,7 +307,7 @@ def tokenize(records, tokenizer, data):
     ids, supervised, lengths = map(np.concatenate, (ids, supervised, lengths))
     offsets = np.cumsum([0, *lengths])
     digest = hashlib.sha256(ids.tobytes() + offsets.tobytes() + supervised.tobytes()).hexdigest()
-    return Rows(ids, offsets, supervised, list(chain.from_iterable(names)), totals["counts"], digest, totals["skipped"])
+    return Rows(ids, offsets, supervised, list(chain.from_iterable(names)), totals["counts"], digest, totals["skipped"], too_long=totals["longest"] or ())
 
 
 def prompt_of(record, tokenizer, ends, columns, roles):

@@ -310,6 +310,20 @@ def test_a_command_that_asks_for_nothing_sensible_is_refused(tmp_path, monkeypat
         data.main(argv)
 
 
+def test_check_tells_of_rows_too_long_and_of_held_out_rows_with_a_twin(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_tokenizer().save_pretrained("model")
+    rows = unlike(20, words=8)
+    project(tmp_path, [*rows, *rows, chat("Go on.", "and so it went " + sentence(random.Random(1), 90))])
+    write(tmp_path / "c.json", json.dumps({"model": {"path": "model"}, "data": {"train": "train.jsonl", "eval": "", "eval_rows": 8, "cache": "off", "max_length": 400}}))
+    assert data.main(["c.json", "--check"]) == 0
+    said = capsys.readouterr().out
+    leaks = data.load(config.read("c.json"), make_tokenizer())[0].audit["leak"]
+    assert 0 < leaks <= 8 and f"leak             {leaks:>9,}" in said and "like one of the 8 that are held out" in said
+    assert "1 rows are cut to data.max_length=400" in said and "such as train.jsonl:41, of" in said and max(map(len, said.splitlines())) <= 80
+    assert "--data.drop=duplicate,leak" in said
+
+
 def test_rows_that_cannot_be_used_are_reported_before_the_run_refuses_them(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_tokenizer().save_pretrained("model")
