@@ -284,6 +284,9 @@ class Alerts:
         moved = len(evals) > 1 and not still and ("digest" in entry or "delta_ratio" in entry) and entry["area"] > rules.MOVES
         found += self.judged(["adapters never moved"] if moved else [], still)
         found += self.judged(["evaluation worse than before training"], rules.worsened(whole, self.alerts), "rise")
+        began = statistics.median(self.firsts) if len(self.firsts) == 10 else 0
+        covered = line.get("epoch", self.samples / self.rows if self.rows else 2.0)
+        found += self.judged([], rules.unfollowed(entry, first, began, covered))
         found += self.judged(["growing gap"], rules.gap(whole, self.alerts), "rise")
         if len(evals) == 1 and first is entry and entry["step"] == 0:
             self.spikes["loss"].expect(entry["loss"])

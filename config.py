@@ -150,7 +150,7 @@ ALERTS = ("dead gradients", "steps without gradient", "steps not applied", "non-
           "non-finite evaluation loss", "loss of zero", "nothing left to learn", "wrong gradients", "always clipped", "never clipped",
           "spikes of the training loss", "spikes of the gradient norm", "plateau", "training loss flat", "divergence", "loss above guessing",
           "training and evaluation disagree", "rate ends at nothing", "high rate", "adapters never moved", "adapters do not start at zero",
-          "evaluation frozen", "evaluation worse than before training", "growing gap", "damage by quantisation", "samples never stop",
+          "evaluation frozen", "evaluation worse than before training", "evaluation does not follow training", "growing gap", "damage by quantisation", "samples never stop",
           "samples repeat themselves", "samples do not follow the loss", "noisy gradients")
 
 

@@ -168,6 +168,10 @@ def evaluation(record):
     yield from {found.name: found for found in reversed(still)}.values()  # the first of each
     if len(entries) > 1:
         yield from rules.worsened(entries, alerts)
+        firsts, passes = [loss for step, loss in record.series("loss") if step <= 10], record.series("epoch")
+        began = statistics.median(firsts) if len(firsts) > 5 and not record.rewarded else 0
+        covered = lambda entry: max((epoch for step, epoch in passes if step <= entry["step"]), default=2.0)
+        yield from [found for entry in entries[1:] for found in rules.unfollowed(entry, entries[0], began, covered(entry))][-1:]
     if len(entries) < 3 or len(record.series("loss")) < 6:
         evals, losses = len(entries), len(record.series("loss"))
         counts = f"{counted_as(evals, 'evaluation')} and {counted_as(losses, 'training loss')}"

@@ -193,6 +193,9 @@ def train(config, run, guard, resume, accept, preflight):
         values = {f"eval/{name}": figures[name] for name in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "seconds")}
         values["eval/adapter_digest"] = hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()[:12]
         evaluation.keep(run, f"step-{step:06d}", by_row, step, eval_rows, tokenizer, network)
+        if step == 0 and not initial:
+            norms = [matrix.norm().item() for name, matrix in adapters.items() if ".lora_B." in name]
+            values["adapters/lora_B_norm"] = sum(norms) / len(norms)
         if unquantised and step == 0:
             values |= {f"eval/unquantised_{name}": unquantised[0][name] for name in ("loss", "token_accuracy")}
             evaluation.keep(run, "unquantised", unquantised[1], 0, eval_rows, tokenizer, network)
@@ -291,6 +294,7 @@ def train(config, run, guard, resume, accept, preflight):
             applied += bool(finite)
             matrix = proof.due_matrix(applied, alive)
             dead = proof.dead(continuation.views(flat.grad, adapters), matrix) if matrix and finite else []
+            dead = sorted(set(dead) - set(proof.asleep(network, dead))) if matrix == "lora_A" else dead  # where B is still zero, theirs is zero rightly
             alive |= {matrix} if matrix and finite else set()
             if dead and config.proof.enabled:
                 console.say(f"gradients  DEAD: after step {step} {len(dead)} of the {matrix} have a gradient that is zero or not finite: {proof.some(dead)}")

@@ -10,7 +10,7 @@ now learns to answer with other words. A fault is put where it happens in life: 
 replacing a piece of model.py, data.py, tokens.py, eval.py or torch's optimizer while the run lasts; never into the record. What was said is
 gathered from all that speaks by itself: the forecast (its warnings and refusals), the audit of rows, the gradient proof, alerts while the run
 lasts, health.py's diagnosis of its record, refusals of input, and the verdict. A sick run is named rightly if one of the names that fit
-its fault was said; a well one if nothing above a note was said of it.
+its fault was said (one whose cause or remedy leads to it); a well one if nothing above a note was said of it.
 
 Leaves out: GPUs, and whatever takes more than some hundred steps to show.
 """
@@ -345,8 +345,8 @@ def zoo():
         Run("answers-cut-off", "rows are cut where the answer begins", ("forecast: nothing supervised", "input: refused"), ("--data.max_length=11",)),
         Run("half-cut", "most rows lose the end of their answer", ("forecast: heavy truncation",), ("--data.max_length=17",)),
         Run("labels-not-shifted", "each label is the token itself, in training and evaluation", ("alert: samples do not follow the loss",), (), micro_batches(shifted(-1))),
-        Run("labels-shifted-twice", "each label is the token after the next, in training and evaluation", ("alert: samples do not follow the loss",), (), micro_batches(shifted(1))),
-        Run("labels-shifted-in-training", "the same, in training alone", ("alert: evaluation worse than before training", "alert: training and evaluation disagree"), (),
+        Run("labels-shifted-twice", "each label is the token after the next, in training and evaluation", ("alert: samples do not follow the loss", "alert: samples never stop"), ("--train.max_steps=120",), micro_batches(shifted(1))),
+        Run("labels-shifted-in-training", "the same, in training alone", ("alert: evaluation worse than before training", "alert: training and evaluation disagree", "alert: evaluation does not follow training"), (),
             micro_batches(shifted(1), evaluated=False)),
         Run("random-labels", "answers that have nothing to do with their questions, for a model that could answer", ("alert: growing gap", "alert: evaluation worse than before training"), (), rows=lambda seed: copies(seed, wrong=1.0), prepare=able),
         Run("rate-too-high", "the rate x 1000", ("forecast: high rate", "alert: divergence", "alert: high rate"), ("--schedule.learning_rate=5.0",)),

@@ -406,6 +406,23 @@ def test_an_evaluation_that_rises_while_the_training_loss_falls_is_a_growing_gap
     assert "growing gap" not in {one.name for _, one in raised(s, both)}
 
 
+def test_an_evaluation_that_stands_while_the_training_loss_falls_in_the_first_pass_does_not_follow():
+    s = setup()
+    told = lambda rows, evaluated: [
+        step for step, one in raised(s, healthy(s, rows=rows, evaluated=evaluated)) if one.name == "evaluation does not follow training"
+    ]
+    assert told(100_000, lambda t, rng: 3.9 - 0.2 * t) == [80]
+    assert told(100, lambda t, rng: 3.9 - 0.2 * t) == []  # rows seen 25 times by then may be known by heart
+    assert told(100_000, lambda t, rng: 4.0 - 3 * t) == []
+
+
+def test_a_norm_of_B_above_zero_before_training_is_a_fault_unless_an_adapter_was_given():
+    s = setup()
+    lines = lambda norm: [healthy(s)[0] | {"adapters/lora_B_norm": norm}]
+    assert first(s, lines(0.3), "adapters do not start at zero")[1].severity == "fault" and raised(s, lines(0.0)) == []
+    assert raised(setup(lora={"init_from": "somewhere"}), lines(0.3)) == []
+
+
 def test_damage_by_quantisation_is_told_beyond_what_nf4_usually_costs():
     s = setup()
     with_loss = lambda loss: [healthy(s)[0] | {"eval/unquantised_loss": loss}]
@@ -442,11 +459,16 @@ def test_samples_are_judged_from_half_of_the_run_on_by_their_references():
 
 def test_samples_that_do_not_follow_the_loss_are_told():
     s = setup()
-    lines = [line | {"eval/overlap": 0.02} if "eval/loss" in line else line for line in healthy(s)]
-    assert first(s, lines, "samples do not follow the loss")[1].severity == "warning"
-    assert "samples do not follow the loss" not in {one.name for _, one in raised(s, healthy(s))}
-    early = [line | {"eval/token_accuracy": 0.5} if "eval/loss" in line else line for line in lines]
-    assert "samples do not follow the loss" not in {one.name for _, one in raised(s, early)}
+
+    def told(**figures):
+        lines = [line | figures if "eval/loss" in line else line for line in healthy(s)]
+        return [one.severity for _, one in raised(s, lines) if one.name == "samples do not follow the loss"]
+
+    assert told(**{"eval/overlap": 0.02, "eval/token_accuracy": 0.9}) == ["warning"]
+    assert told(**{"eval/overlap": 0.5, "eval/token_accuracy": 0.9}) == []
+    assert told(**{"eval/overlap": 0.0, "eval/token_accuracy": 0.5}) == []  # a model that has barely begun writes nothing right yet
+    one_sample = json.dumps(json.loads(evaluation(0, 0, "", 0)["eval/samples"])[:1])
+    assert told(**{"eval/overlap": 0.0, "eval/token_accuracy": 0.8, "eval/samples": one_sample}) == []  # one may be bad luck
 
 
 def test_a_gradient_proof_outside_its_tolerance_is_a_fault():
