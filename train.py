@@ -363,8 +363,7 @@ def open_record(run, config, state, resume, owed, outlook):
     if not resume:  # what lies there has no checkpoint to go on from, or is to be overwritten
         for old in [run / "checkpoints", run / "evaluations", run / "metrics.jsonl", run / "verdict.json", run / "report.md", run / "plots", *run.glob("events.out.tfevents.*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    told = {"figures": outlook.figures, "findings": [dataclasses.asdict(found) for found in outlook.findings], "acknowledged": outlook.acknowledged}
-    for name, tree in (("config.json", config.to_dict()), ("environment.json", record.environment()), ("forecast.json", told)):
+    for name, tree in (("config.json", config.to_dict()), ("environment.json", record.environment()), ("forecast.json", forecast.as_json(outlook))):
         (run / f".{name}.tmp").write_text(json.dumps(tree, indent=1), encoding="utf-8")
         os.replace(run / f".{name}.tmp", run / name)
     recorder = record.Recorder(run, config.log.tensorboard, state["step"] - owed if resume else None)
