@@ -1,4 +1,4 @@
-"""The gradient proof: are the adapters' gradients alive, and are they those of the loss. And --overfit N, the oldest sanity check.
+"""The gradient proof: are the adapters' gradients alive, and are they those of the loss.
 
 Alive is what others look at: a gradient that is neither zero nor infinite. It proves little, since a backward pass that leaves out
 the frozen weights, doubles a factor or reads stale copies has healthy norms too. So `check` asks the loss itself: the weights are
@@ -8,6 +8,8 @@ g foretells. How far "a little" is, and how exact "must be", is argued and measu
 What it cannot see: parts of a gradient that are missing without a trace in the rest (moving along what is left changes the loss by
 just what is left; `dead` names whole matrices of that kind), an error in a part that carries less of |g|^2 than the tolerance
 (`parts` repeats the proof for each kind of projection), and sums over more micro-batches than it is given.
+
+    python proof.py configs/quickstart.json --model.quant=int8     the proof alone, for the model and rows of a configuration
 
 How train.py uses it, in short (the docstrings say the rest):
 
@@ -19,16 +21,15 @@ How train.py uses it, in short (the docstrings say the rest):
     matrix = proof.due_matrix(applied, looked_at)                                 behind a step; applied: moments["step"], those really taken
     if matrix and proof.telling(window): names = proof.dead(views(flat.grad, adapters), matrix); less proof.asleep(network, names)
 """
-import dataclasses
-import hashlib
 import math
 import re
-import statistics
+import textwrap
 import time
 from dataclasses import dataclass, field
 
 import torch
 
+import config as settings
 import data
 import model
 
@@ -422,5 +423,44 @@ def some(names, shown=4):
 
 def wrap(text, width=80):
     """Text in lines of `width` columns, the later ones under the first one's second word (column 11)."""
-    import textwrap
-    return "\n".join(textwrap.wrap(" ".join(text.split(" ")), width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False))
+    return "\n".join(textwrap.wrap(text, width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False))
+
+
+def main(argv):
+    if not argv or "--help" in argv:
+        print(__doc__)
+        return 0
+    words, _, overrides = settings.command_line(argv, {})
+    if len(words) != 1:
+        raise ValueError(f"give one configuration, as in: python proof.py configs/quickstart.json (got {' '.join(words) or 'none'})")
+    config = settings.located(settings.read(settings.find(words[0]), overrides))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
+    rows = data.tokenize(data.read_splits(config)[0], tokenizer, config.data)
+    network, codes = model.load(config, device), set()
+
+    def forward_backward(batch, weight):
+        loss = model.summed_loss(network, batch.to(device))[0]
+        (loss * weight).backward()
+        return loss.detach()
+
+    print(f"network    {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {device.type}, {network.fused_layers} layers fused")
+    parts = "even" if config.proof.parts == "no" else "parts"
+    for where, size, what in (("B = 0", 0.0, "even"), ("B drawn at random", 1e-3, parts)):
+        generator = torch.Generator().manual_seed(config.train.seed)
+        with torch.no_grad():
+            for name, parameter in model.adapters(network).items():
+                if ".lora_B." in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+        batches = sample(config, rows, data.sample_stream(len(rows), config.train.seed, 0, len(rows)), device)
+        result = check(network, forward_backward, batches, 65536.0 if config.model.compute_dtype == "fp16" else 1.0, what)
+        supervised, tokens = sum(len(batch.targets) for batch in batches), sum(len(batch.input_ids) for batch in batches)
+        print(f"\n{where}: {supervised} supervised tokens of {tokens}, loss {result.loss:.4f}, {result.seconds:.1f} s\n{result.text}")
+        for name, (ratio, tolerance, ok) in result.parts.items():
+            print(f"           {name:<12} {ratio:.4f} +- {tolerance:.4f}{'' if ok else '  WRONG' if ok is False else '  cannot be told'}")
+        codes.add(4 if result.ok is False else 0)
+    return max(codes)
+
+
+if __name__ == "__main__":
+    settings.run_command(main)

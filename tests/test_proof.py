@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    make_model(path, num_hidden_layers=3, initializer_range=0.05)
+    make_model(path, num_hidden_layers=2, initializer_range=0.05)
     return path
 
 
@@ -60,7 +60,7 @@ def batches():
 
 
 def checked(folder, *args, **settings):
-    settings.setdefault("what", "even")
+    settings.setdefault("what", "whole")
     given = {name: settings.pop(name) for name in ("what", "scale") if name in settings}
     network, forward_backward = loaded(folder, *args, **settings)
     return proof.check(network, forward_backward, batches(), **given)
@@ -75,7 +75,6 @@ def test_healthy_gradients_are_proved(folder, quant, dtype, exact, fast, b):
     result = checked(folder, quant, dtype, b, memory={"fused": fast}, scale=1024.0 if dtype == "fp16" else 1.0, what="even")
     assert result.ok and not result.dead and not result.wrong, result
     assert abs(result.ratio - 1) < exact and result.tolerance < 0.25, result
-    print("MARGIN", quant, dtype, fast, b, f"{result.ratio - 1:+.2g} {result.tolerance:.2g} {result.seconds:.1f}")
 
 
 def test_each_kind_of_projection_is_proved_by_itself_where_asked_for(folder):
@@ -89,8 +88,8 @@ def test_each_kind_of_projection_is_proved_by_itself_where_asked_for(folder):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_masks_of_dropout_are_the_same_in_the_gradient_and_in_every_pass(folder, fast, dtype):
     network, forward_backward = loaded(folder, "none", dtype, lora={"dropout": 0.4}, memory={"fused": fast})
-    result = proof.check(network, forward_backward, batches())
-    assert result.ok and result.tolerance < 0.1, result
+    result = proof.check(network, forward_backward, batches(), what="whole")
+    assert result.ok and result.tolerance < 0.2, result
     masks = lambda: torch.cat([model.summed_loss(network, batch)[1] for batch in batches()])
     assert not torch.equal(masks(), masks()), "this network's loss does depend on masks"
 
@@ -103,7 +102,7 @@ def test_nothing_is_changed_by_the_proof(folder):
     torch.manual_seed(7)
     everything = lambda: [memory.flat.detach().clone(), memory.flat.grad.clone(), memory.working.clone(), memory.kept.buffer.clone() if memory.kept else torch.zeros(1), torch.get_rng_state()]
     before = everything()
-    assert proof.check(network, forward_backward, batches(), what="parts").ok
+    assert proof.check(network, forward_backward, batches(), what="even").ok
     assert all(torch.equal(a, b) for a, b in zip(before, everything())) and network.training
     assert all(p.data_ptr() == memory.flat.data_ptr() + 4 * memory.places[p].start for p in model.adapters(network).values())
 
@@ -160,7 +159,7 @@ def test_in_the_fused_layers_too(folder, monkeypatch):
 def test_at_b_zero_they_are_dead(folder, monkeypatch):
     monkeypatch.setattr(model.FrozenMatmul, "backward", drop_base(range(10**6)))
     result = checked(folder, b=0.0, memory={"fused": False})
-    assert result.ok is False and "DEAD" in result.text and len(result.dead) == 3 * 5 + 0, result.dead  # o, gate, up, ...: see below
+    assert result.ok is False and "DEAD" in result.text and {name.split(".")[-3] for name in result.dead} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}, result.dead
 
 
 def test_one_layer_that_loses_its_gradient_is_found_by_name(folder, monkeypatch):
@@ -172,5 +171,123 @@ def test_one_layer_that_loses_its_gradient_is_found_by_name(folder, monkeypatch)
     wide = network.get_decoder().layers[1].forward.wide
     monkeypatch.setattr(fused.Group, "backward", fused_backward(change))
     result = proof.check(network, forward_backward, batches())
-    assert result.ok is False and "2 wrong layers" in result.text or "layers.1" in result.text, result
+    assert result.ok is False and "model.layers.1 is the first of 2 wrong layers" in " ".join(result.text.split()), result
     assert result.wrong and all(name.startswith("model.layers.1.self_attn") for name in result.wrong), result.wrong
+
+
+@pytest.mark.parametrize("factor, dtype", [(2.0, "bf16"), (0.5, "fp32"), (-1.0, "fp32")])
+def test_gradients_of_another_size_or_sign_are_wrong(folder, factor, dtype):
+    """Added twice, without the adapters' scale, or the other way round."""
+    network, forward_backward = loaded(folder, "none", dtype)
+    result = proof.check(network, lambda batch, weight: forward_backward(batch, weight * factor), batches(), what="whole")
+    assert result.ok is False and result.ratio == pytest.approx(1 / factor, rel=0.15), result
+
+
+def test_micro_batches_that_overwrite_instead_of_adding_up_are_wrong(folder):
+    network, forward_backward = loaded(folder)
+
+    def overwriting(batch, weight):
+        network.adapter_memory.flat.grad.zero_()
+        return forward_backward(batch, weight)
+
+    assert len(batches()) == 2 and proof.check(network, overwriting, batches(), what="whole").ok is False
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_tenth_too_much_in_one_kind_of_projection_is_named(folder, monkeypatch, fast):
+    network, forward_backward = loaded(folder, memory={"fused": fast})
+    places = [network.adapter_memory.places[parameter] for name, parameter in model.adapters(network).items() if ".k_proj." in name]
+
+    def tenth_too_much(batch, weight):
+        loss = forward_backward(batch, weight)
+        for place in places:
+            network.adapter_memory.flat.grad[place] *= 1.1 ** 0.5  # called once for each of two micro-batches
+        return loss
+
+    result = proof.check(network, tenth_too_much, batches(), what="parts")
+    assert result.ok is False and all("k_proj" in name for name in result.wrong) and result.wrong, result
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_forward_passes_on_stale_copies_are_wrong(folder, monkeypatch, dtype):
+    network, forward_backward = loaded(folder, "nf4", dtype, memory={"keep_dequantized": "yes"})
+    memory = network.adapter_memory
+    memory.refresh()
+    memory.working = memory.working.clone()  # in fp32 it is the weights themselves; a copy can be stale
+    for module in network.modules():
+        if isinstance(module, model.AdaptedLinear):
+            module.working_B = memory.working[memory.places[module.lora_B]].view_as(module.lora_B)
+    for layer in network.get_decoder().layers:
+        for group in layer.forward.groups:
+            group.working_A, group.grad_A = memory.together([module.lora_A for module in group.adapted])
+    monkeypatch.setattr(memory, "refresh", lambda: None)
+    result = proof.check(network, forward_backward, batches(), what="whole")
+    assert result.ok is False and "stale" in result.text and abs(result.ratio) < 0.1, result
+
+
+def test_a_training_pass_on_stale_weights_is_wrong_though_its_gradients_are_those_of_its_own_loss(folder):
+    """A replayed graph that reads old weights, say."""
+    network, forward_backward = loaded(folder)
+    old, flat = torch.zeros_like(network.adapter_memory.flat), network.adapter_memory.flat
+
+    def on_old_weights(batch, weight):
+        now = flat.detach().clone()
+        with torch.no_grad():
+            flat.copy_(now * 0.9)
+        loss = forward_backward(batch, weight)
+        with torch.no_grad():
+            flat.copy_(now)
+        return loss
+
+    result = proof.check(network, on_old_weights, batches(), what="whole")
+    assert result.ok is False and "STALE" in result.text, result
+
+
+def test_a_cut_graph_is_dead_before_the_first_step(folder, monkeypatch):
+    network, _ = loaded(folder, b=0.0)
+    result = proof.check(network, lambda batch, weight: model.summed_loss(network, batch)[0].detach(), batches())
+    assert result.ok is False and len(result.dead) == 14 and all("lora_B" in name for name in result.dead) and "DEAD" in result.text, result
+    assert max(map(len, result.text.splitlines())) <= 80
+
+
+# ------------------------------------------------------------------------------------------------------ alive, and when
+
+def test_dead_gradients_are_named():
+    named = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.zeros(3, 2), "b.lora_A.weight": torch.tensor([[math.nan, 1.0]]), "b.lora_B.weight": torch.full((2, 2), 1e-40)}
+    assert proof.dead(named) == ["a.lora_B.weight", "b.lora_A.weight"]
+    assert proof.dead(list(named.items()), "lora_A") == ["b.lora_A.weight"] and proof.dead({}, "lora_A") == []
+
+
+def test_b_is_looked_at_after_the_first_applied_step_and_a_after_the_second():
+    assert [proof.due_matrix(applied, set()) for applied in range(3)] == ["", "lora_B", "lora_B"]
+    assert [proof.due_matrix(applied, {"lora_B"}) for applied in range(3)] == ["", "", "lora_A"]
+    assert proof.due_matrix(9, {"lora_B", "lora_A"}) == ""
+
+
+def test_a_window_of_first_tokens_tells_nothing():
+    batch = lambda rows: types.SimpleNamespace(position_ids=torch.tensor([0, 1, 0, 1]), rows=torch.tensor(rows, dtype=torch.int64))
+    assert not proof.telling([batch([0, 2])]) and not proof.telling([batch([])]) and not proof.telling([]) and proof.telling([batch([0]), batch([3])])
+
+
+def test_a_sleeping_b_excuses_its_a(folder):
+    network, forward_backward = loaded(folder, "none", "fp16", b=1e-9)
+    names = [name for name in model.adapters(network) if ".lora_A." in name]
+    assert proof.asleep(network, names) == names
+    assert proof.asleep(loaded(folder, "none", "bf16", b=1e-9)[0], names) == []
+
+
+@pytest.mark.parametrize("every, first, max_steps, due", [
+    (4, 1, 20, {0: "whole", 2: "parts", 4: "even"}), (0, 1, 20, {0: "whole", 2: "parts", 20: "even"}), (4, 9, 20, {8: "whole", 10: "parts", 12: "even"}),
+    (4, 7, 20, {6: "whole", 8: "parts"}), (500, 1, 1, {0: "whole", 1: "parts"}), (500, 1, 2, {0: "whole", 2: "parts"})])
+def test_when_it_is_due(every, first, max_steps, due):
+    config = make_config("x", eval={"every_steps": every}, proof={"parts": "yes"})
+    assert {step: what for step in range(first - 1, max_steps + 1) if (what := proof.due(config, step, first, max_steps))} == due
+    assert not any(proof.due(make_config("x", proof={"enabled": False}), step, first, max_steps) for step in range(max_steps + 1))
+    assert proof.due(make_config("x"), 2, 1, 20, "cpu") == "even" and proof.due(make_config("x"), 2, 1, 20, "cuda") == "parts"
+
+
+def test_rows_are_taken_until_they_supervise_enough():
+    config = make_config("x", proof={"tokens": 20})
+    taken = proof.sample(config, ROWS, range(8))
+    assert len(taken) == 2 and 20 <= sum(len(batch.targets) for batch in taken) < 20 + 42 and sorted(r for batch in taken for r in batch.samples) == [0, 1, 2]
+    assert [batch.samples for batch in proof.sample(config, ROWS, [3, 3, 3])] == [[3]]
