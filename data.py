@@ -112,7 +112,7 @@ def inspect(cfg, tokenizer, near=None):
     prints = [sources.fingerprint(source) for source in _named_sources(data)]
     special = _special_texts(tokenizer)
     place = cache.folder(data.cache) if all(prints) else None
-    what = ["audit", prints, data.columns, data.roles, data.first_rows, data.near_duplicate, data.bad_rows, special]
+    what = ["audit", audit.VERSION, prints, bool(data.eval), data.columns, data.roles, data.first_rows, data.near_duplicate, data.bad_rows, special]
 
     def build(folder):
         with _shown_progress("looking through") as bar:

@@ -223,3 +223,11 @@ def test_prompts_of_held_out_rows_are_those_rows(tmp_path):
     expected = data.prompts(cfg, make_tokenizer(), data.read_splits(cfg)[1])
     assert data.prompts(cfg, make_tokenizer()) == expected and len(expected) == 3
     assert data.prompts(config.from_dict({"data": cfg.to_dict()["data"], "eval": {"samples": 6}}), make_tokenizer())[:3] == expected
+
+
+def test_findings_of_a_mixture_are_not_taken_for_those_of_training_and_evaluation_rows(tmp_path):
+    a, b = write_rows(tmp_path / "a.jsonl", 12), write_rows(tmp_path / "b.jsonl", 30)  # b begins with a's rows
+    common = dict(cache=str(tmp_path / "cache"))
+    apart = config.from_dict({"data": {"mixture": [[b, 1]], "eval": a, **common}})
+    mixed = config.from_dict({"data": {"mixture": [[b, 1], [a, 1]], "eval": "", "eval_rows": 3, **common}})
+    assert data.inspect(apart, make_tokenizer())["rows"] == 30 and data.inspect(mixed, make_tokenizer())["rows"] == 42
