@@ -1,7 +1,7 @@
 """Rows as the model sees them: every token, which of them are supervised, where turns end, and how rows lie in a micro-batch.
 
-On a terminal supervised tokens are green, tokens that end a turn reversed, special tokens dim; elsewhere marks say the same:
-[supervised], <|special|> as they are written. Leaves out: choosing rows (data.py). Run through data.py:
+On a terminal supervised tokens are green, tokens that end a turn reversed, the BOS underlined, other special tokens dim;
+elsewhere marks say the same: [supervised], [|end of a turn|], ^BOS. Leaves out: choosing rows (data.py). Run through data.py:
 
     python data.py CONFIG --preview 3
     python data.py CONFIG --preview 3 --ids
@@ -9,13 +9,13 @@ On a terminal supervised tokens are green, tokens that end a turn reversed, spec
 import re
 import textwrap
 
-GREEN, DIM, REVERSED, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[7m", "\x1b[0m"
+GREEN, DIM, REVERSED, UNDERLINED, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[7m", "\x1b[4m", "\x1b[0m"
 ESCAPES = re.compile("\x1b\\[[0-9;]*m")
 
 
 def lines(rows, tokenizer, end_ids, chosen, packed, max_tokens, ids=False, colour=False, width=80):
     """Lines that show the rows `chosen` (indices), a token list each if `ids`, and the micro-batches `packed` of the first step."""
-    out = [legend(tokenizer, end_ids, colour), ""] if colour else [*textwrap.wrap(legend(tokenizer, end_ids, colour), width), ""]
+    out = [*wrapped(legend(tokenizer, end_ids, colour), width, ""), ""]
     for r in chosen:
         begin, end = int(rows.offsets[r]), int(rows.offsets[r + 1])
         tokens, supervised = rows.ids[begin:end].tolist(), rows.supervised[begin:end].tolist()
@@ -35,7 +35,7 @@ def legend(tokenizer, end_ids, colour):
     """How to read what follows."""
     ends = " or ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in end_ids)
     bos = f"{tokenizer.bos_token} ({tokenizer.bos_token_id})" if tokenizer.bos_token_id is not None else "none"
-    marks = (f"{GREEN}supervised{PLAIN}, {REVERSED}end of a turn{PLAIN}, {DIM}special{PLAIN}" if colour else "[supervised], [|end of a turn|], ^BOS")
+    marks = (f"{GREEN}supervised{PLAIN}, {REVERSED}end of a turn{PLAIN}, {DIM}special{PLAIN}, {UNDERLINED}BOS{PLAIN}" if colour else "[supervised], [|end of a turn|], ^BOS")
     return f"{marks}; a turn ends with {ends}; BOS {bos}"
 
 
@@ -53,7 +53,7 @@ def text(ids, supervised, tokenizer, end_ids, colour):
         piece = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         piece = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in piece)
         if colour:
-            style = REVERSED + GREEN if what == "end" else DIM if what in ("special", "bos") and not on else GREEN if on else ""
+            style = REVERSED + GREEN if what == "end" else UNDERLINED if what == "bos" else DIM if what == "special" and not on else GREEN if on else ""
             pieces.append(f"{style}{piece}{PLAIN}" if style else piece)
         else:
             pieces.append(f"[|{piece}|]" if what == "end" else f"^{piece}" if what == "bos" else f"[{piece}]" if on else piece)

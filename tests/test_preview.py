@@ -31,6 +31,8 @@ def test_colours_say_the_same_and_fall_away_to_the_text():
     assert ESCAPES.sub("", text) == tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert re.findall(re.escape(preview.GREEN) + r"(Paris\.|Lima\.)" + re.escape(preview.PLAIN), text) == ["Paris.", "Lima."]
     assert text.count(preview.REVERSED) == 2
+    bos = make_tokenizer(LLAMA3, eos="<|eot_id|>", bos="<s>")
+    assert shown(tokenized([{"messages": CHAT}], bos), bos, colour=True).startswith(f"{preview.UNDERLINED}<s>{preview.PLAIN}")
 
 
 def test_characters_of_several_tokens_are_whole_and_control_characters_are_written_out():
