@@ -7,10 +7,11 @@
 
 Each run is train.main itself in this process, on a Llama of two layers that was taught for some seconds to copy words, and
 now learns to answer with other words. A fault is put where it happens in life: into the rows, the configuration, or by
-replacing a piece of model.py, data.py, tokens.py, eval.py or torch's optimizer while the run lasts; never into the record. What was said is
-gathered from all that speaks by itself: the forecast (its warnings and refusals), the audit of rows, the gradient proof, alerts while the run
-lasts, health.py's diagnosis of its record, refusals of input, and the verdict. A sick run is named rightly if one of the names that fit
-its fault was said (one whose cause or remedy leads to it); a well one if nothing above a note was said of it.
+replacing a piece of model.py, data.py, tokens.py, eval.py or torch's optimizer while the run lasts; never into the record.
+What was said is gathered from all that speaks by itself: the forecast (its warnings and refusals), the audit of rows, the
+gradient proof, alerts while the run lasts, health.py's diagnosis of its record, refusals of input, and the verdict. A sick
+run is named rightly if one of the names that fit its fault was said (one whose cause or remedy leads to it); a well one if
+nothing above a note was said of it, and its verdict's minimum set did not fail.
 
 Leaves out: GPUs, and whatever takes more than some hundred steps to show.
 """
@@ -37,6 +38,7 @@ CONSONANTS, VOWELS = "bdfgklmnprst", "aeio"
 WORDS = [a + b + c for a, b, c in zip(CONSONANTS * 2, (v for v in VOWELS for _ in CONSONANTS), (CONSONANTS[5:] + CONSONANTS[:5]) * 2)]  # 24
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+SERIOUS = ("refuse", "fault", "warning")
 SETTINGS = {
     "model": {"quant": "none", "compute_dtype": "fp32"}, "lora": {"r": 8, "alpha": 16.0}, "memory": {"max_tokens": 256},
     "train": {"micro_batch_size": 4, "accumulation": 4, "max_steps": 60},
@@ -49,7 +51,7 @@ SETTINGS = {
 # ------------------------------------------------------------------------------------------------- a model and its task
 
 def make_base(folder, seed, steps=200, stops=False):
-    """A tokenizer of whole words, and a Llama of two layers that copies three words of four and errs in the rest: sure of nothing, but no fool.
+    """A tokenizer of whole words, and a Llama of two layers that copies three words of four: sure of nothing, but no fool.
 
     It never saw what ends an answer, so that it has to learn to stop, unless it `stops`.
     """
@@ -61,10 +63,12 @@ def make_base(folder, seed, steps=200, stops=False):
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex(r" ?[^ \n]+|\n"), "isolated"), decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<pad>", unk_token="<unk>", chat_template=TEMPLATE)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<pad>", unk_token="<unk>",
+                                        chat_template=TEMPLATE)
     torch.manual_seed(seed)
-    network = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=128,
-                                           max_position_embeddings=256, initializer_range=0.08, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    network = LlamaForCausalLM(LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=128,
+        max_position_embeddings=256, initializer_range=0.08, bos_token_id=1, eos_token_id=2, pad_token_id=0))
     dice = random.Random(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for step in range(steps):
@@ -72,8 +76,7 @@ def make_base(folder, seed, steps=200, stops=False):
         for _ in range(24):
             words = dice.choices(WORDS, k=length)
             answer = [dice.choice(WORDS) if dice.random() < 0.25 else word for word in words]
-            rows.append(tokenizer.apply_chat_template([{"role": "user", "content": " ".join(words)}, {"role": "assistant", "content": " ".join(answer)}], tokenize=True,
-                                                      return_dict=False))
+            rows.append(tokenizer.apply_chat_template(chat(words, answer)["messages"], tokenize=True, return_dict=False))
         ids = torch.tensor(rows)
         labels = torch.full_like(ids, -100)
         answered = slice(-length - 2, -1 if stops else -2)  # never the line break behind <|im_end|>
@@ -174,7 +177,7 @@ def start_at_random(real):
 
 
 def lost_after(evaluations):
-    """Gradients through frozen weights are missing from the n-th evaluation on, as where one library repacks 4-bit weights for inference."""
+    """Gradients through frozen weights are missing from the n-th evaluation on, as where a library repacks them for inference."""
     import eval as evaluation
     import model
     done = []
@@ -262,6 +265,17 @@ def exploding(network, batch, loss):
     return loss * (300.0 if 5 in batch.samples else 1.0)
 
 
+def not_a_number(network, batch, loss):
+    return loss * (float("nan") if 5 in batch.samples else 1.0)
+
+
+def damaged(real):
+    """Quantisation that returns other weights than it got."""
+    import torch
+    noisy = lambda tensor: tensor + tensor.std() * torch.randn_like(tensor)
+    return lambda tensor, settings, dtype: real(tensor if settings.quant == "none" else noisy(tensor), settings, dtype)
+
+
 def interrupt_at(step):
     """SIGTERM in the middle of a run, once."""
     import data
@@ -302,8 +316,6 @@ def zoo():
 
     plain, noproof = "--memory.fused=false", "--proof.enabled=false"
     dead, wrong = ("proof: dead gradients", "alert: dead gradients"), ("proof: wrong gradients",)
-    lost = lambda real: lambda network, batch: (lambda loss, nll, correct: (loss * (float("nan") if torch.is_grad_enabled() and 5 in batch.samples else 1.0), nll, correct))(*real(network, batch))
-    worse = lambda real: lambda tensor, *rest: real(tensor + tensor.std() * torch.randn_like(tensor), *rest) if rest[0].quant != "none" else real(tensor, *rest)
 
     def template(folder, text):
         (folder / "template.jinja").write_text(text)
@@ -324,55 +336,76 @@ def zoo():
 
     sick = [
         Run("graph-cut", "the graph begins behind the last layer", dead, (), replaced((model, "hidden_states", cut_everything))),
-        Run("graph-cut-unproved", "the same, with the gradient proof turned off", ("alert: dead gradients",), (noproof,), replaced((model, "hidden_states", cut_everything))),
+        Run("graph-cut-unproved", "the same, with the gradient proof turned off", ("alert: dead gradients",), (noproof,),
+            replaced((model, "hidden_states", cut_everything))),
         Run("lower-layer-cut", "the graph begins between the layers", dead, (plain,), replaced((model, "load", after_load(cut_below)))),
-        Run("attention-frozen", "adapters of the attention have requires_grad=False", dead, (plain,), replaced((model, "load", after_load(freeze_attention)))),
-        Run("base-gradient-lost", "gradients through frozen weights are missing from the first evaluation on", wrong + dead, (plain,), lost_after(1)),
+        Run("attention-frozen", "adapters of the attention have requires_grad=False", dead, (plain,),
+            replaced((model, "load", after_load(freeze_attention)))),
+        Run("base-gradient-lost", "gradients through frozen weights are missing from the first evaluation on", wrong + dead, (plain,),
+            lost_after(1)),
         Run("base-gradient-lost-later", "the same, from the evaluation at step 15 on", wrong, (plain,), lost_after(2)),
         Run("stale-copies", "the forward pass works on adapters as they were when the run began", wrong + dead,
-            ("--model.compute_dtype=bf16", "--memory.keep_dequantized=no"), replaced((model.AdapterMemory, "refresh", lambda real: lambda self: None))),
-        Run("accumulation-not-normalised", "losses of 4 micro-batches are added, not averaged", wrong, (), replaced((model, "summed_loss", in_training(lambda n, b, loss: loss * 4)))),
-        Run("accumulation-unproved", "the same, with the gradient proof turned off", ("alert: training and evaluation disagree",), (noproof,),
+            ("--model.compute_dtype=bf16", "--memory.keep_dequantized=no"),
+            replaced((model.AdapterMemory, "refresh", lambda real: lambda self: None))),
+        Run("accumulation-not-normalised", "losses of 4 micro-batches are added, not averaged", wrong, (),
             replaced((model, "summed_loss", in_training(lambda n, b, loss: loss * 4)))),
-        Run("optimizer-empty", "the optimizer holds copies of the adapters", ("alert: adapters never moved", "alert: evaluation frozen"), (), replaced((torch.optim, "AdamW", empty_handed))),
+        Run("accumulation-unproved", "the same, with the gradient proof turned off", ("alert: training and evaluation disagree",),
+            (noproof,), replaced((model, "summed_loss", in_training(lambda n, b, loss: loss * 4)))),
+        Run("optimizer-empty", "the optimizer holds copies of the adapters", ("alert: adapters never moved", "alert: evaluation frozen"),
+            (), replaced((torch.optim, "AdamW", empty_handed))),
         Run("evaluation-stale", "evaluations and samples are made with the weights as loaded", ("alert: evaluation frozen",), (),
             replaced((evaluation, "evaluate", stale), (evaluation, "generate", stale))),
-        Run("B-not-zero", "B is drawn at random, like A", ("alert: adapters do not start at zero",), (), replaced((model, "draw_adapters", start_at_random))),
+        Run("B-not-zero", "B is drawn at random, like A", ("alert: adapters do not start at zero",), (),
+            replaced((model, "draw_adapters", start_at_random))),
         Run("labels-masked", "no token of any row is supervised", ("forecast: nothing supervised", "input: refused"), (),
             replaced((tokens, "_supervise", lambda real: lambda *a: (lambda inside, last: (inside & False, last))(*real(*a))))),
-        Run("labels-masked-in-batches", "the labels of every micro-batch are masked, those of evaluations too", ("alert: steps not applied",), (noproof,),
-            micro_batches(lambda batch: only(batch, batch.targets < 0))),
-        Run("answers-cut-off", "rows are cut where the answer begins", ("forecast: nothing supervised", "input: refused"), ("--data.max_length=11",)),
+        Run("labels-masked-in-batches", "the labels of every micro-batch are masked, those of evaluations too",
+            ("alert: steps not applied",), (noproof,), micro_batches(lambda batch: only(batch, batch.targets < 0))),
+        Run("answers-cut-off", "rows are cut where the answer begins", ("forecast: nothing supervised", "input: refused"),
+            ("--data.max_length=11",)),
         Run("half-cut", "most rows lose the end of their answer", ("forecast: heavy truncation",), ("--data.max_length=17",)),
-        Run("labels-not-shifted", "each label is the token itself, in training and evaluation", ("alert: samples do not follow the loss",), (), micro_batches(shifted(-1))),
-        Run("labels-shifted-twice", "each label is the token after the next, in training and evaluation", ("alert: samples do not follow the loss", "alert: samples never stop"), ("--train.max_steps=120",), micro_batches(shifted(1))),
-        Run("labels-shifted-in-training", "the same, in training alone", ("alert: evaluation worse than before training", "alert: training and evaluation disagree", "alert: evaluation does not follow training"), (),
-            micro_batches(shifted(1), evaluated=False)),
-        Run("random-labels", "answers that have nothing to do with their questions, for a model that could answer", ("alert: growing gap", "alert: evaluation worse than before training"), (), rows=lambda seed: copies(seed, wrong=1.0), prepare=able),
-        Run("rate-too-high", "the rate x 1000", ("forecast: high rate", "alert: divergence", "alert: high rate"), ("--schedule.learning_rate=5.0",)),
+        Run("labels-not-shifted", "each label is the token itself, in training and evaluation", ("alert: samples do not follow the loss",),
+            (), micro_batches(shifted(-1))),
+        Run("labels-shifted-twice", "each label is the token after the next, in training and evaluation",
+            ("alert: samples do not follow the loss", "alert: samples never stop"), ("--train.max_steps=120",), micro_batches(shifted(1))),
+        Run("labels-shifted-in-training", "the same, in training alone",
+            ("alert: evaluation does not follow training", "alert: evaluation worse than before training"),
+            (), micro_batches(shifted(1), evaluated=False), rows=lambda seed: (chats(seed, 480), chats(seed + 1000, 24))),
+        Run("random-labels", "answers that have nothing to do with their questions, for a model that could answer",
+            ("alert: growing gap", "alert: evaluation worse than before training"), (), rows=lambda seed: copies(seed, wrong=1.0),
+            prepare=able),
+        Run("rate-too-high", "the rate x 1000", ("forecast: high rate", "alert: divergence", "alert: high rate"),
+            ("--schedule.learning_rate=5.0",)),
         Run("rate-too-low", "the rate / 1000", ("forecast: small rate area",), ("--schedule.learning_rate=5e-6", "--schedule.lr_min=5e-7")),
         Run("rate-dies-early", "the rate falls to 0 after a quarter", ("forecast: rate ends at nothing", "alert: rate ends at nothing"),
             ("--schedule.lr_kind=points", "--schedule.lr_points=[[1,1],[15,1],[16,0]]", "--schedule.lr_min=0")),
-        Run("scheduler-too-fast", "the scheduler is advanced by every micro-batch, and its floor is 0", ("alert: rate ends at nothing",), ("--schedule.lr_min=0",),
-            replaced((schedule, "learning_rate", by_micro_batch))),
-        Run("warm-up-too-long", "the warm-up is longer than the run", ("forecast: warm-up as long as the run",), ("--schedule.lr_warmup_steps=100",)),
-        Run("clipped-to-nothing", "gradients are clipped at 1e-6", ("alert: always clipped",), ("--schedule.clip_norm=1e-6", "--train.max_steps=100", "--train.accumulation=1")),
-        Run("few-rows-seen", "the run ends after a quarter of its rows", ("forecast: coverage below one epoch",), ("--train.micro_batch_size=2",), rows=lambda seed: (chats(seed, 900), chats(seed + 1000, 24))),
+        Run("scheduler-too-fast", "the scheduler is advanced by every micro-batch, and its floor is 0", ("alert: rate ends at nothing",),
+            ("--schedule.lr_min=0",), replaced((schedule, "learning_rate", by_micro_batch))),
+        Run("warm-up-too-long", "the warm-up is longer than the run", ("forecast: warm-up as long as the run",),
+            ("--schedule.lr_warmup_steps=100",)),
+        Run("clipped-to-nothing", "gradients are clipped at 1e-6", ("alert: always clipped",),
+            ("--schedule.clip_norm=1e-6", "--train.max_steps=100", "--train.accumulation=1")),
+        Run("few-rows-seen", "the run ends after a quarter of its rows", ("forecast: coverage below one epoch",),
+            ("--train.micro_batch_size=2",), rows=lambda seed: (chats(seed, 900), chats(seed + 1000, 24))),
         Run("no-terminator", "the chat template has nothing that ends a turn", ("input: refused",), (),
             prepare=lambda folder, seed: template(folder, TEMPLATE.replace("<|im_end|>", ""))),
-        Run("terminator-masked", "what ends an answer is the padding token too, and masked by its id", ("alert: samples never stop",), (), micro_batches(lambda batch: only(batch, batch.targets != 2))),
-        Run("generation-template", "samples are asked for without the opening of the answer", ("alert: samples do not follow the loss", "alert: samples never stop", "alert: samples repeat themselves"), (),
+        Run("terminator-masked", "what ends an answer is the padding token too, and masked by its id", ("alert: samples never stop",), (),
+            micro_batches(lambda batch: only(batch, batch.targets != 2))),
+        Run("generation-template", "samples are asked for without the opening of the answer",
+            ("alert: samples do not follow the loss", "alert: samples never stop", "alert: samples repeat themselves"), (),
             replaced((data, "prompts", lambda real: lambda *a: [prompt | {"ids": prompt["ids"][:-5]} for prompt in real(*a)]))),
-        Run("evaluated-on-training-rows", "the evaluation rows are training rows", ("forecast: leaked rows", "audit: leak"), (), rows=leaked),
-        Run("half-duplicates", "every row stands there twice", ("forecast: duplicate rows", "audit: duplicate"), (), rows=repeated),
-        Run("learnt-by-heart", "12 rows with half their answers at random, for 20 passes", ("alert: growing gap",), ("--train.accumulation=1", "--eval.every_steps=10"),
-            rows=lambda seed: (chats(seed, 12, wrong=0.5), chats(seed + 1000, 24))),
-        Run("exploding-row", "the loss of one row is 300 times too large", ("alert: spikes of the training loss", "alert: spikes of the gradient norm"), (noproof,),
+        Run("evaluated-on-training-rows", "the evaluation rows are training rows", ("forecast: leaked rows",), (),
+            rows=leaked),
+        Run("half-duplicates", "every row stands there twice", ("forecast: duplicate rows",), (), rows=repeated),
+        Run("learnt-by-heart", "12 rows with half their answers at random, for 20 passes", ("alert: growing gap",),
+            ("--train.accumulation=1", "--eval.every_steps=10"), rows=lambda seed: (chats(seed, 12, wrong=0.5), chats(seed + 1000, 24))),
+        Run("exploding-row", "the loss of one row is 300 times too large",
+            ("alert: spikes of the training loss", "alert: spikes of the gradient norm"), (noproof,),
             replaced((model, "summed_loss", in_training(exploding))), rows=lambda seed: (chats(seed, 80), chats(seed + 1000, 24))),
-        Run("row-not-finite", "the loss of one row is not a number", ("alert: non-finite training loss",), (noproof,), replaced((model, "summed_loss", lost)),
-            rows=lambda seed: (chats(seed, 60), chats(seed + 1000, 24))),
-        Run("damaged-weights", "quantisation returns other weights than it got", ("alert: damage by quantisation",), ("--model.quant=int8", "--eval.unquantised=auto"),
-            replaced((quant, "quantize", worse)), rows=copies, prepare=able),
+        Run("row-not-finite", "the loss of one row is not a number", ("alert: non-finite training loss",), (noproof,),
+            replaced((model, "summed_loss", in_training(not_a_number))), rows=lambda seed: (chats(seed, 60), chats(seed + 1000, 24))),
+        Run("damaged-weights", "quantisation returns other weights than it got", ("alert: damage by quantisation",),
+            ("--model.quant=int8", "--eval.unquantised=auto"), replaced((quant, "quantize", damaged)), rows=copies, prepare=able),
     ]
 
     def half_a_run(folder, seed):
@@ -380,22 +413,32 @@ def zoo():
 
     healthy = [
         Run("plain", "no difficulty"),
-        Run("tiny-data", "32 rows, 15 passes", options=("--lora.dropout=0.1", "--train.accumulation=2"), rows=lambda seed: (chats(seed, 32), chats(seed + 1000, 24))),
-        Run("noisy-loss", "single rows a step, a quarter of all answered words at random", options=("--train.micro_batch_size=1", "--train.max_steps=120"),
+        Run("tiny-data", "32 rows, 15 passes", options=("--lora.dropout=0.1", "--train.accumulation=2"),
+            rows=lambda seed: (chats(seed, 32), chats(seed + 1000, 24))),
+        Run("noisy-loss", "single rows a step, a quarter of all answered words at random",
+            options=("--train.micro_batch_size=1", "--train.max_steps=120"),
             rows=lambda seed: (chats(seed, 240, wrong=0.25), chats(seed + 1000, 24, wrong=0.25))),
-        Run("plateau-then-progress", "a base that cannot copy yet: the loss stands at what guessing gives, and then falls", prepare=lambda folder, seed: ["--model.path=" + str(folder.parent / f"raw-{seed}")],
+        Run("plateau-then-progress", "a base that cannot copy yet: the loss stands at what guessing gives, and then falls",
+            prepare=lambda folder, seed: ["--model.path=" + str(folder.parent / f"raw-{seed}")],
             options=("--train.max_steps=150", "--lora.r=16", "--lora.alpha=32")),
-        Run("large-batch", "64 rows a step", options=("--train.micro_batch_size=64", "--train.accumulation=1", "--train.max_steps=30", "--memory.max_tokens=4096"),
+        Run("large-batch", "64 rows a step",
+            options=("--train.micro_batch_size=64", "--train.accumulation=1", "--train.max_steps=30", "--memory.max_tokens=4096"),
             rows=lambda seed: (chats(seed, 600), chats(seed + 1000, 24))),
         Run("high-dropout", "half of every adapter's input dropped", options=("--lora.dropout=0.5",)),
-        Run("small-rank", "rank 1 on two projections", options=("--lora.r=1", "--lora.alpha=2", "--lora.targets=v_proj,down_proj", "--schedule.learning_rate=1e-2")),
+        Run("small-rank", "rank 1 on two projections",
+            options=("--lora.r=1", "--lora.alpha=2", "--lora.targets=v_proj,down_proj", "--schedule.learning_rate=1e-2")),
         Run("resumed", "interrupted by SIGTERM after a third, and resumed", fault=None),
         Run("long-warm-up", "half of the steps warm up", options=("--schedule.lr_warmup_steps=30",)),
-        Run("ragged-rows", "answers of 2 to 9 words", rows=lambda seed: (chats(seed, 240, least=2, most=9), chats(seed + 1000, 24, least=2, most=9)), options=("--eval.max_new_tokens=40",)),
-        Run("always-clipped", "every step clipped at a fifth of its norm", options=("--schedule.clip_norm=0.2", "--train.max_steps=100", "--train.accumulation=1")),
+        Run("ragged-rows", "answers of 2 to 9 words",
+            rows=lambda seed: (chats(seed, 240, least=2, most=9), chats(seed + 1000, 24, least=2, most=9)),
+            options=("--eval.max_new_tokens=40",)),
+        Run("always-clipped", "every step clipped at a fifth of its norm",
+            options=("--schedule.clip_norm=0.2", "--train.max_steps=100", "--train.accumulation=1")),
         Run("growing-batch", "2 rows a step, then 4, then 12", options=("--schedule.batch_points=[[1,2],[20,4],[40,12]]",)),
         Run("nf4", "4 bits, computing in bf16", options=("--model.quant=nf4", "--model.compute_dtype=bf16", "--eval.unquantised=auto")),
-        Run("early-stopping", "stopped by its evaluations", options=("--eval.patience=1", "--eval.every_steps=10", "--schedule.learning_rate=1e-2"), rows=lambda seed: (chats(seed, 60), chats(seed + 1000, 24))),
+        Run("early-stopping", "stopped by its evaluations",
+            options=("--eval.patience=1", "--eval.every_steps=10", "--schedule.learning_rate=1e-2"),
+            rows=lambda seed: (chats(seed, 60), chats(seed + 1000, 24))),
     ]
     return sick, healthy
 
@@ -456,16 +499,16 @@ def said(code, printed, run):
         found |= {f"diagnosis: {one.name}": one.severity for one in health.diagnose(logs.read(str(run))) if one.severity != "unjudged"}
     if (run / "verdict.json").exists():
         verdict = json.loads((run / "verdict.json").read_text())
-        failed = [criterion["name"] for criterion in verdict["criteria"] if criterion["set"] in ("milestone", "minimum") and criterion["outcome"] == "FAIL"]
+        judged = [criterion for criterion in verdict["criteria"] if criterion["set"] in ("milestone", "minimum")]
+        failed = [criterion["name"] for criterion in judged if criterion["outcome"] == "FAIL"]
         found["verdict: " + ("FAIL" if failed else verdict["outcome"])] = "warning" if failed else "note"
     return found
 
 
 def judge(run, found):
-    """Whether a run was named rightly: a sick one by a name that fits, a healthy one by nothing above a note."""
-    if run.expected:
-        return any(name in found for name in run.expected)
-    return not any(severity in ("refuse", "fault", "warning") for severity in found.values())
+    """Whether a run was named rightly: a sick one by a name that fits, above a note, a healthy one by nothing above a note."""
+    serious = {name for name, severity in found.items() if severity in SERIOUS}
+    return bool(serious & set(run.expected)) if run.expected else not serious
 
 
 def one(run, folder, seed):
@@ -483,8 +526,8 @@ def one(run, folder, seed):
         code, printed = begin(arguments, run.fault)
     (folder / "printed.txt").write_text(printed, encoding="utf-8")
     found = said(code, printed, folder / "run")
-    return {"name": run.name, "seed": seed, "sick": bool(run.expected), "what": run.what, "expected": list(run.expected), "said": found, "exit": code,
-            "right": judge(run, found), "seconds": round(time.process_time() - began, 2)}
+    return {"name": run.name, "seed": seed, "sick": bool(run.expected), "what": run.what, "expected": list(run.expected), "said": found,
+            "exit": code, "right": judge(run, found), "seconds": round(time.process_time() - began, 2)}
 
 
 def table(results):
@@ -493,17 +536,17 @@ def table(results):
     for name in dict.fromkeys(result["name"] for result in results):
         same = [result for result in results if result["name"] == name]
         right = sum(result["right"] for result in same)
-        serious = [{key for key, severity in result["said"].items() if severity in ("refuse", "fault", "warning")} for result in same]
-        fitting = [key for key in same[0]["expected"] if any(key in result["said"] for result in same)]
-        others = sorted({key for keys in serious for key in keys if not key.startswith("diagnosis")} - set(fitting))
+        serious = {key for result in same for key, severity in result["said"].items() if severity in SERIOUS}
+        fitting = [key for key in same[0]["expected"] if key in serious]
+        others = sorted({key for key in serious if not key.startswith("diagnosis")} - set(fitting))
         lines.append(f"{'right' if right == len(same) else 'WRONG':<6}{right}/{len(same)}  {name}")
         lines.append(f"             {same[0]['what']}")
         if same[0]["sick"]:
-            lines.append(f"             named: {', '.join(fitting) or 'nothing that fits (wanted: ' + ' or '.join(same[0]['expected']) + ')'}")
+            lines.append(f"             named: {', '.join(fitting) or 'not as ' + ' or '.join(same[0]['expected'])}")
         if others:
             lines.append(f"             {'also said' if same[0]['sick'] else 'said'}: {', '.join(others)}")
     sick, healthy = ([result for result in results if result["sick"] is kind] for kind in (True, False))
-    silent = [result for result in sick if not any(severity in ("refuse", "fault", "warning") for severity in result["said"].values())]
+    silent = [result for result in sick if not any(severity in SERIOUS for severity in result["said"].values())]
     named = sum(result["right"] for result in sick)
     alarmed = sum(not result["right"] for result in healthy)
     lines += ["", f"{'':<16}{'named rightly':>14}{'named otherwise':>17}{'nothing said':>14}",
@@ -515,7 +558,8 @@ def table(results):
 def prepare_process():
     """Imports, and one thread: what is done once."""
     sys.path.insert(0, str(PROJECT))
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     import transformers
     import train  # noqa: F401
@@ -564,12 +608,14 @@ def main(argv):
             results = []
             for result in pool.map(work, jobs):
                 results.append(result)
-                print(f"{'right' if result['right'] else 'WRONG'}  {result['name']} {result['seed']}  {result['seconds']} s", file=sys.stderr, flush=True)
+                told = f"{'right' if result['right'] else 'WRONG'}  {result['name']} {result['seed']}  {result['seconds']} s"
+                print(told, file=sys.stderr, flush=True)
     print(table(results))
-    seconds = time.perf_counter() - began
-    print(f"\n{len(results)} runs, {sum(result['seconds'] for result in results):.0f} seconds of processor time, {seconds:.0f} seconds in all")
+    seconds, worked = round(time.perf_counter() - began), round(sum(result["seconds"] for result in results))
+    print(f"\n{len(results)} runs, {worked} seconds of processor time, {seconds} seconds in all")
     if given.json:
-        pathlib.Path(given.json).write_text(json.dumps({"seconds": round(seconds), "processor_seconds": round(sum(result["seconds"] for result in results)), "runs": results}, indent=1) + "\n")
+        text = json.dumps({"seconds": seconds, "processor_seconds": worked, "runs": results}, indent=1)
+        pathlib.Path(given.json).write_text(text + "\n", encoding="utf-8")
     return 0 if all(result["right"] for result in results) else 1
 
 

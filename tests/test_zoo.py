@@ -36,7 +36,8 @@ def test_a_fault_ends_with_its_run(folder):
     import schedule
     import tokens
     modules = (data, evaluation, model, quant, schedule, tokens, torch.optim)
-    everything = lambda: {(module.__name__, name): value for module in modules for name, value in vars(module).items()} | {"backward": model.FrozenMatmul.backward}
+    everything = lambda: {(owner.__name__, name): value for owner in modules for name, value in vars(owner).items()} | {
+        "backward": model.FrozenMatmul.backward}
     before = everything()
     for run in RUNS.values():
         if run.fault is not None:
@@ -47,8 +48,10 @@ def test_a_fault_ends_with_its_run(folder):
 
 def test_a_sick_run_needs_a_name_that_fits_and_a_healthy_one_silence():
     sick, healthy = zoo.Run("a", "", ("alert: x",)), zoo.Run("b", "")
-    assert zoo.judge(sick, {"alert: x": "warning"}) and not zoo.judge(sick, {"alert: y": "fault"}) and not zoo.judge(sick, {})
-    assert zoo.judge(healthy, {"alert: y": "note"}) and not zoo.judge(healthy, {"alert: y": "warning"}) and not zoo.judge(healthy, {"input: refused": "refuse"})
+    assert zoo.judge(sick, {"alert: x": "warning"}) and not zoo.judge(sick, {"alert: x": "note"})
+    assert not zoo.judge(sick, {"alert: y": "fault"}) and not zoo.judge(sick, {})
+    assert zoo.judge(healthy, {"alert: y": "note"})
+    assert not zoo.judge(healthy, {"alert: y": "warning"}) and not zoo.judge(healthy, {"input: refused": "refuse"})
 
 
 def test_every_kind_that_was_asked_for_is_there():
