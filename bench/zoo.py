@@ -103,6 +103,13 @@ def chats(seed, count, wrong=0.0, least=3, most=5, copied=False):
     return rows
 
 
+def splits(seed, count=240, held=24, **how):
+    """(training rows, evaluation rows) of the task, none of them in both."""
+    rows = chats(seed, count, **how)
+    known = {row["messages"][0]["content"] for row in rows}
+    return rows, [row for row in chats(seed + 1000, 2 * held, **how) if row["messages"][0]["content"] not in known][:held]
+
+
 def chat(words, answer):
     return {"messages": [{"role": "user", "content": " ".join(words)}, {"role": "assistant", "content": " ".join(answer)}]}
 
@@ -322,8 +329,8 @@ def zoo():
         return [f"--data.chat_template={folder / 'template.jinja'}"]
 
     def repeated(seed):
-        rows = chats(seed, 120)
-        return rows + rows, chats(seed + 1000, 24)
+        rows, held = splits(seed, 120)
+        return rows + rows, held
 
     def leaked(seed):
         rows = chats(seed, 240)
@@ -332,7 +339,8 @@ def zoo():
     def able(folder, seed):
         return [f"--model.path={folder.parent / f'able-{seed}'}"]
 
-    copies = lambda seed, wrong=0.0: (chats(seed, 240, wrong, copied=True), chats(seed + 1000, 24, copied=True))
+    def copies(seed, wrong=0.0):
+        return chats(seed, 240, wrong, copied=True), splits(seed, copied=True)[1]
 
     sick = [
         Run("graph-cut", "the graph begins behind the last layer", dead, (), replaced((model, "hidden_states", cut_everything))),
@@ -370,7 +378,7 @@ def zoo():
             ("alert: samples do not follow the loss", "alert: samples never stop"), ("--train.max_steps=120",), micro_batches(shifted(1))),
         Run("labels-shifted-in-training", "the same, in training alone",
             ("alert: evaluation does not follow training", "alert: evaluation worse than before training"),
-            (), micro_batches(shifted(1), evaluated=False), rows=lambda seed: (chats(seed, 480), chats(seed + 1000, 24))),
+            (), micro_batches(shifted(1), evaluated=False), rows=lambda seed: splits(seed, 480)),
         Run("random-labels", "answers that have nothing to do with their questions, for a model that could answer",
             ("alert: growing gap", "alert: evaluation worse than before training"), (), rows=lambda seed: copies(seed, wrong=1.0),
             prepare=able),
@@ -386,7 +394,7 @@ def zoo():
         Run("clipped-to-nothing", "gradients are clipped at 1e-6", ("alert: always clipped",),
             ("--schedule.clip_norm=1e-6", "--train.max_steps=100", "--train.accumulation=1")),
         Run("few-rows-seen", "the run ends after a quarter of its rows", ("forecast: coverage below one epoch",),
-            ("--train.micro_batch_size=2",), rows=lambda seed: (chats(seed, 900), chats(seed + 1000, 24))),
+            ("--train.micro_batch_size=2",), rows=lambda seed: splits(seed, 900)),
         Run("no-terminator", "the chat template has nothing that ends a turn", ("input: refused",), (),
             prepare=lambda folder, seed: template(folder, TEMPLATE.replace("<|im_end|>", ""))),
         Run("terminator-masked", "what ends an answer is the padding token too, and masked by its id", ("alert: samples never stop",), (),
@@ -398,12 +406,12 @@ def zoo():
             rows=leaked),
         Run("half-duplicates", "every row stands there twice", ("forecast: duplicate rows",), (), rows=repeated),
         Run("learnt-by-heart", "12 rows with half their answers at random, for 20 passes", ("alert: growing gap",),
-            ("--train.accumulation=1", "--eval.every_steps=10"), rows=lambda seed: (chats(seed, 12, wrong=0.5), chats(seed + 1000, 24))),
+            ("--train.accumulation=1", "--eval.every_steps=10"), rows=lambda seed: (chats(seed, 12, wrong=0.5), splits(seed, 12)[1])),
         Run("exploding-row", "the loss of one row is 300 times too large",
             ("alert: spikes of the training loss", "alert: spikes of the gradient norm"), (noproof,),
-            replaced((model, "summed_loss", in_training(exploding))), rows=lambda seed: (chats(seed, 80), chats(seed + 1000, 24))),
+            replaced((model, "summed_loss", in_training(exploding))), rows=lambda seed: splits(seed, 80)),
         Run("row-not-finite", "the loss of one row is not a number", ("alert: non-finite training loss",), (noproof,),
-            replaced((model, "summed_loss", in_training(not_a_number))), rows=lambda seed: (chats(seed, 60), chats(seed + 1000, 24))),
+            replaced((model, "summed_loss", in_training(not_a_number))), rows=lambda seed: splits(seed, 60)),
         Run("damaged-weights", "quantisation returns other weights than it got", ("alert: damage by quantisation",),
             ("--model.quant=int8", "--eval.unquantised=auto"), replaced((quant, "quantize", damaged)), rows=copies, prepare=able),
     ]
@@ -414,23 +422,23 @@ def zoo():
     healthy = [
         Run("plain", "no difficulty"),
         Run("tiny-data", "32 rows, 15 passes", options=("--lora.dropout=0.1", "--train.accumulation=2"),
-            rows=lambda seed: (chats(seed, 32), chats(seed + 1000, 24))),
+            rows=lambda seed: splits(seed, 32)),
         Run("noisy-loss", "single rows a step, a quarter of all answered words at random",
             options=("--train.micro_batch_size=1", "--train.max_steps=120"),
-            rows=lambda seed: (chats(seed, 240, wrong=0.25), chats(seed + 1000, 24, wrong=0.25))),
+            rows=lambda seed: splits(seed, wrong=0.25)),
         Run("plateau-then-progress", "a base that cannot copy yet: the loss stands at what guessing gives, and then falls",
             prepare=lambda folder, seed: ["--model.path=" + str(folder.parent / f"raw-{seed}")],
             options=("--train.max_steps=150", "--lora.r=16", "--lora.alpha=32")),
         Run("large-batch", "64 rows a step",
             options=("--train.micro_batch_size=64", "--train.accumulation=1", "--train.max_steps=30", "--memory.max_tokens=4096"),
-            rows=lambda seed: (chats(seed, 600), chats(seed + 1000, 24))),
+            rows=lambda seed: splits(seed, 600)),
         Run("high-dropout", "half of every adapter's input dropped", options=("--lora.dropout=0.5",)),
         Run("small-rank", "rank 1 on two projections",
             options=("--lora.r=1", "--lora.alpha=2", "--lora.targets=v_proj,down_proj", "--schedule.learning_rate=1e-2")),
         Run("resumed", "interrupted by SIGTERM after a third, and resumed", fault=None),
         Run("long-warm-up", "half of the steps warm up", options=("--schedule.lr_warmup_steps=30",)),
         Run("ragged-rows", "answers of 2 to 9 words",
-            rows=lambda seed: (chats(seed, 240, least=2, most=9), chats(seed + 1000, 24, least=2, most=9)),
+            rows=lambda seed: splits(seed, least=2, most=9),
             options=("--eval.max_new_tokens=40",)),
         Run("always-clipped", "every step clipped at a fifth of its norm",
             options=("--schedule.clip_norm=0.2", "--train.max_steps=100", "--train.accumulation=1")),
@@ -438,7 +446,7 @@ def zoo():
         Run("nf4", "4 bits, computing in bf16", options=("--model.quant=nf4", "--model.compute_dtype=bf16", "--eval.unquantised=auto")),
         Run("early-stopping", "stopped by its evaluations",
             options=("--eval.patience=1", "--eval.every_steps=10", "--schedule.learning_rate=1e-2"),
-            rows=lambda seed: (chats(seed, 60), chats(seed + 1000, 24))),
+            rows=lambda seed: splits(seed, 60)),
     ]
     return sick, healthy
 
@@ -454,7 +462,7 @@ def bases(folder, seed):
 
 def settings(run, folder, seed):
     """Write rows and configuration of a run into `folder`; returns the arguments for train.main."""
-    train_rows, eval_rows = run.rows(seed) if run.rows else (chats(seed, 240), chats(seed + 1000, 24))
+    train_rows, eval_rows = run.rows(seed) if run.rows else splits(seed)
     for name, rows in (("train", train_rows), ("eval", eval_rows)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tree = json.loads(json.dumps(SETTINGS))
