@@ -196,12 +196,15 @@ def proof(record):
 
 
 def still_adapters(record):
-    """B starts at 0 and an update moves both matrices, so a norm that repeats to the last digit in every recorded step means no update."""
-    seen = False
+    """B starts at 0 and an update moves both matrices, so a norm that repeats to the last digit in every recorded step means no update, unless
+    the recorded rates between them were nothing."""
+    seen, rates = False, record.series("rate")
     for name in ("lora_A norm", "lora_B norm"):
-        values = [value for _, value in record.series(name)]
+        steps, values = [step for step, _ in record.series(name)], [value for _, value in record.series(name)]
         seen |= len(values) > 1
-        if len(values) > 1 and len(set(values)) == 1:
+        spent = [rate for step, rate in rates if steps and steps[0] < step <= steps[-1]]
+        idle = bool(spent) and sum(spent) < rules.MOVES
+        if len(values) > 1 and len(set(values)) == 1 and not idle:
             yield finding("fault", "adapters never moved", f"The {name} is {values[0]:g} in all {len(values):,} recorded steps.")
     if not seen and not record.series("delta_ratio") and not any("digest" in line for line in record.steps):
         yield unjudged("movement of the adapters", "the record holds no norms, changes or digests of adapters")

@@ -261,6 +261,14 @@ def test_adapters_whose_norm_repeats_never_moved(matrix, value):
     assert found(with_tag(f"adapters/lora_{matrix}_norm", lambda line: value))["adapters never moved"].severity == "fault"
 
 
+def test_norms_that_repeat_where_the_rate_was_nothing_are_no_fault():
+    """The adapters moved before their first norm was recorded, and rightly stood still from there on."""
+    still = with_tag("adapters/lora_A_norm", lambda line: 3.5)
+    late = [{tag: value for tag, value in line.items() if tag != "adapters/lora_A_norm" or line["step"] >= 20} for line in still]
+    idle = [line | {"train/learning_rate": 0.0} if line["step"] >= 20 else line for line in late]
+    assert "adapters never moved" in found(late) and "adapters never moved" not in found(idle)
+
+
 # -------------------------------------------------------------------------------------------------------- the failed run
 
 def test_the_failed_run_is_diagnosed_as_dead_gradients_and_not_as_low_coverage(capsys):
