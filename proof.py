@@ -148,6 +148,7 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
     scale: fp16's loss scale; lowered here until the gradients are finite. what: "whole", along the gradient; "even", also along the
     one in which each adapter matrix goes equally far; "parts", also for each kind of projection by itself.
 
+    DoRA's magnitudes take part in 32 bits and more only: 16 round their factor, which is near 1, in steps that no small move crosses.
     Weights, moments, generators and the working copies are as before when it returns, bit for bit, and flat.grad is what it was.
     Costs one forward and backward pass over the batches, and 6 to 18 forward passes for each direction.
     """
@@ -156,13 +157,16 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
     if not supervised:
         return Result(math.nan, math.nan, None, "gradients  not proved: no supervised token to prove them on")
     names, adapters = zip(*model.adapters(network).items())
-    places = {name: memory.places[parameter] for name, parameter in zip(names, adapters)}
+    rounded = memory.working.dtype.itemsize == 2
+    places = {name: memory.places[parameter] for name, parameter in zip(names, adapters) if not (rounded and ".lora_magnitude" in name)}
     kept_gradient, theta = flat.grad.cpu() if flat.grad.is_cuda else flat.grad.clone(), flat.detach().clone()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), model.rows_held(network):
         try:
             loss, gradient = gradient_of(network, forward_backward, batches, float(scale), supervised)
             measured = Measurement(network, batches, supervised, theta, gradient)
-            result = judge(measured, loss, even, parts, places, {name: gradient[place].view_as(parameter) for (name, place), parameter in zip(places.items(), adapters)})
+            gradients = {name: gradient[memory.places[parameter]].view_as(parameter) for name, parameter in zip(names, adapters)}
+            with model.rows_held(network):  # DoRA's gradients are those of a loss in which the lengths of rows are constants
+                result = judge(measured, loss, even, parts, places, gradients)
         finally:
             with torch.no_grad():
                 flat.copy_(theta)
@@ -198,7 +202,6 @@ class Measurement:
         self.network, self.supervised, self.theta, self.gradient = network, supervised, theta, gradient
         self.batches = [batch.to(network.device) for batch in batches]
         self.dtype = network.adapter_memory.working.dtype
-        self.whole = [(slice(0, len(theta)), 1.0)]
         self.loss, self.left = self.loss_now(), {}
 
     @torch.no_grad()
@@ -334,7 +337,8 @@ def judge(measured, loss, even, parts, places, gradients):
         return Result(math.nan, math.nan, False, wrap(f"gradients  DEAD: {len(lacking)} of {len(gradients)} adapter matrices have a gradient that is zero or not finite: {some(lacking)}. "
                       + ("Nothing reaches the adapters: the graph is cut between the loss and all of them." if len(lacking) == len([name for name in gradients if ".lora_B." in name]) else
                          "The graph is cut behind them, or their layers do not run."), ), lacking, wrong=[], loss=loss)
-    ratio, tolerance, ok = measured.verdict(measured.whole, move, allowed)
+    whole = grouped(places, lambda name: "")[""]
+    ratio, tolerance, ok = measured.verdict(whole, move, allowed)
     evenly = even and ok is not False and measured.verdict(measured.evenly(places), move, allowed)
     if evenly and evenly[2] is False:
         ratio, tolerance, ok = evenly

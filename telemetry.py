@@ -1,6 +1,6 @@
 """What the adapters have become, and how noisy their gradients are: figures for the record that cost a run next to nothing.
 
-    ||dW|| / ||W||   how far each adapted weight has moved (Frobenius norms), dW = s B A
+    ||dW|| / ||W||   how far each adapted weight has moved (Frobenius norms), dW = s B A (DoRA's magnitudes are left out)
     effective rank   over how many directions the move spreads: exp of the entropy of its singular values (Roy and Vetterli 2007)
     step ratio       rms of dW over the mean quantisation step of W: below about one half, rounding W + dW to W's own grid would lose
                      most of it, so such an adapter must not be merged into the quantised weight

@@ -13,7 +13,9 @@ import data
 import graphs
 import kernels
 import model
+import proof
 import quant
+import telemetry
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 kernel = pytest.mark.skipif(not (torch.cuda.is_available() or kernels.triton and kernels.INTERPRET), reason="needs a GPU, or Triton with TRITON_INTERPRET=1")
@@ -403,3 +405,93 @@ def test_a_run_is_exported_from_a_gpu(tiny_inputs, tmp_path):
     assert export.main([f"--ckpt={tmp_path / 'run'}", f"--merge={tmp_path / 'merge'}"]) == 0
     assert export.main([f"--ckpt={tmp_path / 'run'}", f"--gguf={tmp_path / 'out.gguf'}", "--dtype=q8_0"]) == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "merge")
+
+
+def provable(folder, kind="nf4", dtype="bf16", replayed=False, **sections):
+    """(network, forward_backward as train.py has it, micro-batches), with B at random."""
+    network = random_b(model.load(make_config(folder, kind, dtype, **sections), "cuda"))
+
+    def forward_backward(batch, weight):
+        loss = model.summed_loss(network, batch.to("cuda"))[0]
+        (loss * weight).backward()
+        return loss.detach()
+
+    batches = proof.sample(make_config("x"), rows_of([30] * 40, supervised_share=0.9), range(40), "cuda")
+    return network, graphs.Replayed(network, forward_backward) if replayed else forward_backward, batches
+
+
+@gpu
+@pytest.mark.parametrize("kind, dtype", [("nf4", "bf16"), ("int8", "bf16"), ("llm_int8", "bf16"), ("none", "bf16"), ("nf4", "fp16"), ("nf4", "fp32")])
+def test_healthy_gradients_are_proved_on_a_gpu(tmp_path, kind, dtype):
+    make_model(tmp_path, "llama", initializer_range=0.05)
+    network, forward_backward, batches = provable(tmp_path, kind, dtype)
+    result = proof.check(network, forward_backward, batches, 1024.0 if dtype == "fp16" else 1.0, "parts")
+    assert result.ok and abs(result.ratio - 1) < 0.1, result
+    print(kind, dtype, result)
+
+
+@gpu
+def test_replayed_gradients_are_proved_and_all_is_as_it_was(tmp_path):
+    make_model(tmp_path, "llama", initializer_range=0.05)
+    network, forward_backward, batches = provable(tmp_path, replayed=True)
+    memory = network.adapter_memory
+    memory.refresh()
+    everything = lambda: [memory.flat.detach().clone(), memory.flat.grad.clone(), memory.working.clone(), torch.get_rng_state(), torch.cuda.get_rng_state()]
+    before = everything()
+    result = proof.check(network, forward_backward, batches, 1.0, "even")
+    assert result.ok and forward_backward.graphs, result
+    assert all(torch.equal(a, b) for a, b in zip(before, everything()))
+    for _ in range(2):  # what was recorded is still right
+        again = [gradients(network, batches, forward)[1] for forward in (forward_backward, None)]
+        assert torch.cosine_similarity(*again, dim=0) > 0.999
+
+
+@gpu
+def test_a_replayed_graph_of_old_weights_is_found(tmp_path):
+    make_model(tmp_path, "llama", initializer_range=0.05)
+    network, forward_backward, batches = provable(tmp_path, replayed=True)
+    memory = network.adapter_memory
+    real, memory.refresh = memory.refresh, lambda: None  # recorded without bringing the working copy up to date
+    real()
+    for batch in batches:
+        forward_backward(batch, torch.tensor(1.0, device="cuda"))
+    memory.refresh = real
+    old = memory.working.clone()
+    with torch.no_grad():
+        memory.flat.mul_(3)
+
+    class Stale:
+        eager = forward_backward.eager
+
+        def __call__(self, batch, weight):
+            memory.working.copy_(old)
+            if memory.kept:
+                memory.kept.refresh()
+            return forward_backward(batch, weight)
+
+    result = proof.check(network, Stale(), batches, 1.0, "whole")
+    assert result.ok is False, result
+
+
+@gpu
+def test_doubled_gradients_are_wrong_on_a_gpu_and_masks_of_dropout_are_held_fixed(tmp_path):
+    make_model(tmp_path, "llama", initializer_range=0.05)
+    network, forward_backward, batches = provable(tmp_path, lora={"dropout": 0.2}, replayed=True)
+    assert proof.check(network, forward_backward, batches, 1.0, "whole").ok
+    doubled = proof.check(network, lambda batch, weight: forward_backward.eager(batch, weight * 2), batches, 1.0, "whole")
+    assert doubled.ok is False and abs(doubled.ratio - 0.5) < 0.05, doubled
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["nf4", "int8", "llm_int8"])
+def test_figures_of_adapters_are_the_same_on_a_gpu(tmp_path, kind):
+    make_model(tmp_path, "llama")
+    tables = []
+    for device in ("cpu", "cuda"):
+        network = random_b(model.load(make_config(tmp_path, kind, "bf16"), device))
+        tables.append(json.loads(telemetry.adapters(network, telemetry.measure_weights(network))["adapters/modules"]))
+    for name, row in tables[0].items():
+        assert tables[1][name] == pytest.approx(row, rel=1e-2), name
+    noise = telemetry.NoiseScale()
+    noise.observe(telemetry.PAIR_AT, torch.ones(9, device="cuda"), torch.tensor(2.0, device="cuda"), 8)
+    assert noise.observe(telemetry.PAIR_AT + 1, torch.ones(9, device="cuda"), torch.tensor(2.0, device="cuda"), 8).tolist() == pytest.approx([2.25, 2.25, 2.25, 8, 8])

@@ -94,6 +94,12 @@ def test_masks_of_dropout_are_the_same_in_the_gradient_and_in_every_pass(folder,
     assert not torch.equal(masks(), masks()), "this network's loss does depend on masks"
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_dora_is_proved_with_the_lengths_of_rows_as_constants(folder, dtype):
+    result = checked(folder, "nf4", dtype, lora={"dora": True})
+    assert result.ok and abs(result.ratio - 1) < (1e-3 if dtype == "fp32" else 0.1), result
+
+
 def test_nothing_is_changed_by_the_proof(folder):
     network, forward_backward = loaded(folder, "nf4", "bf16", lora={"dropout": 0.3})
     memory = network.adapter_memory
