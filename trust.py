@@ -16,9 +16,13 @@ import select
 import signal
 import time
 
-LARGEST_JSON, LARGEST_HEADER = 64 << 20, 32 << 20  # bytes: tokenizer.json of large vocabularies has 35 MiB, 36,000 tensors a header of 6
-LARGEST_NUMBER, LARGEST_SIZE = 1 << 31, 1 << 24  # in config.json: of anything, and of a width, a vocabulary or a count
-SECONDS, LARGEST_TEXT, MEMORY = 10, 1 << 20, 1 << 30  # for a template and a chat of two short turns: time, characters, bytes beyond what is in use
+LARGEST_JSON = 64 << 20    # bytes: tokenizer.json of a large vocabulary has 35 MiB
+LARGEST_HEADER = 32 << 20  # bytes: 36,000 tensors have a header of 6 MiB
+LARGEST_NUMBER = 1 << 31   # in config.json
+LARGEST_SIZE = 1 << 24     # in config.json: a width, a vocabulary, a count of heads
+SECONDS = 10               # that a template may take for a chat of two words
+LARGEST_TEXT = 1 << 20     # characters that it may make of it
+MEMORY = 1 << 30           # bytes that it may take beyond what is in use
 PROBE = [{"role": "user", "content": "plugh"}, {"role": "assistant", "content": "xyzzy"}]
 
 
@@ -57,8 +61,8 @@ def tensor_shapes(path):
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            raise ValueError(f"{path}: not a whole safetensors file (its header claims {length:,} bytes; at most {LARGEST_HEADER:,}, and what the file "
-                             "has, are read); copy or fetch it again")
+            raise ValueError(f"{path}: not a whole safetensors file (its header claims {length:,} bytes; at most {LARGEST_HEADER:,}, and "
+                             "what the file has, are read); copy or fetch it again")
         header = _object(file.read(length), path)
     shapes, end = {}, 0
     for name, entry in header.items():
@@ -73,7 +77,8 @@ def tensor_shapes(path):
             raise ValueError(f"{path}: the header's entry of {name[:100]!r} is not one of a whole safetensors file; copy or fetch it again")
         end = max(end, stop)
     if end != size - 8 - length:
-        raise ValueError(f"{path}: holds {size - 8 - length:,} bytes of tensors where its header describes {end:,}: cut short or changed; copy or fetch it again")
+        raise ValueError(f"{path}: holds {size - 8 - length:,} bytes of tensors where its header describes {end:,}: "
+                         "cut short or changed; copy or fetch it again")
     return shapes
 
 
@@ -88,18 +93,20 @@ def check_folder(folder):
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
             raise ValueError(f"{path}: a link that leads out of the model folder, which is never followed; put the file itself there")
         if path.suffix == ".json" and path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"{path}: {path.stat().st_size:,} bytes; no such file needs more than {LARGEST_JSON:,}; copy or fetch it again")
+            raise ValueError(f"{path}: {path.stat().st_size:,} bytes; no such file needs more than {LARGEST_JSON:,}")
     if (folder / "config.json").is_file():
         _check_config(read_json(folder / "config.json"), folder / "config.json")
 
 
 def _check_config(tree, path):
     if "auto_map" in tree:
-        raise ValueError(f"{path}: auto_map asks to run code from the model folder, which is never done; use a model whose architecture transformers has")
+        raise ValueError(f"{path}: auto_map asks to run code from the model folder, which is never done; "
+                         "use a model whose architecture transformers has")
     for name, value in tree.items():
+        largest = LARGEST_SIZE if name.endswith(("_size", "_dim", "_heads", "_layers", "_embd", "_inner")) else LARGEST_NUMBER
         if isinstance(value, dict):
             _check_config(value, path)
-        elif type(value) in (int, float) and not abs(value) <= (LARGEST_SIZE if name.endswith(("_size", "_dim", "_heads", "_layers", "_embd", "_inner")) else LARGEST_NUMBER):
+        elif type(value) in (int, float) and not abs(value) <= largest:
             raise ValueError(f"{path}: {name} = {value}, beyond what any model has; copy or fetch it again")
 
 
@@ -109,7 +116,8 @@ def check_sizes(tree, tensors, path):
         if isinstance(value, dict):
             check_sizes(value, tensors, path)
         elif name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") and type(value) is int and value > tensors:
-            raise ValueError(f"{path}: {name} = {value:,}, but the folder's files hold {tensors:,} tensors; config.json and weights do not belong together")
+            raise ValueError(f"{path}: {name} = {value:,}, but the folder's files hold {tensors:,} tensors; "
+                             "config.json and weights do not belong together")
 
 
 @functools.lru_cache(maxsize=16)
@@ -162,8 +170,8 @@ def try_template(tokenizer):
     render = _Render(json.dumps(template), tokenizer)
     problem = _try(render.key, render)
     if problem:
-        raise ValueError(f"data.chat_template: the chat template that came with the model {problem}, rendering a chat of two words in a process of its own; "
-                         "give another one with data.chat_template=FILE")
+        raise ValueError(f"data.chat_template: the chat template that came with the model {problem}, rendering a chat of two words in a "
+                         "process of its own; give another one with data.chat_template=FILE")
 
 
 class _Render:

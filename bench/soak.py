@@ -28,13 +28,14 @@ import time
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 INTERVAL = 10  # steps between checkpoints
-SETTINGS = [["--model.quant=nf4"], ["--model.quant=int8", "--schedule.clip_percentile=40"], ["--model.quant=none", "--model.compute_dtype=fp32", "--lora.dropout=0"]]
-COMMON = ["--lora.dropout=0.1", "--schedule.batch_points=[[1,3],[30,5]]", "--memory.max_tokens=96", f"--save.every_steps={INTERVAL}", "--save.keep=3", "--eval.every_steps=25", "--eval.patience=1000",
-          "--log.tensorboard=true"]
+SETTINGS = [["--model.quant=nf4"], ["--model.quant=int8", "--schedule.clip_percentile=40"],
+            ["--model.quant=none", "--model.compute_dtype=fp32", "--lora.dropout=0"]]
+COMMON = ["--lora.dropout=0.1", "--schedule.batch_points=[[1,3],[30,5]]", "--memory.max_tokens=96", f"--save.every_steps={INTERVAL}",
+          "--save.keep=3", "--eval.every_steps=25", "--eval.patience=1000", "--log.tensorboard=true"]
 
 
 def small_disk(folder, size):
-    """Mount a file system of `size` on `folder` for this process alone; False where that is not allowed. Call before any thread is started."""
+    """Mount a file system of `size` on `folder` for this process alone; False where that is not allowed. Call before threads start."""
     libc, owner = ctypes.CDLL(None, use_errno=True), os.getuid()
     if libc.unshare(0x20000 | (0x10000000 if owner else 0)):
         return False
@@ -148,7 +149,8 @@ def beset(run, arguments, log, steps, kinds, longest, chance, over, suffered):
         before = newest
         last, newest, valid = standing(run)
         assert newest >= before, f"{kind}: the newest checkpoint was of step {before} and is of step {newest}"
-        suffered.append({"kind": "SIGKILL" if kind == "damaged checkpoint" else kind, "lost": max(0, last - newest) * ((last, newest) != (stood, before)), "allowed": 0 if code == 143 else INTERVAL})
+        lost = max(0, last - newest) if (last, newest) != (stood, before) else 0  # where nothing moved, it was still loading
+        suffered.append({"kind": "SIGKILL" if kind == "damaged checkpoint" else kind, "lost": lost, "allowed": 0 if code == 143 else INTERVAL})
         if kind == "damaged checkpoint" and valid > 1:
             damage(run, chance)
             suffered.append({"kind": kind, "lost": newest - standing(run)[1], "allowed": INTERVAL})
@@ -180,7 +182,8 @@ def main(argv):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with open(os.devnull, "w") as silence:  # once in this process, so that its forks find everything imported
             shown, sys.stdout = sys.stdout, silence
-            assert train.main([str(settings), f"--out={place}/warmer", "--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--log.tensorboard=true"]) == 0
+            short = ["--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--log.tensorboard=true"]
+            assert train.main([str(settings), f"--out={place}/warm", *short]) == 0
             sys.stdout = shown
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -190,7 +193,8 @@ def main(argv):
         over = lambda: time.monotonic() - began > 60 * minutes and len(suffered) >= least
         while not over() and not broken:
             run, quiet = folder / f"run-{rounds}", pathlib.Path(place) / f"quiet-{rounds}"
-            arguments = [str(settings), *dict((option.partition("=")[0], option) for option in [*COMMON, *SETTINGS[rounds % len(SETTINGS)], f"--train.max_steps={steps}", f"--train.seed={rounds}"]).values()]
+            chosen = [*COMMON, *SETTINGS[rounds % len(SETTINGS)], f"--train.max_steps={steps}", f"--train.seed={rounds}"]
+            arguments = [str(settings), *{option.partition("=")[0]: option for option in chosen}.values()]  # of one given twice, the last
             assert ended(begin([*arguments, f"--out={quiet}"], log), 3600) == 0, log.read_text()[-3000:]
             before = len(suffered)
             try:
@@ -198,7 +202,8 @@ def main(argv):
                 broken += [f"round {rounds}: {difference}" for difference in differences(run, quiet)[:9]]
             except AssertionError as error:
                 broken.append(f"round {rounds}: {error}")
-            broken += [f"round {rounds}: {fault['kind']} cost {fault['lost']} steps, {fault['allowed']} are allowed" for fault in suffered[before:] if fault["lost"] > fault["allowed"]]
+            broken += [f"round {rounds}: {fault['kind']} cost {fault['lost']} steps, {fault['allowed']} are allowed"
+                       for fault in suffered[before:] if fault["lost"] > fault["allowed"]]
             broken += ["a traceback was printed"] * ("Traceback" in log.read_text(errors="replace"))
             total, rounds = total + steps, rounds + 1
             print(f"round {rounds}: {steps} steps, {len(suffered) - before} faults, {(time.monotonic() - began) / 60:.1f} min", flush=True)
@@ -208,12 +213,14 @@ def main(argv):
             ctypes.CDLL(None).umount2(str(folder).encode(), 2)
         if broken:
             print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
-    result = {"minutes": round((time.monotonic() - began) / 60, 1), "rounds": rounds, "steps": total, "faults": len(suffered), "checkpoint_interval": INTERVAL,
-              "kinds": {kind: {"count": len(lost), "most_steps_lost": max(lost, default=0), "mean_steps_lost": round(sum(lost) / max(1, len(lost)), 2)}
-                        for kind in kinds for lost in [[fault["lost"] for fault in suffered if fault["kind"] == kind]]},
-              "same_curve_as_in_peace": not broken, "broken": broken, "environment": record.environment()}
-    print(f"\n{len(suffered)} faults in {rounds} runs of {steps} steps, {result['minutes']} minutes\n" + "\n".join(
-        f"  {kind:<20} {entry['count']:>4}  steps lost: at most {entry['most_steps_lost']}, mean {entry['mean_steps_lost']}" for kind, entry in result["kinds"].items()))
+    lost = {kind: [fault["lost"] for fault in suffered if fault["kind"] == kind] for kind in kinds}
+    result = {"minutes": round((time.monotonic() - began) / 60, 1), "rounds": rounds, "steps": total, "faults": len(suffered),
+              "checkpoint_interval": INTERVAL, "same_curve_as_in_peace": not broken, "broken": broken, "environment": record.environment(),
+              "kinds": {kind: {"count": len(steps), "most_steps_lost": max(steps, default=0), "mean_steps_lost": round(sum(steps) / max(1, len(steps)), 2)}
+                        for kind, steps in lost.items()}}
+    print(f"\n{len(suffered)} faults in {rounds} runs of {total // rounds} steps, {result['minutes']} minutes")
+    for kind, entry in result["kinds"].items():
+        print(f"  {kind:<20} {entry['count']:>4}  steps lost: at most {entry['most_steps_lost']}, mean {entry['mean_steps_lost']}")
     print("\n".join(["  BROKEN: " + what for what in broken] or [f"  every run ended as in peace, bit for bit; checkpoints every {INTERVAL} steps"]))
     if "full disk" not in kinds:
         print("  a small disk could not be mounted here: no run met a full one")
