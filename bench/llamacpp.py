@@ -29,15 +29,16 @@ def main(argv):
         raise ValueError("give a run and a GGUF file: python bench/llamacpp.py runs/quickstart out.gguf")
     from llama_cpp import Llama
     count = int(flags["rows"])
-    config, adapter, folder = evaluation.configure(words[0], "", [*overrides, ("eval.max_rows", flags["rows"]), ("eval.samples", "4")] + ([("data.eval", flags["data"])] if flags["data"] else []))
+    overrides += [("eval.max_rows", flags["rows"]), ("eval.samples", "4")] + ([("data.eval", flags["data"])] if flags["data"] else [])
+    config, adapter, folder = evaluation.configure(words[0], "", overrides)
     tokenizer = data.load_tokenizer(folder)
-    records = data.read_rows(config.data.eval)
-    rows = data.tokenize(records, tokenizer, config.data)
+    rows = data.load_evaluation(config, tokenizer)
     count = min(count, len(rows))
 
     # llama.cpp: no BOS but the template's, special tokens in the text are special tokens
     began = time.perf_counter()
-    theirs = Llama(model_path=words[1], n_ctx=2048, n_batch=2048, logits_all=True, verbose=False, n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads())
+    threads = torch.get_num_threads()  # llama.cpp's wait actively: more than there are cores free are slower by far
+    theirs = Llama(model_path=words[1], n_ctx=2048, n_batch=2048, logits_all=True, verbose=False, n_threads=threads, n_threads_batch=threads)
     same, nll, supervised, seconds = 0, np.zeros(count), np.zeros(count), time.perf_counter()
     logits = []
     for r in range(count):
@@ -69,7 +70,7 @@ def main(argv):
             ours, other = ours - ours.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
             off.append(((ours - other).norm() / ours.norm()).item())
             first.append((ours.argmax(-1) == other.argmax(-1)).float().mean().item())
-    prompts = data.prompts(config, tokenizer, records)
+    prompts = data.prompts(config, tokenizer)
     samples = evaluation.generate(network, tokenizer, prompts, 48, data.end_of_turn(tokenizer))
     texts = []
     for prompt in prompts:
@@ -80,10 +81,15 @@ def main(argv):
                 break
             new.append(token)
         texts.append(tokenizer.decode(new, skip_special_tokens=True))
-    print(json.dumps({"file": pathlib.Path(words[1]).name, "rows": count, "rows with the same tokens": same, "loss, llama.cpp": round(nll.sum() / supervised.sum(), 4), "loss, adapter": round(figures["loss"], 4),
-                      "largest difference of a row, nats a token": round(float(np.abs((nll - by_row["nll"]) / supervised).max()), 4), "logits differ by": round(float(np.mean(off)), 4), "same token first": round(float(np.mean(first)), 4),
-                      "same greedy texts": sum(text == sample["text"] for text, sample in zip(texts, samples)), "of": len(samples), "texts": texts, "ours": [sample["text"] for sample in samples],
-                      "seconds, llama.cpp": round(seconds, 1), "seconds in all": round(time.perf_counter() - began, 1)}, indent=1, ensure_ascii=False))
+    told = {
+        "file": pathlib.Path(words[1]).name, "rows": count, "rows with the same tokens": same,
+        "loss, llama.cpp": round(nll.sum() / supervised.sum(), 4), "loss, adapter": round(figures["loss"], 4),
+        "largest difference of a row, nats a token": round(float(np.abs((nll - by_row["nll"]) / supervised).max()), 4),
+        "logits differ by": round(float(np.mean(off)), 4), "same token first": round(float(np.mean(first)), 4),
+        "same greedy texts": sum(text == sample["text"] for text, sample in zip(texts, samples)), "of": len(samples),
+        "texts": texts, "ours": [sample["text"] for sample in samples],
+        "seconds, llama.cpp": round(seconds, 1), "seconds in all": round(time.perf_counter() - began, 1)}
+    print(json.dumps(told, indent=1, ensure_ascii=False))
     return 0
 
 

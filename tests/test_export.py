@@ -37,8 +37,9 @@ def one_thread():
 
 def make_run(tiny_inputs, folder, **sections):
     """A run of six steps on tiny_inputs, fp32 and unquantised unless told otherwise."""
-    tree = {"model": {"path": str(tiny_inputs / "model"), "quant": "none", "compute_dtype": "fp32"}, "data": {"train": str(tiny_inputs / "train.jsonl"), "eval": str(tiny_inputs / "eval.jsonl")},
-            "train": {"max_steps": 6, "micro_batch_size": 4, "accumulation": 1}, "schedule": {"learning_rate": 2e-2, "lr_warmup_steps": 0}, "lora": {"r": 4, "alpha": 8.0},
+    tree = {"model": {"path": str(tiny_inputs / "model"), "quant": "none", "compute_dtype": "fp32"}, "lora": {"r": 4, "alpha": 8.0},
+            "data": {"train": str(tiny_inputs / "train.jsonl"), "eval": str(tiny_inputs / "eval.jsonl")},
+            "train": {"max_steps": 6, "micro_batch_size": 4, "accumulation": 1}, "schedule": {"learning_rate": 2e-2, "lr_warmup_steps": 0},
             "eval": {"samples": 2, "max_new_tokens": 6}, "save": {"every_steps": 3}, "log": {"tensorboard": False}}
     folder.mkdir(parents=True)
     (folder / "c.json").write_text(json.dumps({name: tree.get(name, {}) | sections.get(name, {}) for name in {**tree, **sections}}), encoding="utf-8")
@@ -130,7 +131,8 @@ def test_onto_the_original_the_update_lies_on_unquantised_weights(nf4, tiny_inpu
     ours = weights_of(tmp_path / "out")
     assert max(relative(ours[name], theirs[name]) for name in ours) < 1e-6
     unquantised = loss_of(capsys, f"--ckpt={nf4}", *FP32)
-    assert f"{unquantised:.4f}            through the adapter, unquantised" in said and f"{unquantised:.4f}, +0.0000   through the merge" in said.replace("-0.0000", "+0.0000")
+    assert f"{unquantised:.4f}            through the adapter, unquantised" in said
+    assert f"{unquantised:.4f}, +0.0000   through the merge" in said.replace("-0.0000", "+0.0000")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -138,7 +140,8 @@ def test_a_16_bit_merge_holds_every_weight_in_16_bits_and_keeps_the_loss(nf4, ti
     assert export.main([f"--ckpt={nf4}", f"--merge={tmp_path / 'out'}", f"--dtype={dtype}"]) == 0
     assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {quant.DTYPES[dtype]}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(quant.DTYPES[dtype]).removeprefix("torch.")
-    loss = loss_of(capsys, f"--model={tmp_path / 'out'}", f"--data={tiny_inputs / 'eval.jsonl'}", "--model.quant=none", f"--model.compute_dtype={dtype}")
+    merge = [f"--model={tmp_path / 'out'}", "--model.quant=none", f"--model.compute_dtype={dtype}"]
+    loss = loss_of(capsys, *merge, f"--data={tiny_inputs / 'eval.jsonl'}")
     assert loss == pytest.approx(loss_of(capsys, f"--ckpt={nf4}"), abs=0.02)
 
 
@@ -214,16 +217,19 @@ def test_rounding_to_the_nearest_is_pefts_merge_of_bf16_weights(plain, tiny_inpu
     export.main([f"--ckpt={plain}", f"--merge={tmp_path / 'out'}", "--dtype=bf16", "--rounding=nearest"])
     theirs = with_peft(tiny_inputs / "model", checkpoint.newest_valid(plain)[0]).merge_and_unload().state_dict()
     ours = weights_of(tmp_path / "out")
-    assert sum((ours[name] != theirs[name].bfloat16()).sum().item() for name in ours) <= 1e-4 * sum(tensor.numel() for tensor in ours.values())  # ties of fp32 sums
+    different = sum((ours[name] != theirs[name].bfloat16()).sum().item() for name in ours)
+    assert different <= 1e-4 * sum(tensor.numel() for tensor in ours.values())  # where fp32 sums in another order lie on both sides
 
 
 def test_merging_into_4_bits_is_refused_with_what_would_be_lost(nf4, tmp_path):
-    with pytest.raises(ValueError, match=r"4 bits would undo the training: \d+% of the update would survive, under noise of [\d.]+ times its size, and \d+% of the codes would stay") as told:
+    figures = r"\d+% of the update would survive, under noise of [\d.]+ times its size, and \d+% of the codes would stay"
+    with pytest.raises(ValueError, match="4 bits would undo the training: " + figures) as told:
         export.main([f"--ckpt={nf4}", f"--merge={tmp_path / 'out'}", "--dtype=nf4"])
     config, adapter, _ = evaluation.configure(str(nf4), "", [])
     sized = lambda factor: {name: tensor * (factor if "lora_B" in name else 1) for name, tensor in adapter.items()}
     heavy, own, light = (export.lost_in_4_bits(export.Source(config, sized(factor))) for factor in (20, 1, 0.1))
-    assert f"{own['lost']:.0%} of the codes" in str(told.value) and heavy["lost"] < own["lost"] < light["lost"] == 1.0 and not (tmp_path / "out").exists()
+    assert f"{own['lost']:.0%} of the codes" in str(told.value) and not (tmp_path / "out").exists()
+    assert heavy["lost"] < own["lost"] < light["lost"] == 1.0
     assert heavy["survives"] > 0.8 > own["survives"]
 
 
@@ -275,7 +281,8 @@ def test_the_tokenizer_and_template_of_the_run_go_with_the_merge_though_the_base
     (tmp_path / "model" / "chat_template.jinja").write_text("another")
     export.main([f"--ckpt={run}", f"--merge={tmp_path / 'out'}", "--dtype=fp32"])
     tokenizer = data.load_tokenizer(tmp_path / "out")
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True) == "<|im_start|>the user\nx<|im_end|>\n<|im_start|>the assistant\n"
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
+    assert rendered == "<|im_start|>the user\nx<|im_end|>\n<|im_start|>the assistant\n"
 
 
 def test_generation_settings_stop_where_training_taught_to_stop(tiny_inputs, tmp_path):
@@ -285,12 +292,14 @@ def test_generation_settings_stop_where_training_taught_to_stop(tiny_inputs, tmp
     export.main([f"--ckpt={run}", f"--merge={tmp_path / 'out'}", "--dtype=fp32"])
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     end, = data.end_of_turn(data.load_tokenizer(tiny_inputs / "model"))
-    assert settings["eos_token_id"] == [end, 7] and settings["temperature"] == 0.6 and settings["do_sample"] is True and settings["pad_token_id"] is not None
+    assert settings["eos_token_id"] == [end, 7] and settings["pad_token_id"] is not None
+    assert settings["temperature"] == 0.6 and settings["do_sample"] is True
 
 
 def test_the_model_card_says_where_the_model_came_from_and_names_no_path(plain, merged, tiny_inputs, tmp_path):
     text = (merged / "README.md").read_text()
-    for word in ("LoRA, rank 4", "train.jsonl", "eval.jsonl", "| steps | 6: 24 samples", "| schedule.learning_rate | 0.02 |", "loss through the merge", "## Verdict\n\n**"):
+    for word in ("LoRA, rank 4", "train.jsonl", "eval.jsonl", "| steps | 6: 24 samples", "| schedule.learning_rate | 0.02 |",
+                 "loss through the merge", "## Verdict\n\n**"):
         assert word in text, word
     assert json.loads((plain / "verdict.json").read_text())["outcome"] in text
     assert str(tiny_inputs) not in text and str(merged.parent) not in text and "lora.targets" not in text
@@ -299,7 +308,8 @@ def test_the_model_card_says_where_the_model_came_from_and_names_no_path(plain, 
     (run / "verdict.json").unlink()
     export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'without'}"])
     assert "## Verdict\n\nNone was recorded." in (tmp_path / "without" / "README.md").read_text()
-    (run / "verdict.json").write_text(json.dumps({"outcome": "FAIL", "criteria": [{"set": "minimum", "name": "eval loss", "outcome": "FAIL", "threshold": -0.2, "measured": -0.1, "low": -0.2, "high": 0.0, "reason": "too few steps"}]}))
+    failed = {"set": "minimum", "name": "eval loss", "outcome": "FAIL", "threshold": -0.2, "measured": -0.1, "low": -0.2, "high": 0.0, "reason": "too few steps"}
+    (run / "verdict.json").write_text(json.dumps({"outcome": "FAIL", "criteria": [failed]}))
     export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'adapter'}"])
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert "**FAIL**" in text and "| minimum eval loss | FAIL | -0.1 | -0.2 | too few steps |" in text
@@ -309,7 +319,7 @@ def test_the_model_card_says_where_the_model_came_from_and_names_no_path(plain, 
 
 def test_an_adapter_alone_is_the_checkpoints_bit_for_bit_and_peft_loads_it(plain, tiny_inputs, tmp_path):
     assert export.main([f"--ckpt={plain}", f"--adapter={tmp_path / 'out'}"]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
+    assert children(tmp_path / "out") == ["README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     saved, exported = adapter_of(plain), load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert set(saved) == set(exported) and all(torch.equal(saved[name], exported[name]) for name in saved)
     config, adapter, folder = evaluation.configure(str(tmp_path / "out"), "", [("model.quant", "none"), ("model.compute_dtype", "fp32")])
@@ -330,10 +340,12 @@ def test_runs_checkpoints_and_adapter_folders_of_peft_can_be_exported(plain, tin
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     torch.manual_seed(0)
-    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_inputs / "model"), LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    lora = LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_inputs / "model"), lora)
     theirs.save_pretrained(tmp_path / "theirs")
     wanted = theirs.merge_and_unload().state_dict()
-    assert export.main([f"--ckpt={tmp_path / 'theirs'}", f"--merge={tmp_path / 'a'}", "--dtype=fp32", *FP32, f"--data={tiny_inputs / 'eval.jsonl'}"]) == 0
+    of_rows = f"--data={tiny_inputs / 'eval.jsonl'}"
+    assert export.main([f"--ckpt={tmp_path / 'theirs'}", f"--merge={tmp_path / 'a'}", "--dtype=fp32", *FP32, of_rows]) == 0
     ours = weights_of(tmp_path / "a")
     assert max(relative(ours[name], wanted[name]) for name in ours) < 1e-6
     last = checkpoint.newest_valid(plain)[0]
@@ -357,7 +369,8 @@ def test_what_is_there_already_is_left_alone(plain, tmp_path):
         for name in ("full", "file", "link"):
             with pytest.raises(ValueError, match=rf"--{flag}: .*{name} is there already"):
                 export.main([f"--ckpt={plain}", f"--{flag}={tmp_path / name}"])
-    assert children(tmp_path) == ["file", "full", "link"] and children(tmp_path / "full") == ["mine.txt"] and (tmp_path / "file").read_text() == "mine"
+    assert children(tmp_path) == ["file", "full", "link"] and children(tmp_path / "full") == ["mine.txt"]
+    assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert export.main([f"--ckpt={plain}", f"--adapter={tmp_path / 'empty'}"]) == 0 and "README.md" in children(tmp_path / "empty")
 
@@ -406,8 +419,8 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole_and_the_next_one_clea
 
 def test_a_merge_killed_while_writing_has_no_name_yet(plain, tmp_path):
     arguments = [f"--ckpt={plain}", f"--merge={tmp_path / 'out'}", "--dtype=fp32"]
-    for calls, number in (([(export, "merge")], 9), ([(export, "write_companions")], 1), ([(export, "through_merge")], 1), ([(export, "publish")], 1)):
-        assert killed_at(number, calls, arguments) == -signal.SIGKILL
+    for name, number in (("merge", 9), ("write_companions", 1), ("through_merge", 1), ("publish", 1)):
+        assert killed_at(number, [(export, name)], arguments) == -signal.SIGKILL
         assert not (tmp_path / "out").exists() and len(children(tmp_path)) == 1 and children(tmp_path)[0].startswith(".out.export-")
     assert export.main(arguments) == 0 and children(tmp_path) == ["out"]
 
@@ -443,9 +456,11 @@ def test_too_little_room_is_told_before_anything_is_computed(plain, tmp_path, mo
 def test_what_is_wrong_is_told_before_the_model_is_loaded(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "load", lambda *args: pytest.fail("the model was loaded"))
     out, ckpt = f"--merge={tmp_path / 'out'}", f"--ckpt={plain}"
-    for arguments, said in (([], "say what to export"), ([ckpt], "say what to export"), ([out], "say what to export"), (["runs/x"], "unexpected"), (["--ckpt=nothing", out], "not a run folder"),
-                            ([ckpt, out, "--dtype=int8"], "--dtype: must be"), ([ckpt, out, "--dtype=q8_0"], "--dtype: must be"), ([ckpt, out, "--onto=top"], "--onto: must be"), ([ckpt, out, "--rounding=up"], "--rounding"),
-                            ([ckpt, out, "--tolerance=much"], "--tolerance: must be a number"), ([ckpt, out, "--tolerance=-1"], "--tolerance"), ([ckpt, out, "--data=none.jsonl"], "none.jsonl: no such file"),
+    for arguments, said in (([], "say what to export"), ([ckpt], "say what to export"), ([out], "say what to export"), (["runs/x"], "unexpected"),
+                            (["--ckpt=nothing", out], "not a run folder"), ([ckpt, out, "--dtype=int8"], "--dtype: must be"),
+                            ([ckpt, out, "--dtype=q8_0"], "--dtype: must be"), ([ckpt, out, "--onto=top"], "--onto: must be"),
+                            ([ckpt, out, "--rounding=up"], "--rounding"), ([ckpt, out, "--tolerance=much"], "--tolerance: must be a number"),
+                            ([ckpt, out, "--tolerance=-1"], "--tolerance"), ([ckpt, out, "--data=none.jsonl"], "none.jsonl: no such file"),
                             ([ckpt, out, "--lora.r=0"], "lora.r"), ([ckpt, out, "--nothing"], "unknown option")):
         with pytest.raises(ValueError, match=said):
             export.main(arguments)
@@ -466,7 +481,8 @@ def test_the_command_tells_its_figures_in_80_columns(nf4, tmp_path, capfd):
     said = capfd.readouterr()
     for word in ("survives stochastic rounding to bf16", "untouched", "through the adapter", "through the merge", "logits", "written"):
         assert word in said.out
-    assert said.err == "" and max(len(line.replace(str(nf4.parent.parent), "").replace(str(tmp_path), "")) for line in said.out.splitlines() if "base  " not in line) <= 80
+    lines = [line.replace(str(nf4.parent.parent), "").replace(str(tmp_path), "") for line in said.out.splitlines() if "base  " not in line]
+    assert said.err == "" and max(map(len, lines)) <= 80
 
 
 def test_the_command_exits_2_with_one_message():
@@ -485,7 +501,8 @@ def gguf_run(tiny_inputs, folder, kind="llama", **changes):
 
 GGUF_MODELS = {
     "llama": ("llama", {}), "llama, tied": ("llama", {"tie_word_embeddings": True}), "llama, wide heads": ("llama", {"head_dim": 32}),
-    "mistral": ("mistral", {"sliding_window": None}), "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {"head_dim": 128}),  # the only width that this reader knows
+    "mistral": ("mistral", {"sliding_window": None}), "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 128}),  # the only width that this reader knows
 }
 
 
@@ -523,10 +540,13 @@ def test_8_bit_blocks_lie_within_half_a_step_of_the_merge_and_vectors_are_exact(
     import gguf
     there, weights = {tensor.name: tensor for tensor in gguf_out[1].tensors}, weights_of(merged)
     assert len(there) == len(weights) == 21 and {tensor.tensor_type.name for tensor in there.values()} == {"Q8_0", "F32"}
-    for ours, theirs in (("model.layers.1.mlp.up_proj.weight", "blk.1.ffn_up.weight"), ("model.layers.0.self_attn.v_proj.weight", "blk.0.attn_v.weight"), ("model.norm.weight", "output_norm.weight")):
+    known = {"model.layers.1.mlp.up_proj.weight": "blk.1.ffn_up.weight", "model.layers.0.self_attn.v_proj.weight": "blk.0.attn_v.weight",
+             "model.norm.weight": "output_norm.weight"}
+    for ours, theirs in known.items():
         back = torch.from_numpy(gguf.quants.dequantize(there[theirs].data, there[theirs].tensor_type).copy()).reshape(weights[ours].shape)
         step = weights[ours].reshape(-1, 32).abs().amax(1, keepdim=True) / 127
-        assert torch.equal(back, weights[ours]) if weights[ours].ndim == 1 else ((back - weights[ours]).reshape(-1, 32).abs() <= 0.57 * step).all() and not torch.equal(back, weights[ours])
+        assert ((back - weights[ours]).reshape(-1, 32).abs() <= 0.57 * step).all()
+        assert torch.equal(back, weights[ours]) == (weights[ours].ndim == 1)
 
 
 def test_the_tokenizer_in_the_gguf_file_is_the_one_beside_the_adapter(gguf_out):
@@ -535,14 +555,16 @@ def test_the_tokenizer_in_the_gguf_file_is_the_one_beside_the_adapter(gguf_out):
     out, reader, folder = gguf_out
     value = lambda key: reader.fields[key].contents()
     tokens, kinds = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
-    theirs, ours = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(pair.split(" ")) for pair in value("tokenizer.ggml.merges")])), data.load_tokenizer(folder)
+    merges = [tuple(pair.split(" ")) for pair in value("tokenizer.ggml.merges")]
+    theirs, ours = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)), data.load_tokenizer(folder)
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, kind in zip(tokens, kinds) if kind == 3])
     text = "<|im_start|>user\nnaïve red blue 123 — don't\t<|im_end|>\n"
-    assert theirs.encode(text).ids == ours(text)["input_ids"] and max(ours(text)["input_ids"]) > 258 and value("tokenizer.chat_template") == ours.chat_template
-    assert value("tokenizer.ggml.eos_token_id") == ours.eos_token_id == data.end_of_turn(ours)[0] and value("tokenizer.ggml.pre") == "gpt-2" and value("tokenizer.ggml.add_bos_token") is False
+    assert theirs.encode(text).ids == ours(text)["input_ids"] and max(ours(text)["input_ids"]) > 258
+    assert value("tokenizer.chat_template") == ours.chat_template and value("tokenizer.ggml.pre") == "gpt-2"
+    assert value("tokenizer.ggml.eos_token_id") == ours.eos_token_id == data.end_of_turn(ours)[0] and value("tokenizer.ggml.add_bos_token") is False
     types = value("tokenizer.ggml.token_type")
-    assert len(types) == len(value("tokenizer.ggml.tokens")) == 320 and [types[i] for i in (0, 1, 5, 300)] == [3, 3, 1, 5] and value("tokenizer.ggml.tokens")[300] == "[PAD300]"
+    assert len(types) == len(tokens) == 320 and [types[i] for i in (0, 1, 5, 300)] == [3, 3, 1, 5] and tokens[300] == "[PAD300]"
 
 
 def test_the_way_text_is_split_has_llama_cpps_name_or_is_refused(tiny_inputs):
@@ -551,10 +573,11 @@ def test_the_way_text_is_split_has_llama_cpps_name_or_is_refused(tiny_inputs):
     llama3, qwen2 = list(gguf_file.SPLITS)
     byte_level = lambda regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
     split = lambda pattern: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level(False)])
-    for pre, name in ((byte_level(True), "gpt-2"), (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level(True)]), "smollm"), (split(llama3), "llama-bpe"), (split(qwen2), "qwen2")):
+    digits = lambda single: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=single), byte_level(True)])
+    for pre, name in ((byte_level(True), "gpt-2"), (digits(True), "smollm"), (split(llama3), "llama-bpe"), (split(qwen2), "qwen2")):
         tokenizer.backend_tokenizer.pre_tokenizer = pre
         assert gguf_file.splitting(tokenizer) == name
-    for pre in (split(r"\w+"), pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), byte_level(True)]), byte_level(False), pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Whitespace()):
+    for pre in (split(r"\w+"), digits(False), byte_level(False), pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Whitespace()):
         tokenizer.backend_tokenizer.pre_tokenizer = pre
         with pytest.raises(ValueError, match="llama.cpp has no name known here"):
             gguf_file.splitting(tokenizer)
@@ -567,7 +590,8 @@ def test_rotary_frequencies_of_llama_3_are_divided_as_its_paper_code_does(tiny_i
     import math
 
     import gguf
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}
     run = gguf_run(tiny_inputs, tmp_path, head_dim=32, rope_parameters=rope)
     export.main([f"--ckpt={run}", f"--gguf={tmp_path / 'out.gguf'}", "--dtype=fp32"])
     tensor = next(tensor for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors if tensor.name == "rope_freqs.weight")
@@ -579,8 +603,9 @@ def test_rotary_frequencies_of_llama_3_are_divided_as_its_paper_code_does(tiny_i
     assert torch.allclose(torch.from_numpy(tensor.data.copy()), torch.tensor(wanted), rtol=1e-5) and len(set(wanted)) > 2
 
 
-@pytest.mark.parametrize("kind, changes, said", [("gemma2", {}, "is not among the architectures"), ("mistral", {}, "sliding window of 8"), ("llama", {"hidden_act": "gelu"}, "activation gelu"),
-                                                 ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rotary embedding")])
+@pytest.mark.parametrize("kind, changes, said", [
+    ("gemma2", {}, "is not among the architectures"), ("mistral", {}, "sliding window of 8"), ("llama", {"hidden_act": "gelu"}, "activation gelu"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rotary embedding")])
 def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tiny_inputs, tmp_path, kind, changes, said):
     run = gguf_run(tiny_inputs, tmp_path, kind, **changes)
     with pytest.raises(ValueError, match=f"--gguf: .*{said}"):
@@ -602,7 +627,9 @@ def test_a_gguf_file_that_differs_from_the_merge_is_not_kept(plain, tmp_path, mo
     with pytest.raises(ValueError, match=r"read back, blk.0.ffn_(gate|up).weight differs from the merge"):
         export.main([f"--ckpt={plain}", f"--gguf={tmp_path / 'out.gguf'}", f"--dtype={dtype}"])
     monkeypatch.setattr(gguf_file, "quantize", real)
-    monkeypatch.setattr(gguf_file.gguf.GGUFWriter, "add_key_value", lambda self, key, value, *rest, real=gguf_file.gguf.GGUFWriter.add_key_value, **more: real(self, key, value + 1 if key.endswith("eos_token_id") else value, *rest, **more))
+    add = gguf_file.gguf.GGUFWriter.add_key_value
+    another = lambda self, key, value, *rest, **more: add(self, key, value + 1 if key.endswith("eos_token_id") else value, *rest, **more)
+    monkeypatch.setattr(gguf_file.gguf.GGUFWriter, "add_key_value", another)
     with pytest.raises(ValueError, match="tokenizer.ggml.eos_token_id is 3 where 2 was written"):
         export.main([f"--ckpt={plain}", f"--gguf={tmp_path / 'out.gguf'}", f"--dtype={dtype}"])
     assert children(tmp_path) == []
@@ -626,15 +653,17 @@ def test_generate_and_the_pipeline_of_transformers_write_from_the_merge_what_the
     samples = evaluation.generate(network, tokenizer, data.prompts(config, tokenizer), 12, data.end_of_turn(tokenizer))
     writer = pipeline("text-generation", model=str(merged), device="cpu")
     for sample in samples:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": sample["prompt"]}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        chat = [{"role": "user", "content": sample["prompt"]}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         written = writer.model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1]:]
         assert tokenizer.decode(written, skip_special_tokens=True) == sample["text"] and (len(written) < 12) == sample["stopped"]
-        chat = writer([{"role": "user", "content": sample["prompt"]}], max_new_tokens=12, do_sample=False)[0]["generated_text"]
-        assert chat[-1] == {"role": "assistant", "content": sample["text"]}
+        answered = writer(chat, max_new_tokens=12, do_sample=False)[0]["generated_text"]
+        assert answered[-1] == {"role": "assistant", "content": sample["text"]}
     assert len(samples) == 2 and any(sample["text"] for sample in samples)
 
 
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}")
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
@@ -647,15 +676,17 @@ def test_lm_eval_scores_base_adapter_and_merge_as_eval_py_does(tiny_inputs, tmp_
     make_tokenizer(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
     run = make_run(tiny_inputs, tmp_path / "p", model={"path": str(tmp_path / "model"), "quant": kind})
-    assert export.main([f"--ckpt={run}", f"--merge={tmp_path / 'merge'}", "--dtype=fp32"]) == export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'adapter'}"]) == 0
+    assert export.main([f"--ckpt={run}", f"--merge={tmp_path / 'merge'}", f"--adapter={tmp_path / 'adapter'}", "--dtype=fp32"]) == 0
     tokenizer = data.load_tokenizer(tmp_path / "merge")
     with open(tmp_path / "rows.jsonl", "w") as file:
         for line in (tiny_inputs / "eval.jsonl").read_text().splitlines():
             chat = json.loads(line)["messages"]
             prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
             file.write(json.dumps({"prompt": prompt, "answer": tokenizer.apply_chat_template(chat, tokenize=False).removeprefix(prompt)}) + "\n")
-    task = {"task": "rows", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}, "test_split": "test",
-            "output_type": "loglikelihood", "doc_to_text": "{{prompt}}", "doc_to_target": "{{answer}}", "target_delimiter": "", "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]}
+    source = {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    task = {"task": "rows", "dataset_path": "json", "dataset_kwargs": source, "test_split": "test", "output_type": "loglikelihood",
+            "doc_to_text": "{{prompt}}", "doc_to_target": "{{answer}}", "target_delimiter": "",
+            "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]}
     rows = data.tokenize(data.read_rows(str(tiny_inputs / "eval.jsonl")), tokenizer, evaluation.settings.Data())
 
     def scored(**arguments):
@@ -665,7 +696,8 @@ def test_lm_eval_scores_base_adapter_and_merge_as_eval_py_does(tiny_inputs, tmp_
         return -sum(sample["filtered_resps"][0][0] for sample in found["samples"]["rows"]) / rows.supervised.sum()
 
     of_rows = f"--data={tiny_inputs / 'eval.jsonl'}"
-    base, adapter, merge = (scored(pretrained=str(tmp_path / "model")), scored(pretrained=str(tmp_path / "model"), peft=str(tmp_path / "adapter")), scored(pretrained=str(tmp_path / "merge")))
+    folder = lambda name: str(tmp_path / name)
+    base, adapter, merge = scored(pretrained=folder("model")), scored(pretrained=folder("model"), peft=folder("adapter")), scored(pretrained=folder("merge"))
     assert base == pytest.approx(loss_of(capsys, f"--model={tmp_path / 'model'}", of_rows, *FP32), abs=1e-4)
     assert adapter == pytest.approx(loss_of(capsys, f"--ckpt={run}", *FP32), abs=1e-4)  # over unquantised weights, as PEFT loads them
     assert merge == pytest.approx(loss_of(capsys, f"--ckpt={run}"), abs=1e-4) and abs(base - merge) > 0.3

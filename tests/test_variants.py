@@ -1,6 +1,7 @@
 """Other kinds of adapters against PEFT's own: DoRA; and what LoRA+ comes to."""
 import copy
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -35,13 +36,15 @@ def relative(a, b):
 
 def draw(lengths, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 320, (length,), generator=generator) for length in lengths], [torch.rand(length, generator=generator) < 0.5 for length in lengths]
+    documents = [torch.randint(3, 320, (length,), generator=generator) for length in lengths]
+    return documents, [torch.rand(length, generator=generator) < 0.5 for length in lengths]
 
 
 def with_peft(network, **settings):
     """PEFT's DoRA around a copy of transformers' `network`."""
     from peft import LoraConfig, get_peft_model
-    return get_peft_model(copy.deepcopy(network), LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": TARGETS, "use_dora": True, **settings}), autocast_adapter_dtype=False)
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": TARGETS, "use_dora": True, **settings}
+    return get_peft_model(copy.deepcopy(network), LoraConfig(**settings), autocast_adapter_dtype=False)
 
 
 def name_of(parameter):
@@ -77,7 +80,8 @@ def their_loss(peft, documents, supervised):
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("variant", ["plain", "rslora", "some targets"])
 def test_doras_loss_and_gradients_are_pefts(tmp_path, kind, variant):
-    lora, theirs = {"plain": ({}, {}), "rslora": ({"rslora": True}, {"use_rslora": True}), "some targets": ({"targets": ["q_proj", "up_proj"]}, {"target_modules": ["q_proj", "up_proj"]})}[variant]
+    some = ["q_proj", "up_proj"]
+    lora, theirs = {"plain": ({}, {}), "rslora": ({"rslora": True}, {"use_rslora": True}), "some targets": ({"targets": some}, {"target_modules": some})}[variant]
     reference = make_model(tmp_path, kind)
     ours, peft = model.load(make_config(tmp_path, lora={"dora": True, **lora}), "cpu"), with_peft(reference, **theirs)
     assert ours.fused_layers == 0 and any("magnitude" in name for name in model.adapters(ours))
@@ -95,7 +99,8 @@ def test_doras_loss_and_gradients_are_pefts(tmp_path, kind, variant):
 def test_untrained_dora_changes_nothing(tmp_path):
     make_model(tmp_path)
     documents, supervised = draw((20, 5))
-    losses = [model.summed_loss(model.load(make_config(tmp_path, quant=kind, lora={"dora": dora}), "cpu"), packed(documents, supervised))[0].item() for kind in ("none", "nf4") for dora in (False, True)]
+    settings = [make_config(tmp_path, quant=kind, lora={"dora": dora}) for kind in ("none", "nf4") for dora in (False, True)]
+    losses = [model.summed_loss(model.load(each, "cpu"), packed(documents, supervised))[0].item() for each in settings]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[2] == pytest.approx(losses[3], rel=1e-6) and losses[0] != losses[2]
 
 
@@ -146,8 +151,10 @@ def test_peft_loads_our_dora_and_we_load_pefts(tmp_path):
 
 
 def run_of(tiny_inputs, folder, **lora):
-    tree = {"model": {"path": str(tiny_inputs / "model"), "quant": "nf4", "compute_dtype": "fp32"}, "data": {"train": str(tiny_inputs / "train.jsonl"), "eval": str(tiny_inputs / "eval.jsonl")},
-            "train": {"max_steps": 6, "micro_batch_size": 4, "accumulation": 1}, "schedule": {"learning_rate": 2e-2, "lr_warmup_steps": 0}, "lora": {"r": 4, "alpha": 8.0, **lora}, "eval": {"samples": 0}, "log": {"tensorboard": False}}
+    tree = {"model": {"path": str(tiny_inputs / "model"), "quant": "nf4", "compute_dtype": "fp32"}, "lora": {"r": 4, "alpha": 8.0, **lora},
+            "data": {"train": str(tiny_inputs / "train.jsonl"), "eval": str(tiny_inputs / "eval.jsonl")},
+            "train": {"max_steps": 6, "micro_batch_size": 4, "accumulation": 1}, "schedule": {"learning_rate": 2e-2, "lr_warmup_steps": 0},
+            "eval": {"samples": 0}, "log": {"tensorboard": False}}
     folder.mkdir()
     (folder / "c.json").write_text(json.dumps(tree))
     assert train.main([str(folder / "c.json"), f"--out={folder / 'run'}"]) == 0
@@ -161,7 +168,7 @@ def test_a_dora_run_learns_and_its_merge_and_its_adapter_are_exported_whole(tiny
     capsys.readouterr()
     assert evaluation.main([f"--ckpt={run}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(losses[-1], rel=1e-6)
-    assert export.main([f"--ckpt={run}", f"--merge={tmp_path / 'merge'}", "--dtype=fp32"]) == 0 == export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'adapter'}"])
+    assert export.main([f"--ckpt={run}", f"--merge={tmp_path / 'merge'}", f"--adapter={tmp_path / 'adapter'}", "--dtype=fp32"]) == 0
     assert "DoRA, rank 4" in (tmp_path / "merge" / "README.md").read_text()
     assert any("magnitude" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
@@ -183,7 +190,7 @@ def test_the_gradient_proof_holds_for_dora_with_its_rows_held_and_finds_a_wrong_
             parameter.grad.mul_(wrong if "layers.1.mlp" in name else 1.0)
         return loss.detach()
 
-    right, wrong = (proof.check(network, lambda batch, weight, factor=factor: forward_backward(batch, weight, factor), batches) for factor in (1.0, 2.0))
+    right, wrong = (proof.check(network, functools.partial(forward_backward, wrong=factor), batches) for factor in (1.0, 2.0))
     assert right.ok is True and wrong.ok is False
     with model.rows_held(network):
         held = model.summed_loss(network, batches[0])[0].item()
@@ -203,7 +210,8 @@ def test_merged_dora_is_pefts_merge(tiny_inputs, tmp_path):
                 parameter.copy_(parameter * 1.3 if "magnitude" in name else 0.1 * torch.randn(parameter.shape, generator=generator))
     peft.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
     peft.save_pretrained(tmp_path / "adapter")
-    assert export.main([f"--ckpt={tmp_path / 'adapter'}", f"--merge={tmp_path / 'out'}", "--dtype=fp32", "--model.quant=none", "--model.compute_dtype=fp32", f"--data={tiny_inputs / 'eval.jsonl'}"]) == 0
+    precise = ["--dtype=fp32", "--model.quant=none", "--model.compute_dtype=fp32", f"--data={tiny_inputs / 'eval.jsonl'}"]
+    assert export.main([f"--ckpt={tmp_path / 'adapter'}", f"--merge={tmp_path / 'out'}", *precise]) == 0
     wanted, ours = peft.merge_and_unload().state_dict(), load_file(tmp_path / "out" / "model.safetensors")
     assert max(relative(ours[name], wanted[name]) for name in ours) < 1e-6
 
@@ -213,7 +221,8 @@ def test_merged_dora_is_pefts_merge(tiny_inputs, tmp_path):
 def test_loftq_starts_at_pefts_decomposition_of_what_quantisation_changed(tmp_path, kind, alpha, rslora):
     from peft.utils.loftq_utils import _low_rank_decomposition
     reference = make_model(tmp_path)
-    plain, corrected = (model.load(make_config(tmp_path, quant=kind, lora={"alpha": alpha, "rslora": rslora, "init": init}), "cpu") for init in ("zero", "loftq"))
+    started = lambda init: model.load(make_config(tmp_path, quant=kind, lora={"alpha": alpha, "rslora": rslora, "init": init}), "cpu")
+    plain, corrected = started("zero"), started("loftq")
     for name, module in corrected.named_modules():
         if isinstance(module, model.AdaptedLinear):
             weight, quantised = reference.get_submodule(name).weight.detach(), module.weight.dequantize(torch.float32)
@@ -242,14 +251,16 @@ def test_loftq_and_dora_go_together_and_peft_loads_the_run(tiny_inputs, tmp_path
     with pytest.raises(ValueError, match="began as a correction of quantisation"):
         export.main([f"--ckpt={run}", f"--merge={tmp_path / 'out'}", "--onto=original"])
     assert export.main([f"--ckpt={run}", f"--merge={tmp_path / 'out'}", "--dtype=fp32"]) == 0
-    assert json.loads((run / "checkpoints" / "step-000006" / "adapter_config.json").read_text())["init_lora_weights"] is True  # nothing for PEFT to initialise
+    saved = json.loads((run / "checkpoints" / "step-000006" / "adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True  # nothing for PEFT to initialise
     with pytest.raises(ValueError, match="did not start at B = 0"):
         evaluation.main([f"--ckpt={run}", "--untrained", "--keep"])
 
 
 def test_loftq_without_quantisation_beside_an_adapter_or_with_too_large_a_rank_is_refused(tmp_path):
     make_model(tmp_path)
-    for sections, said in (({"lora": {"init": "loftq"}}, "nothing is quantised"), ({"quant": "nf4", "lora": {"init": "loftq", "init_from": "x"}}, "give one of the two"), ({"lora": {"init": "pissa"}}, "must be one of zero, loftq")):
+    for sections, said in (({"lora": {"init": "loftq"}}, "nothing is quantised"), ({"lora": {"init": "pissa"}}, "must be one of zero, loftq"),
+                           ({"quant": "nf4", "lora": {"init": "loftq", "init_from": "x"}}, "give one of the two")):
         with pytest.raises(ValueError, match=said):
             make_config(tmp_path, **sections)
     with pytest.raises(ValueError, match=r"lora.init: loftq needs a rank of 32 at most for a projection of shape \(32, 64\), lora.r is 40"):
