@@ -193,7 +193,7 @@ def test_other_rows_and_prompts_are_taken_from_the_command_line(trained, tiny_in
 def test_rows_held_out_of_the_training_rows_are_those_of_the_run(tiny_inputs, tmp_path, capsys):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(configured(tiny_inputs, data={"eval": "", "eval_rows": 5}, train={"max_steps": 1, "seed": 3}, eval={"samples": 0}, log={"tensorboard": False}).to_dict()))
-    train.main([str(path), f"--out={tmp_path / 'run'}"])
+    assert train.main([str(path), f"--out={tmp_path / 'run'}", "--schedule.lr_warmup_steps=0"]) == 0, capsys.readouterr()
     figures = run_eval(capsys, f"--ckpt={tmp_path / 'run'}")
     assert figures["rows"] == 5 and figures["loss"] == pytest.approx(train.record.read_metrics(tmp_path / "run")[-1]["eval/loss"], rel=1e-6)
 
