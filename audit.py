@@ -39,7 +39,6 @@ CHECKS = {
     "unreadable": "cannot be read as a row",
 }
 BY_ROW = tuple(CHECKS)[3:]
-VERSION = 1             # of what is looked for and how: kept findings of another are not taken
 SHINGLE = 5             # characters
 BANDS, BAND_ROWS = 12, 5  # 60 permutations: rows alike by 0.8 share a band with probability 0.991, by 0.85 with 0.9985, by 0.5 with 0.32
 WORDS = (5, 64)         # rows of so many words are also compared by leaving out each word,

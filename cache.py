@@ -1,8 +1,9 @@
 """Token sets on disk: memory-mapped, found again by what shapes them, and never half there.
 
-An entry is a folder named by a key, the SHA-256 of everything that shapes its content. It is written under another name, synced
-and renamed, so it is whole or it is not there; writers of one key wait for each other at a lock that the system releases when
-they die. An entry's files carry their SHA-256, which is compared at each use: a damaged entry is told, removed and made anew.
+An entry is a folder named by a key, the SHA-256 of everything that shapes its content, the code that makes it included. It is
+written under another name, synced and renamed, so it is whole or it is not there; writers of one key wait for each other at a
+lock that the system releases when they die. An entry's files carry their SHA-256, which is compared at each use: one that is
+damaged, or cannot be read for any other reason, is told, removed and made anew.
 Tokens are Arrow streams of one batch (`datasets.Dataset.from_file` opens them), so that their arrays can be used where they lie.
 Leaves out: what a key holds (data.py), and any limit on size: entries may be deleted at any time.
 """
@@ -20,9 +21,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FORMAT = 1
 STALE_SECONDS = 24 * 3600  # what a killed writer left is swept after that
-_temporary = []  # folders of runs without a cache, removed when the process ends
+CODE = ("audit.py", "cache.py", "data.py", "sources.py", "tokens.py")  # makes entries: what other text of theirs made is not taken
+_code = [hashlib.sha256((pathlib.Path(__file__).parent / name).read_bytes()).hexdigest() for name in CODE]
 
 
 def folder(setting):
@@ -47,26 +48,27 @@ def folder(setting):
 
 
 def key(what):
-    """The name of an entry: a digest of a JSON-ready description of all that shapes it."""
-    return hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode()).hexdigest()[:32]
+    """The name of an entry: a digest of a JSON-ready description of all that shapes it, and of this code."""
+    return hashlib.sha256(json.dumps([_code, what], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def entry(place, name, build):
-    """The folder of entry `name`, written by build(folder) where it is not there yet. place: a folder, or None: a temporary one.
+def entry(place, name, build, read):
+    """read(folder) of entry `name`, which build(folder) writes where it is not there yet. place: a folder, or None: it is not kept.
 
-    build returns the JSON-ready dict kept in meta.json. Raises what build raises, and leaves nothing then; ValueError where the disk is full.
+    build returns the JSON-ready dict kept in meta.json. What read returns may map files, but must not need their names, which are
+    gone by then where place is None. Raises what build raises, and leaves nothing then; ValueError where the disk is full.
     """
     if place is None:
-        _temporary.append(tempfile.TemporaryDirectory(prefix="rawlora-"))
-        path = pathlib.Path(_temporary[-1].name)
-        _write_meta(path, build(path))
-        return path
+        with tempfile.TemporaryDirectory(prefix="rawlora-") as temporary:
+            path = pathlib.Path(temporary)
+            _write_meta(path, build(path))
+            return read(path)
     path = place / name
-    if _whole(path):
-        return path
+    if (found := _kept(path, read)) is not None:
+        return found
     with _locked(place / f"{name}.lock"):
-        if _whole(path):  # another process made it meanwhile
-            return path
+        if (found := _kept(path, read)) is not None:  # another process made it meanwhile
+            return found
         _sweep(place)
         temporary = place / f"{name}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -79,7 +81,7 @@ def entry(place, name, build):
             raise ValueError(f"data.cache: {place} cannot be written ({error.strerror or error}); make room, name another folder, or off") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return path
+    return read(path)
 
 
 def meta(path):
@@ -120,20 +122,20 @@ def _sync(path):
         os.close(handle)
 
 
-def _whole(path):
-    """Whether an entry is there with every file as it was written; one that is damaged is removed."""
+def _kept(path, read):
+    """read(path) of an entry that is there with every file as it was written, or None; what cannot be read is told and removed."""
     if not path.is_dir():
-        return False
+        return None
     try:
         files = json.loads((path / "meta.json").read_text(encoding="utf-8"))["files"]
         wrong = [name for name, (size, digest) in files.items() if (path / name).stat().st_size != size or _sha256(path / name) != digest]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        wrong = [f"meta.json ({type(error).__name__})"]
-    if not wrong:
-        return True
+        if not wrong:
+            return read(path)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        wrong = [f"{type(error).__name__}: {error}"]
     print(f"warning: {path}: damaged ({', '.join(wrong)}); it is made anew", file=sys.stderr)
     shutil.rmtree(path, ignore_errors=True)
-    return False
+    return None
 
 
 def _sweep(place):

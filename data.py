@@ -112,7 +112,7 @@ def inspect(cfg, tokenizer, near=None):
     prints = [sources.fingerprint(source) for source in _named_sources(data)]
     special = _special_texts(tokenizer)
     place = cache.folder(data.cache) if all(prints) else None
-    what = ["audit", audit.VERSION, prints, bool(data.eval), data.columns, data.roles, data.first_rows, data.near_duplicate, data.bad_rows, special]
+    what = ["audit", prints, bool(data.eval), data.columns, data.roles, data.first_rows, data.near_duplicate, data.bad_rows, special]
 
     def build(folder):
         with _shown_progress("looking through") as bar:
@@ -125,10 +125,15 @@ def inspect(cfg, tokenizer, near=None):
 
     if not near and place and (place / cache.key([*what, True])).is_dir():
         near = True  # what is known by now is better
-    path = cache.entry(place, cache.key([*what, near]), build)
+    return cache.entry(place, cache.key([*what, near]), build, _open_findings)
+
+
+def _open_findings(path):
+    meta = cache.meta(path)
     with open(path / "found.jsonl", encoding="utf-8") as file:
         found = [tuple(json.loads(line)) for line in file]
-    return cache.meta(path) | {"found": found, "group": np.load(path / "group.npy", allow_pickle=False)}
+    return {name: meta[name] for name in ("rows", "evaluation_rows", "evaluation_found", "near")} | {
+        "found": found, "group": np.load(path / "group.npy", allow_pickle=False)}
 
 
 def _named_sources(data):
@@ -213,16 +218,22 @@ def load(cfg, tokenizer):
     what += [data.near_duplicate, _special_texts(tokenizer)] if data.drop else []
     what += [cfg.train.seed, data.eval_rows] if not data.eval else [sources.fingerprint(data.eval)] if data.drop or data.audit != "off" else []
     place = cache.folder(data.cache) if all(train_prints) else None
-    path = cache.entry(place, cache.key(what), lambda folder: _build(cfg, tokenizer, folder))
-    rows = _open_rows(path, "train")
-    return rows, load_evaluation(cfg, tokenizer) if data.eval else _open_rows(path, "eval")
+    parts = ["train"] if data.eval else ["train", "eval"]
+    found = cache.entry(place, cache.key(what), lambda folder: _build(cfg, tokenizer, folder), lambda path: [_open_rows(path, part) for part in parts])
+    return found[0], load_evaluation(cfg, tokenizer) if data.eval else found[1]
 
 
 def keep_dropped(rows, folder):
     """Put the file of the rows that data.drop left out into a run's folder as rows-dropped.jsonl; without any, an older one is removed."""
     (folder / "rows-dropped.jsonl").unlink(missing_ok=True)
     if rows.dropped:
-        shutil.copyfile(rows.dropped, folder / "rows-dropped.jsonl")
+        _write_dropped(rows, folder / "rows-dropped.jsonl")
+
+
+def _write_dropped(rows, path):
+    rows.dropped.seek(0)
+    with open(path, "wb") as file:
+        shutil.copyfileobj(rows.dropped, file)
 
 
 def load_evaluation(cfg, tokenizer):
@@ -236,7 +247,7 @@ def load_evaluation(cfg, tokenizer):
     def build(folder):
         return {"eval": _write_rows(folder / "eval.arrow", ((0, *row) for row in sources.stream(data.eval, data.bad_rows)), tokenizer, data)}
 
-    return _open_rows(cache.entry(place, cache.key(["eval", _shaping(cfg, tokenizer), print_, data.eval]), build), "eval")
+    return cache.entry(place, cache.key(["eval", _shaping(cfg, tokenizer), print_, data.eval]), build, lambda path: _open_rows(path, "eval"))
 
 
 def _open_rows(path, part):
@@ -244,7 +255,8 @@ def _open_rows(path, part):
     ids, offsets, supervised, names = cache.read_tokens(path / f"{part}.arrow")
     dropped = path / "rows-dropped.jsonl"
     return Rows(ids, offsets, supervised, names, meta["counts"], meta["digest"], meta["skipped"], tuple(map(tuple, meta.get("mixture", ()))),
-                tuple(meta["too_long"]), meta.get("audit", {}), tuple(meta.get("remarks", ())), [tuple(record) for record in meta.get("records", ())], str(dropped) if part == "train" and dropped.exists() else "")
+                tuple(meta["too_long"]), meta.get("audit", {}), tuple(meta.get("remarks", ())), [tuple(record) for record in meta.get("records", ())],
+                open(dropped, "rb") if part == "train" and dropped.exists() else None)
 
 
 def _build(cfg, tokenizer, folder):
@@ -552,7 +564,7 @@ def _check(cfg, tokenizer, examples, out):
     if refused:
         raise ValueError(refused)
     if out:
-        pathlib.Path(out).write_bytes(pathlib.Path(rows.dropped).read_bytes() if rows.dropped else b"")
+        _write_dropped(rows, out) if rows.dropped else pathlib.Path(out).write_bytes(b"")
         print(f"written    {out}: the {rows.counts['rows_dropped']:,} rows left out by data.drop")
 
 

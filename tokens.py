@@ -38,7 +38,7 @@ class Rows:
     audit: dict = field(default_factory=dict)  # {check: rows} that an audit found among them, of those that were not dropped
     remarks: tuple = ()     # lines for the console: what the audit found, what was dropped
     records: list = field(default_factory=list)  # the first records [(name, record)] of rows that were held out
-    dropped: str = ""       # file with the rows that data.drop left out, a JSON line each
+    dropped: object = None  # open file of the rows that data.drop left out, a JSON line each; None without any
 
     def __len__(self):
         return len(self.offsets) - 1

@@ -249,7 +249,7 @@ def test_what_drop_names_is_left_out_and_kept_in_a_file_with_its_reason(tmp_path
     cfg = project(tmp_path, [*rows, rows[5], evaluation[1], chat("What now, and why?", "")], evaluation, drop=["duplicate", "leak"])
     train, held = data.load(cfg, make_tokenizer())
     assert len(train) == 21 and train.names[-1] == f"{cfg.data.train}:23" and len(held) == 4 and train.counts["rows_dropped"] == 2
-    lines = [json.loads(line) for line in open(train.dropped, encoding="utf-8")]
+    lines = [json.loads(line) for line in train.dropped]
     assert [(line["row"], line["reason"], line["like"]) for line in lines] == [
         (f"{cfg.data.train}:21", "duplicate", f"{cfg.data.train}:6"), (f"{cfg.data.train}:22", "leak", f"{cfg.data.eval}:2")]
     assert lines[0]["record"] == rows[5] and lines[0]["why"]

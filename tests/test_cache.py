@@ -1,10 +1,12 @@
 """Tokens on disk: found again only where nothing changed, whole or not there, whatever happens to who writes or reads them."""
+import ast
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -96,7 +98,61 @@ def test_another_template_tokenizer_or_held_out_part_has_tokens_of_its_own(tmp_p
     assert seen == ["eval.arrow", "train.arrow"] * 3
 
 
-@pytest.mark.parametrize("fault", ["cut", "flip", "gone", "meta"])
+def test_what_another_version_of_the_code_made_is_made_anew(tmp_path, monkeypatch):
+    seen, cfg = made(monkeypatch), settings_for(tmp_path, audit="auto")
+    data.load(cfg, make_tokenizer()), data.inspect(cfg, make_tokenizer())
+    keys = {path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()}
+    with monkeypatch.context() as other:
+        other.setattr(cache, "_code", [*cache._code[:-1], "another text of tokens.py"])
+        data.load(cfg, make_tokenizer())
+        assert seen == ["train.arrow", "eval.arrow"] * 2
+    assert len(keys) == 3 and len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 6
+    data.load(cfg, make_tokenizer())
+    assert seen == ["train.arrow", "eval.arrow"] * 2
+
+
+def test_every_file_that_makes_tokens_is_in_their_key():
+    """All that data.py imports of the project, and what those import, but for what only reads settings, runs chunks, shows or refuses."""
+    def own(name):
+        tree = ast.parse((PROJECT / f"{name}.py").read_text(encoding="utf-8"))
+        named = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        named += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        return {name for name in named if (PROJECT / f"{name}.py").is_file()}
+
+    found, left = set(), {"data"}
+    while left:
+        found |= left
+        left = set().union(*map(own, left)) - found - {"config", "pool", "preview", "trust"}
+    assert {f"{name}.py" for name in found} == set(cache.CODE)
+
+
+def test_without_a_cache_no_file_is_left_and_rows_and_dropped_rows_can_be_read_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    train = write_rows(tmp_path / "train.jsonl", 40)
+    with open(train, "a") as file:
+        file.write(json.dumps({"prompt": "What now?", "completion": ""}) + "\n")
+    cfg = settings_for(tmp_path, train=train, cache="off", drop=["empty"])
+    rows, _ = data.load(cfg, make_tokenizer())
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert same(rows, data.tokenize(data.read_rows(train)[:40], make_tokenizer(), cfg.data))
+    for _ in range(2):
+        data.keep_dropped(rows, tmp_path)
+        assert json.loads((tmp_path / "rows-dropped.jsonl").read_text())["record"] == {"prompt": "What now?", "completion": ""}
+
+
+def test_an_entry_of_findings_that_lacks_something_is_made_anew(tmp_path, capsys):
+    cfg = settings_for(tmp_path, audit="full")
+    seen = data.inspect(cfg, make_tokenizer())
+    file = next((tmp_path / "cache").glob("*/found.jsonl")).with_name("meta.json")
+    tree = json.loads(file.read_text())
+    del tree["meta"]["near"]
+    file.write_text(json.dumps(tree))
+    again = data.inspect(cfg, make_tokenizer())
+    assert again["near"] is seen["near"] is True and "damaged (KeyError: 'near'); it is made anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["cut", "flip", "gone", "meta", "lacks"])
 def test_a_damaged_entry_is_told_and_made_anew(tmp_path, capsys, fault):
     cfg = settings_for(tmp_path)
     good = data.tokenize(data.read_rows(cfg.data.train), make_tokenizer(), cfg.data)
@@ -112,9 +168,13 @@ def test_a_damaged_entry_is_told_and_made_anew(tmp_path, capsys, fault):
         file.unlink()
     if fault == "meta":
         (file.parent / "meta.json").write_text("{")
+    if fault == "lacks":  # as an older version of this code may have written it
+        tree = json.loads((file.parent / "meta.json").read_text())
+        del tree["meta"]["train"]["too_long"]
+        (file.parent / "meta.json").write_text(json.dumps(tree))
     assert same(data.load(cfg, make_tokenizer())[0], good)
     said = capsys.readouterr().err
-    assert "damaged" in said and "made anew" in said and ("meta.json" if fault in ("meta", "gone") else "train.arrow") in said
+    assert "damaged" in said and "made anew" in said and {"meta": "JSONDecodeError", "lacks": "KeyError: 'too_long'"}.get(fault, "train.arrow") in said
     assert same(data.load(cfg, make_tokenizer())[0], good) and not capsys.readouterr().err
 
 
