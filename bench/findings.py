@@ -37,8 +37,8 @@ import verdict
 GRACE = 20  # seconds that a run gets to save
 TLDR = {"data.train": "tldr-train.jsonl", "data.eval": "tldr-validation.jsonl"}
 GSM8K = {"data.train": "gsm8k-train.jsonl", "data.eval": "", "data.eval_rows": 500}
-BESIDE = {"memory.max_tokens": 8192, "memory.checkpoint_layers": 0, "proof.parts": "no", "data.audit": "off",  # no probe of a GPU that others use
-          "log.tensorboard": "false", "log.report": "false"}
+BESIDE = {"memory.max_tokens": 8192, "memory.checkpoint_layers": 0,  # no probe of a GPU that others use
+          "proof.parts": "no", "data.audit": "off", "log.tensorboard": "false", "log.report": "false"}
 FIGURES = BESIDE | {"eval.samples": 0, "save.every_steps": 0}          # where only figures are compared
 SHORT = {"train.max_steps": 500, "schedule.lr_warmup_steps": 50}       # what the peers run
 CLEAN = {"data.drop": "duplicate,near_duplicate,leak"}
@@ -69,7 +69,8 @@ def peer(name, who, steps, seconds, alone=False):
 def generation(name, more, seconds=40):
     """What approach1-s0 writes, for our own prompts and for 200 commands of the validation rows."""
     asked = lambda to, *which: ["eval.py", "--ckpt=WORK/approach1-s0", "--json", f"--to=WORK/{name}/{to}.out", *which, *more]
-    return Experiment(name, [asked("prompts", "--prompts=bench/prompts.txt", "--eval.max_rows=1"), asked("commands", "--data=WORK/commands.jsonl", "--eval.samples=200")], seconds)
+    return Experiment(name, [asked("prompts", "--prompts=bench/prompts.txt", "--eval.max_rows=1"),
+                             asked("commands", "--data=WORK/commands.jsonl", "--eval.samples=200")], seconds)
 
 
 def experiments():
@@ -213,7 +214,8 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done):
             else:
                 failed.append(experiment)
                 tail = (work / f"{experiment.name}.log").read_bytes()[-600:].decode(errors="replace").strip()
-                say(f"{experiment.name} {'was stopped' if stopping else 'FAILED'} with {code} after {took:.0f} s" + ("" if stopping else f":\n{tail}"))
+                how = "was stopped" if stopping else "FAILED"
+                say(f"{experiment.name} {how} with {code} after {took:.0f} s" + ("" if stopping else f":\n{tail}"))
         if not stopping and left() < GRACE:
             stopping.append(True)
         if stopping:
@@ -308,11 +310,14 @@ def bare(text):
 
 
 def generation_facts(folder):
-    """{"prompts": what was written for our own prompts, whole; "commands": of each validation command only whether it was right, stopped, repeats}."""
+    """{"prompts": what was written for our own prompts, whole; "commands": of each validation command whether it was right and stopped, no text}."""
     read = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.out")}
     own = [{name: sample[name] for name in ("prompt", "text", "tokens", "stopped")} for sample in read["prompts"]["samples"]]
-    rows = [{"exact": bare(text) == wanted, "holds": wanted in text, "stopped": bool(sample["stopped"]), "overlap": round(verdict.overlap(text, wanted), 4)}
-            for sample in read["commands"]["samples"] for text, wanted in [(sample["text"], sample["reference"].strip())]]
+    rows = []
+    for sample in read["commands"]["samples"]:
+        text, wanted = sample["text"], sample["reference"].strip()
+        rows.append({"exact": bare(text) == wanted, "holds": wanted in text, "stopped": bool(sample["stopped"]),
+                     "overlap": round(verdict.overlap(text, wanted), 4)})
     return {"prompts": own, "commands": rows}
 
 

@@ -94,21 +94,23 @@ def train(peer, config, run):
             step = state.global_step
             tokens, norm = sum(lengths[(step - 1) * count:step * count]), float(logs["grad_norm"])
             peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
-            recorder.write(step, {"train/loss": float(logs["loss"]), "train/grad_norm": norm, "train/learning_rate": float(logs["learning_rate"]),
+            took, loss, rate = clock["took"], float(logs["loss"]), float(logs["learning_rate"])
+            recorder.write(step, {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate,
                                   "train/clipped": float(0 < config.schedule.clip_norm < norm), "train/skipped": 0.0,
                                   "train/samples": count, "train/tokens": tokens, "train/epoch": step * count / n_rows,
-                                  "train/seconds": clock["took"], "train/tokens_per_second": tokens / clock["took"], "train/peak_memory_gib": peak})
+                                  "train/seconds": took, "train/tokens_per_second": tokens / took, "train/peak_memory_gib": peak})
             if step % 25 == 0 or step == 1:
-                print(f"step {step}/{steps}  loss {logs['loss']:.4f}  norm {norm:.3f}  rate {logs['learning_rate']:.1e}  {clock['took']:.3f} s", flush=True)
+                print(f"step {step}/{steps}  loss {loss:.4f}  norm {norm:.3f}  rate {rate:.1e}  {took:.3f} s", flush=True)
 
     c = config.train
     given = SFTConfig(
-        output_dir=str(run / "peer"), per_device_train_batch_size=count, gradient_accumulation_steps=1, max_steps=steps, bf16=True, use_cpu=not gpu,
-        learning_rate=config.schedule.learning_rate, max_grad_norm=config.schedule.clip_norm, optim="adamw_torch_fused" if gpu else "adamw_torch",
-        weight_decay=c.weight_decay, adam_beta1=c.adam_beta1, adam_beta2=c.adam_beta2, adam_epsilon=c.adam_eps, seed=c.seed,
+        output_dir=str(run / "peer"), per_device_train_batch_size=count, gradient_accumulation_steps=1, max_steps=steps, bf16=True,
+        use_cpu=not gpu, optim="adamw_torch_fused" if gpu else "adamw_torch",
+        learning_rate=config.schedule.learning_rate, max_grad_norm=config.schedule.clip_norm, weight_decay=c.weight_decay, adam_beta1=c.adam_beta1, adam_beta2=c.adam_beta2, adam_epsilon=c.adam_eps, seed=c.seed,
         train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True}, max_length=max(lengths), packing=False,
         gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True)
-    trainer = SFTTrainer(model=network, args=given, train_dataset=samples, processing_class=own or tokenizer, peft_config=peft, callbacks=[Record()])
+    trainer = SFTTrainer(model=network, args=given, train_dataset=samples, processing_class=own or tokenizer, peft_config=peft,
+                         callbacks=[Record()])
 
     def our_rates(num_training_steps, optimizer=None):
         factor = lambda done: schedule.learning_rate(min(done + 1, steps), config.schedule, steps) / config.schedule.learning_rate

@@ -1,0 +1,406 @@
+"""Make every table and picture of docs/FINDINGS.md from the records under docs/findings/.
+
+    python docs/make_findings.py            rewrite what stands between `<!-- made: NAME -->` and `<!-- end -->`, and the pictures
+    python docs/make_findings.py --check    exit code 1 where FINDINGS.md is not what the records say
+    python docs/make_findings.py --from=FOLDER --page=FILE     other records, another page (its pictures lie beside it)
+
+The records are what bench/findings.py keeps of its runs. Intervals are those of compare.py and verdict.py: evaluation rows drawn with
+replacement, the same draw on both sides. Where a setting ran with several seeds, each row's loss is first averaged over them. A
+difference is called clear where its interval excludes 0 and it is larger than what seeds alone do: twice the standard error that the
+deviation between seeds, pooled over all settings that have several, gives for so many seeds. What was not run is called so.
+"""
+import json
+import math
+import pathlib
+import re
+import sys
+
+import numpy as np
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import compare
+import config as settings
+import record
+import verdict
+import words
+
+SEEDS = ("", "-s0", "-s1", "-s2")
+NOT_RUN = "not run"
+DASH = "–"
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+def read(folder):
+    """{name: run} of every experiment kept in `folder`: {"name", "summary", "verdict", "metrics", "evaluations", "generation"}."""
+    runs = {}
+    for path in sorted(folder.glob("*/summary.json")):
+        here, name = path.parent, path.parent.name
+        runs[name] = {"name": name, "summary": compare.read_json(path), "verdict": compare.read_json(here / "verdict.json"),
+                      "generation": compare.read_json(here / "generation.json"), "evaluations": record.read_evaluations(here),
+                      "metrics": record.read_metrics(here) if (here / "metrics.jsonl").is_file() else []}
+    return runs
+
+
+def seeds_of(runs, name):
+    """The runs of an experiment, one a seed; [] where none was run."""
+    return [runs[name + seed] for seed in SEEDS if name + seed in runs]
+
+
+def last(run):
+    """The last evaluated step."""
+    return max((step for step in run["evaluations"] if type(step) is int), default=None)
+
+
+def rows_of(found, step=None):
+    """What each evaluation row came to after `step` (None: the last), averaged over runs that differ in their seed; None where not recorded."""
+    arrays = [run["evaluations"].get(last(run) if step is None else step, (None,))[0] for run in found]
+    arrays = [a for a in arrays if a is not None]
+    if not arrays:
+        return None
+    same = all(np.array_equal(a["tokens"], arrays[0]["tokens"]) for a in arrays)
+    if not same:
+        raise ValueError(f"{', '.join(run['name'] for run in found)}: were not evaluated on the same rows")
+    return {"tokens": arrays[0]["tokens"].astype(float)} | {key: np.mean([a[key] for a in arrays], axis=0) for key in ("nll", "correct")}
+
+
+def against(reference, others):
+    """compare.differences of row figures from `reference`: [None or its entry] for each of `others` (None where there are none)."""
+    if reference is None:
+        return [None] * len(others)
+    known = [other for other in others if other is not None]
+    for other in known:
+        if not np.array_equal(other["tokens"], reference["tokens"]):
+            raise ValueError("runs that were evaluated on different rows cannot be compared")
+    pretended = [{"path": "docs/findings", "evaluations": {0: arrays}} for arrays in (reference, *known)]
+    entries = iter(compare.differences(pretended, [0] * len(pretended))[1:])
+    return [None if other is None else next(entries) for other in others]
+
+
+def loss(run, step=None):
+    arrays = rows_of([run], step)
+    return math.nan if arrays is None else compare.loss_of(arrays)
+
+
+def seed_deviation(runs, like="approach1"):
+    """The standard deviation of the last evaluation loss between seeds, pooled over the settings of one kind that ran with several: those of
+    the failed run's length, the peers' 500 steps, or approach 1's 2,000. NaN without."""
+    kind = lambda name: name.split("-")[0] if name.startswith(("seed", "ours")) else "seed" if name.startswith("cure") else "approach1"
+    squares, freedom = 0.0, 0
+    for name in sorted({re.sub(r"-s\d$", "", name) for name in runs if re.search(r"-s\d$", name)}):
+        values = [value for value in (loss(run) for run in seeds_of(runs, name)) if math.isfinite(value)] if kind(name) == kind(like) else []
+        if len(values) > 1:
+            squares, freedom = squares + np.var(values, ddof=1) * (len(values) - 1), freedom + len(values) - 1
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
+def sense(gap, seeds, deviation):
+    """lower, higher or unclear: of a loss difference between `seeds` = (runs here, runs there)."""
+    word = compare.sense(gap)
+    noise = 2 * deviation * math.sqrt(1 / seeds[0] + 1 / seeds[1]) if math.isfinite(deviation) else 0.0
+    return "unclear" if word in ("lower", "higher") and abs(gap["value"]) < noise else word
+
+
+# -------------------------------------------------------------------------------------------------------------- pieces
+
+def named(findings, worst="note"):
+    """Names of findings, those below `worst` left out."""
+    grave = ("refuse", "fault", "warning", "note")
+    names = dict.fromkeys(found["name"] for found in findings if grave.index(found["severity"]) <= grave.index(worst))
+    return ", ".join(names) or "nothing"
+
+
+def spread(values, form=".4f"):
+    """A figure, or the mean of several and their standard deviation."""
+    values = [value for value in values if value is not None and math.isfinite(value)]
+    if not values:
+        return DASH
+    return f"{np.mean(values):{form}}" + (f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else "")
+
+
+def gap_cells(entry, found, reference, deviation):
+    """A loss difference, its interval, and what it says, as cells."""
+    if entry is None or entry["loss_difference"] is None:
+        return [DASH, DASH, DASH]
+    return [*compare.difference(entry["loss_difference"], 1, ".4f"), sense(entry["loss_difference"], (len(found), len(reference)), deviation)]
+
+
+def differences_table(runs, what, reference, names):
+    """A table of settings against the first. names: {row's label: experiment}."""
+    deviation, base = seed_deviation(runs, reference[1]), seeds_of(runs, reference[1])
+    groups = {label: seeds_of(runs, name) for label, name in names.items()}
+    entries = against(rows_of(base) if base else None, [rows_of(found) if found else None for found in groups.values()])
+    rows = []
+    for label, found, entry in [(reference[0], base, None), *zip(groups, groups.values(), entries)]:
+        cells = [len(found), spread(map(loss, found)), *gap_cells(entry, found, base, deviation)] if found else [NOT_RUN, *[DASH] * 4]
+        rows.append([label, *cells])
+    return words.table([what, "seeds", "eval loss", "difference", "95% interval", "says"], rows)
+
+
+def figure(value, form, scale=1.0):
+    return DASH if value is None or not math.isfinite(value) else f"{scale * value:{form}}"
+
+
+def accuracy(run, step=None):
+    arrays = rows_of([run], step)
+    return math.nan if arrays is None else float(arrays["correct"].sum() / arrays["tokens"].sum())
+
+
+def outcome(run, which):
+    return run["verdict"].get("sets", {}).get(which, DASH)
+
+
+# -------------------------------------------------------------------------------------------------------------- blocks
+
+def said(runs):
+    """What the tools say of the failed run's settings, as they were and with a cut graph; the failed run's own record first."""
+    state = json.loads((PROJECT / "docs" / "examples" / "failed-run" / "trainer_state.json").read_text())["log_history"]
+    trained, evals = [line["loss"] for line in state if "loss" in line], [line["eval_loss"] for line in state if "eval_loss" in line]
+    norm = max(line.get("grad_norm", 0.0) for line in state)
+    rows = [["the failed run, as reported", f"{norm:.1f}", f"{trained[0]:.4f} → {trained[-1]:.4f}",
+             " ".join(f"{value:.4f}" for value in evals), DASH]]
+    told = []
+    for label, name in (("seed-failure", "seed-failure-s0"), ("cut, guards on", "cut"), ("cut, guards off", "cut-unguarded")):
+        run = runs.get(name)
+        if run is None:
+            rows.append([label, NOT_RUN, DASH, DASH, DASH])
+            told.append(f"- {label}: {NOT_RUN}.")
+            continue
+        about = run["summary"]
+        norms = figure(about["norm"][0], ".3g") + " to " + figure(about["norm"][2], ".3g") if about["norm"][0] is not None else DASH
+        trend = " → ".join(figure(value, ".4f") for value in about["loss"]) if about["loss"][0] is not None else DASH
+        evaluated = " ".join(f"{line['eval/loss']:.4f}" for line in run["metrics"] if "eval/loss" in line)
+        rows.append([label, norms, trend, evaluated, about["exit"]])
+        tools = f"forecast {named(about['forecast'])}; alerts {named(about['alerts'])}; health.py {named(about['diagnosis'])}"
+        told.append(words.prose(f"{label}: {tools}; verdict {run['verdict']['outcome']} (milestone {outcome(run, 'milestone')}).", "- "))
+    return words.table(["run", "gradient norms", "training loss", "evaluation losses", "exit code"], rows) + "\n\n" + "\n".join(told)
+
+
+CURES = {"rate 1e-4": "cure-rate", "batch 32": "cure-batch", "floor 1e-5": "cure-floor", "2,000 steps": "cure-steps"}
+
+
+def cures(runs):
+    return differences_table(runs, "changed", ("nothing", "seed-failure"), CURES | {"all, approach 1": "approach1"})
+
+
+def approaches(runs, names=("approach1", "approach2", "approach3")):
+    rows, prices = [], []
+    for name in names:
+        found = seeds_of(runs, name)
+        if not found:
+            rows.append([name, NOT_RUN, *[DASH] * 6])
+            continue
+        first = found[0]
+        right = f"{figure(accuracy(first, 0), '.4f')} → {spread(map(accuracy, found))}"
+        rows.append([name, len(found), figure(loss(first, 0), ".4f"), spread(map(loss, found)), figure(math.exp(loss(first)), ".2f"), right,
+                     outcome(first, "minimum"), outcome(first, "optimal")])
+        about, tail = first["summary"], first["metrics"][-1]
+        prices.append([name, *(figure(norm, ".3g") for norm in about["norm"]), figure(about["clipped"], ".0%"),
+                       figure(tail.get("adapters/delta_ratio"), ".4f"), figure(about["step_seconds"], ".1f", 1000),
+                       figure(about["train_seconds"], ".0f"), figure(about["seconds"], ".0f") + ("" if about["alone"] else "*"),
+                       figure(about["peak_memory_gib"], ".1f")])
+    tables = [words.table(["run", "seeds", "loss before", "after", "perplexity", "token accuracy", "minimum", "optimal"], rows)]
+    if prices:
+        head = ["run", "least norm", "median", "largest", "clipped", "ΔW/W", "ms a step", "s in steps", "s in all", "peak GiB"]
+        tables += [words.table(head, prices), words.prose("Norms, ΔW/W (‖ΔW‖/‖W‖, mean of the modules) and times are of seed 0. A star: others "
+                                                          "ran beside it on the same GPU, so its times are too long.")]
+    return words.paragraphs(*tables)
+
+
+def bits_before(runs):
+    """What quantising costs the untrained model, from the evaluations before step 1."""
+    kept = {"16 bits": "bits-none-s0", "int8, weights only": "bits-int8-s0", "LLM.int8()": "approach3", "NF4": "bits-single-s0",
+            "NF4, double": "approach1-s0"}
+    arrays = [rows_of([runs[name]], 0) if name in runs else None for name in kept.values()]
+    base = arrays[0]
+    if base is None and "approach1-s0" in runs:  # the same model, measured before that run
+        base = arrays[0] = rows_of([runs["approach1-s0"]], "unquantised")
+    rows = []
+    for label, found, entry in zip(kept, arrays, against(base, arrays)):
+        if found is None:
+            rows.append([label, NOT_RUN, DASH, DASH, DASH])
+            continue
+        gap = entry["loss_difference"] if entry and label != "16 bits" else None
+        right = found["correct"].sum() / found["tokens"].sum()
+        rows.append([label, f"{compare.loss_of(found):.4f}", *compare.difference(gap, 1, ".4f"), f"{right:.4f}"])
+    return words.table(["weights", "loss", "cost", "95% interval", "token accuracy"], rows)
+
+
+def bits_after(runs):
+    names = {"int8, weights only": "bits-int8", "NF4": "bits-single", "NF4, double": "approach1"}
+    return differences_table(runs, "weights", ("16 bits", "bits-none"), names)
+
+
+FACTORS = {"r 32, alpha 64": "factor-rank", "rsLoRA": "factor-rslora", "no k_proj": "factor-targets", "dropout 0.1": "factor-dropout",
+           "these four": "factor-all-but-bits", "approach 3: and LLM.int8()": "approach3"}
+
+
+def factors(runs):
+    return differences_table(runs, "changed", ("nothing, approach 1", "approach1"), FACTORS)
+
+
+def clean(runs):
+    return differences_table(runs, "rows", ("all", "approach1"), {"without them": "clean"})
+
+
+SCHEDULES = {"cosine to 0": "schedule-zero", "cosine, floor 3e-5": "schedule-floor-3e-5", "WSD, floor 1e-5": "schedule-wsd",
+             "constant": "schedule-constant", "batch 16, then 48": "schedule-growing-batch", "clipped at the median": "schedule-adaptive-clip",
+             "not clipped": "schedule-no-clip"}
+
+
+def schedules(runs):
+    return differences_table(runs, "schedule", ("cosine, floor 1e-5", "approach1"), SCHEDULES)
+
+
+def peers(runs):
+    table = differences_table(runs, "trainer", ("rawlora", "ours-500"), {"TRL, PEFT, bitsandbytes": "peer-trl", "Unsloth": "peer-unsloth"})
+    rows = []
+    for label, name in (("rawlora", "approach1-s0"), ("TRL, PEFT, bitsandbytes", "peer-trl-time"), ("Unsloth", "peer-unsloth-time")):
+        run = runs.get(name)
+        about = run and run["summary"]
+        if not run or not about["alone"]:
+            rows.append([label, NOT_RUN if not run else "not alone", DASH, DASH])
+            continue
+        speed = about["samples"] / about["steps"] / about["step_seconds"]
+        rows.append([label, figure(about["step_seconds"], ".1f", 1000), figure(speed, ",.0f"), figure(about["peak_memory_gib"], ".1f")])
+    return words.paragraphs(table, words.table(["alone on the GPU", "ms, median step", "samples/s", "peak GiB"], rows))
+
+
+def gsm8k(runs):
+    curve, run, early = runs.get("gsm8k"), runs.get("gsm8k-early"), f"Early stopping: {NOT_RUN}."
+    if run:
+        early = (f"Early stopping, patience 2 on evaluations every 100 steps: it ends after step {run['summary']['steps']:,}, at an evaluation "
+                 f"loss of {loss(run):.4f}.")
+    evals = [line for line in curve["metrics"] if "eval/loss" in line] if curve else []
+    rows = [[f"{line['step']:,}", f"{line['eval/loss']:.4f}", f"{line['eval/token_accuracy']:.4f}"] for line in evals]
+    steps = words.table(["step", "eval loss", "token accuracy"], rows) if rows else ""
+    return words.paragraphs(approaches(runs, ("gsm8k",)), steps, words.prose(early))
+
+
+def generation(runs):
+    kinds = {"untouched, 16 bits": "generation-before-bf16", "untouched, NF4": "generation-before", "approach 1": "generation-after"}
+    rows = []
+    for label, name in kinds.items():
+        if name not in runs:
+            rows.append([label, NOT_RUN, DASH, DASH, DASH])
+            continue
+        found = runs[name]["generation"]["commands"]
+        hits = [sum(bool(row[key]) for row in found) for key in ("exact", "stopped")]
+        spans = [verdict.binomial_interval(count, len(found), 0.95) for count in hits]
+        shares = [f"{count / len(found):.1%} ({low:.1%} to {high:.1%})" for count, (low, high) in zip(hits, spans)]
+        rows.append([label, len(found), *shares, f"{np.mean([row['overlap'] for row in found]):.3f}"])
+    table = words.table(["model", "commands", "exactly right", "stopped", "overlap"], rows)
+    written = {label: {sample["prompt"]: sample for sample in runs[name]["generation"]["prompts"]}
+               for label, name in kinds.items() if name in runs}
+    told = lambda sample: (sample["text"].strip() or "(nothing)") + ("" if sample["stopped"] else " … (did not stop)")
+    prompts = [line for line in (PROJECT / "bench" / "prompts.txt").read_text().splitlines() if line] if written else []
+    blocks = [words.side_by_side(prompt, {label: told(samples[prompt]) for label, samples in written.items()}) for prompt in prompts]
+    return words.paragraphs(table, *blocks)
+
+
+def machine(runs):
+    """How many experiments there are and how many were run."""
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("findings", PROJECT / "bench" / "findings.py")
+    findings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(findings)
+    names = [experiment.name for experiment in findings.experiments()]
+    missing = [name for name in names if name not in runs]
+    text = f"{len(names) - len(missing)} of {len(names)} experiments have been run."
+    deviation = seed_deviation(runs)
+    if math.isfinite(deviation):
+        text += f" Between seeds alone the last evaluation loss of approach 1 and its variants deviates by {deviation:.4f} nats."
+    return words.prose(text + (f" Not run: {', '.join(missing)}." if missing and len(missing) < len(names) else ""))
+
+
+BLOCKS = {"state": machine, "said": said, "cures": cures, "approaches": approaches, "bits-before": bits_before, "bits-after": bits_after,
+          "factors": factors, "clean": clean, "schedules": schedules, "peers": peers, "gsm8k": gsm8k, "generation": generation}
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+def draw_curves(runs, path, names):
+    """Evaluation loss by step (marks) over the training loss (thin) of seed 0 of each experiment. names: {label: experiment}."""
+    import plots
+    known = {label: seeds_of(runs, name)[0] for label, name in names.items() if seeds_of(runs, name) and seeds_of(runs, name)[0]["metrics"]}
+    if not known:
+        return False
+    colors = [plots.TRAIN, plots.EVAL, "#3a8f5c", "#8e5bb5", "#b8860b", "#17808e", "#a3456f", "#555555"]
+    with plots.sheet(path, height=4.2) as (axis,):
+        for number, (label, run) in enumerate(known.items()):
+            values = {tag: np.array([(line["step"], verdict.number(line[tag])) for line in run["metrics"] if tag in line]).reshape(-1, 2)
+                      for tag in ("train/loss", "eval/loss")}
+            axis.plot(*values["train/loss"].T, color=colors[number % 8], linewidth=0.8, alpha=0.4)
+            axis.plot(*values["eval/loss"].T, "os^vDPX*"[number % 8] + "-", color=colors[number % 8], linewidth=1.6, markersize=5, label=label)
+        axis.set(xlabel="step", ylabel="loss (nats a token)")
+        axis.set_title("evaluation (marks), training (thin)")
+    return True
+
+
+def draw_differences(runs, path):
+    """Every setting's loss difference from approach 1 with its interval; what seeds alone do as a band."""
+    import plots
+    names = {"int8": "bits-int8", "16 bits": "bits-none", "NF4, not double": "bits-single", **FACTORS, "rows cleaned": "clean", **SCHEDULES}
+    base = seeds_of(runs, "approach1")
+    known = {label: seeds_of(runs, name) for label, name in names.items() if seeds_of(runs, name)}
+    if not base or not known:
+        return False
+    entries, deviation = against(rows_of(base), [rows_of(found) for found in known.values()]), seed_deviation(runs)
+    with plots.sheet(path, height=0.9 + 0.28 * len(known)) as (axis,):
+        for place, (label, entry) in enumerate(zip(known, entries)):
+            gap = entry["loss_difference"]
+            axis.plot([gap["low"], gap["high"]], [place, place], color=plots.TRAIN, linewidth=2)
+            axis.plot(gap["value"], place, "o", color=plots.EVAL, markersize=5)
+        if math.isfinite(deviation):
+            noise = 2 * deviation * math.sqrt(1 + 1 / len(base))
+            axis.axvspan(-noise, noise, color="#eeeeee", zorder=0, label="what another seed alone does (one run)")
+        axis.axvline(0, color=plots.GREY, linewidth=0.8)
+        axis.set_yticks(range(len(known)), known)
+        axis.set_ylim(len(known) - 0.5, -0.5)
+        axis.set_xlabel("evaluation loss less that of approach 1 (nats a token)")
+    return True
+
+
+FAILURES = {"as it was": "seed-failure", "graph cut": "cut-unguarded", **CURES}
+APPROACHES = {"approach 1": "approach1", "approach 2": "approach2", "approach 3": "approach3"}
+PICTURES = {"failure": lambda runs, path: draw_curves(runs, path, FAILURES),
+            "approaches": lambda runs, path: draw_curves(runs, path, APPROACHES), "differences": draw_differences}
+
+
+def filled(page, runs, folder=None):
+    """The page with every block made anew. folder: where pictures are written; None: none are."""
+    for name in re.findall(r"<!-- made: ([\w-]+) -->", page):
+        if name.startswith("picture-"):
+            kind = name.removeprefix("picture-")
+            file = f"findings-{kind}.png"
+            drawn = PICTURES[kind](runs, folder / file) if folder else file in page
+            text = f"![{kind}]({file})" if drawn else f"(Picture: {NOT_RUN}.)"
+        elif name in BLOCKS:
+            text = BLOCKS[name](runs)
+        else:
+            raise ValueError(f"there is no block called {name}; there are {', '.join([*BLOCKS, *('picture-' + kind for kind in PICTURES)])}")
+        page = re.sub(rf"(<!-- made: {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, count=1, flags=re.S)
+    return page
+
+
+def main(argv):
+    _, flags, _ = settings.command_line(argv, {"from": "", "page": "", "check": False, "help": False})
+    if flags["help"]:
+        print(__doc__.strip())
+        return 0
+    page = pathlib.Path(flags["page"] or PROJECT / "docs" / "FINDINGS.md")
+    runs = read(pathlib.Path(flags["from"] or PROJECT / "docs" / "findings"))
+    text = page.read_text(encoding="utf-8")
+    made = filled(text, runs, None if flags["check"] else page.parent)
+    if flags["check"]:
+        print(f"{page}: {'as the records say' if made == text else 'not what the records say; run python docs/make_findings.py'}")
+        return int(made != text)
+    page.write_text(made, encoding="utf-8")
+    print(f"{page}: made from {len(runs)} experiments")
+    return 0
+
+
+if __name__ == "__main__":
+    settings.run_command(main)

@@ -1,0 +1,232 @@
+"""bench/findings.py runs and keeps experiments; docs/make_findings.py makes the page of what was kept, and of nothing else."""
+import importlib.util
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+from conftest import PROJECT
+
+import config
+import record
+import verdict
+
+
+def loaded(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+findings, make = loaded(PROJECT / "bench" / "findings.py"), loaded(PROJECT / "docs" / "make_findings.py")
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+def test_every_training_has_settings_that_hold():
+    for experiment in findings.experiments():
+        for command in experiment.commands:
+            if command[0] != "eval.py":
+                words, _, overrides = config.command_line(command[1:], {"out": ""})
+                config.read(PROJECT / words[-1], overrides)
+            assert (PROJECT / command[0]).is_file()
+
+
+def test_a_cure_changes_one_thing_of_the_failed_run():
+    of = {experiment.name: experiment.commands[0] for experiment in findings.experiments()}
+    for name, count in (("cure-rate", 1), ("cure-floor", 1), ("cure-batch", 2), ("cure-steps", 2)):  # a batch is two keys
+        changed = set(of[f"{name}-s0"]) - set(of["seed-failure-s0"])
+        assert len(changed) == count + 1, changed  # and the folder
+
+
+def test_seeds_differ_in_nothing_but_the_seed():
+    of = {experiment.name: experiment.commands[0] for experiment in findings.experiments()}
+    plain = lambda name: {word for word in of[name] if not word.startswith(("--out", "--train.seed"))}
+    for name in of:
+        if name.endswith("-s1") and not name.startswith("approach1"):  # whose first seed runs as it stands, for its time
+            assert plain(name) == plain(name[:-1] + "0") == plain(name[:-1] + "2")
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+SLEEPER = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with open(sys.argv[1].partition("=")[2], "a") as log:
+    log.write(f"{sys.argv[2]} begins\\n"); log.flush()
+    time.sleep(float(sys.argv[3].partition("=")[2]))
+    log.write(f"{sys.argv[2]} ends\\n")
+"""
+
+
+@pytest.fixture
+def sleeper(tmp_path):
+    """(make an experiment that sleeps, what happened in its order)."""
+    program, log = tmp_path / "sleeper.py", tmp_path / "log"
+    program.write_text(SLEEPER)
+    log.write_text("")
+    command = lambda name, seconds: [str(program), f"--log={log}", f"--name={name}", f"--for={seconds}"]
+    made = lambda name, seconds, **more: findings.Experiment(name, [command(name, seconds)], 1, **more)
+    return made, lambda: [line.removeprefix("--name=") for line in log.read_text().splitlines()]
+
+
+def run(plan, tmp_path, jobs, seconds=60.0, done=lambda experiment: None):
+    return findings.run_all(plan, plan, tmp_path, tmp_path, jobs, seconds, (), done)
+
+
+def test_so_many_run_at_a_time_and_one_that_is_timed_runs_alone(sleeper, tmp_path):
+    made, happened = sleeper
+    plan = [made("a", 0.6), made("b", 0.6), made("timed", 0.2, alone=True), made("c", 0.1)]
+    ended = []
+    assert run(plan, tmp_path, 2, done=lambda experiment: ended.append(experiment.name)) == []
+    order = happened()
+    assert sorted(order[:2]) == ["a begins", "b begins"] and order[4:] == ["timed begins", "timed ends", "c begins", "c ends"]
+    assert sorted(ended) == ["a", "b", "c", "timed"]
+    beside = {name: findings.sittings_of(tmp_path, name)[0]["beside"] for name in ended}
+    assert beside == {"a": 1, "b": 1, "timed": 0, "c": 0}
+
+
+def test_at_the_limit_runs_are_told_to_end_and_the_next_sitting_does_the_rest(sleeper, tmp_path):
+    made, happened = sleeper
+    plan = [made("short", 0.1), made("long", 30)]
+    left = run(plan, tmp_path, 2, findings.GRACE + 2.5)
+    assert [experiment.name for experiment in left] == ["long"]
+    assert findings.sittings_of(tmp_path, "long")[0]["exit"] == 143 and "long ends" not in happened()
+    assert run([plan[0], made("long", 0.1)], tmp_path, 2) == []
+    assert happened().count("short begins") == 1 and happened()[-1] == "long ends"
+    assert len(findings.sittings_of(tmp_path, "long")) == 2
+
+
+def test_one_that_fails_stops_no_other_and_is_left(tmp_path, sleeper, capsys):
+    made, _ = sleeper
+    broken = findings.Experiment("broken", [[str(tmp_path / "missing.py")]], 1)
+    left = run([broken, made("good", 0.1)], tmp_path, 1)
+    assert [experiment.name for experiment in left] == ["broken"] and "broken FAILED" in capsys.readouterr().out
+
+
+def test_a_signal_ends_everything_with_what_runs_told_to_save(tmp_path, sleeper):
+    program = f"""
+import sys; sys.path.insert(0, {str(PROJECT / 'bench')!r})
+import findings, pathlib
+place = pathlib.Path({str(tmp_path)!r})
+e = findings.Experiment("a", [[str(place / "sleeper.py"), f"--log={{place}}/log", "--name=a", "--for=60"]], 1)
+findings.run_all([e], [e], place, place, 1, 600, (), print)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    while "a begins" not in (tmp_path / "log").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "a was stopped with 143" in process.communicate(timeout=20)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- keeping
+
+def test_a_thinned_record_keeps_sums_evaluations_and_alerts():
+    lines = [{"step": 0, "eval/loss": 3.0, "eval/samples": '[{"text": "of a row"}]'}]
+    lines += [{"step": step, "train/loss": 2.0 + step % 2, "train/grad_norm": 1.0, "train/seconds": 0.5, "train/samples": 8,
+               "train/tokens": 100, "train/supervised_tokens": 20, "train/tokens_per_second": 200.0, "train/learning_rate": step * 1e-5} for step in range(1, 1001)]
+    lines[333] |= {"alerts": '[{"name": "x"}]'}
+    lines[1000] |= {"eval/loss": float("nan"), "adapters/modules": "{}"}
+    kept = findings.thinned(lines, 50)
+    total = lambda tag: sum(line.get(tag, 0) for line in kept)
+    assert len(kept) < 60 and kept[0]["eval/loss"] == 3.0 and kept[-1]["eval/loss"] == "nan"
+    assert [line["step"] for line in kept if "alerts" in line] == [333]
+    assert total("train/samples") == 8000 and total("train/seconds") == pytest.approx(500)
+    assert kept[-1]["train/learning_rate"] == 0.01 and kept[-1]["train/tokens_per_second"] == 200.0
+    assert kept[5]["train/loss"] == pytest.approx(2.5) and "of a row" not in json.dumps(kept)
+
+
+def test_a_command_is_right_whatever_stands_around_it():
+    for text in ("ls -l", " ls -l\n", "`ls -l`", "```bash\nls -l\n```", "```\nls -l```"):
+        assert findings.bare(text) == "ls -l"
+    assert findings.bare("Use ls -l") != "ls -l" and findings.bare("ls -la") != "ls -l"
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+def keep_one(folder, name, losses, rows=400, step=2000, digest="rows"):
+    """A record of an experiment as bench/findings.py keeps it: `losses` by step, each row's own around them."""
+    place, draw = folder / name, np.random.default_rng(5)
+    tokens, row = draw.integers(5, 20, rows).astype(np.uint16), draw.normal(0, 0.5, rows)
+    own = np.random.default_rng(zlib.crc32(name.encode())).normal(0, 0.02, rows)
+    metrics = []
+    for at, value in losses.items():
+        noise = row + own - ((row + own) * tokens).sum() / tokens.sum()
+        nll = (value + noise) * tokens
+        record.save_evaluation(place, at if at == "unquantised" else f"step-{at:06d}",
+                               {"nll": nll, "tokens": tokens, "correct": (tokens // 2).astype(np.uint16)}, {"rows_digest": digest})
+        if at != "unquantised":
+            metrics.append({"step": at, "eval/loss": value, "eval/token_accuracy": 0.5, "train/loss": value + 0.1})
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (place / "verdict.json").write_text(json.dumps({"outcome": "PASS", "sets": {"minimum": "PASS", "optimal": "FAIL", "milestone": "PASS"}}))
+    about = {"exit": 0, "seconds": 92.0, "alone": True, "steps": step, "samples": 64000, "step_seconds": 0.0105, "train_seconds": 40.4,
+             "loss": [4.5, 2.1], "peak_memory_gib": 4.1, "norm": [0.8, 1.4, 2.7], "clipped": 0.9, "alerts": [], "forecast": [],
+             "diagnosis": [{"name": "x", "severity": "fault"}]}
+    (place / "summary.json").write_text(json.dumps(about))
+
+
+NAMES = (*make.BLOCKS, *(f"picture-{kind}" for kind in make.PICTURES))
+PAGE = "# Page\n\n" + "".join(f"<!-- made: {name} -->\nold\n<!-- end -->\n\n" for name in NAMES)
+
+
+def row(text, label):
+    return [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith(f"| {label} ")).strip("|").split("|")]
+
+
+def test_without_records_nothing_is_told_but_that_it_was_not_run(tmp_path):
+    text = make.filled(PAGE, {}, tmp_path)
+    assert "old" not in text and "0 of " in text and text.count("not run") > 40 and not list(tmp_path.glob("*.png"))
+    assert set(re.findall(r"\d\.\d{3,}", text)) == {"2.7335", "2.7150", "2.9310"}  # the failed run's own figures
+
+
+def test_a_difference_is_that_of_the_rows_and_is_called_clear_beyond_what_seeds_do(tmp_path):
+    for seed, value in enumerate((2.150, 2.152, 2.148)):
+        keep_one(tmp_path, f"approach1-s{seed}", {0: 4.6, 2000: value} | ({"unquantised": 3.9} if seed == 0 else {}))
+    keep_one(tmp_path, "schedule-zero-s0", {0: 4.6, 2000: 2.153})
+    keep_one(tmp_path, "schedule-wsd-s0", {0: 4.6, 2000: 2.05})
+    keep_one(tmp_path, "schedule-no-clip-s0", {0: 4.6, 2000: 2.25})
+    runs = make.read(tmp_path)
+    assert make.seed_deviation(runs) == pytest.approx(0.002, rel=1e-3)
+    text = make.filled(PAGE, runs, tmp_path)
+    assert row(text, "cosine, floor 1e-5")[1:3] == ["3", "2.1500 ± 0.0020"]
+    wsd, zero = row(text, "WSD, floor 1e-5"), row(text, "cosine to 0")
+    assert wsd[3] == "-0.1000" and wsd[5] == "lower" and row(text, "not clipped")[5] == "higher" and zero[5] == "unclear"
+    low, high = (float(part) for part in wsd[4].split(" to "))
+    assert low < -0.1 < high < 0 and row(text, "constant")[1] == "not run"
+    assert "NF4, double" in text and row(text, "16 bits")[1] == "3.9000" and "+0.7000" in text
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["findings-approaches.png", "findings-differences.png"]
+    assert make.filled(text, runs, tmp_path) == text  # made again, it stays
+
+
+def test_runs_on_other_rows_are_refused(tmp_path):
+    keep_one(tmp_path, "approach1-s0", {0: 4.6, 2000: 2.15})
+    keep_one(tmp_path, "schedule-zero-s0", {0: 4.6, 2000: 2.15}, rows=300)
+    with pytest.raises(ValueError, match="different rows"):
+        make.filled(PAGE, make.read(tmp_path), None)
+
+
+def test_generations_are_counted_and_only_our_own_prompts_are_shown(tmp_path):
+    own = (PROJECT / "bench" / "prompts.txt").read_text().splitlines()
+    (tmp_path / "generation-after").mkdir()
+    kept = {"prompts": [{"prompt": prompt, "text": "ls -l", "tokens": 3, "stopped": True} for prompt in own],
+            "commands": [{"exact": i < 50, "holds": True, "stopped": True, "overlap": 0.5} for i in range(200)]}
+    (tmp_path / "generation-after" / "generation.json").write_text(json.dumps(kept))
+    (tmp_path / "generation-after" / "summary.json").write_text("{}")
+    text = make.filled(PAGE, make.read(tmp_path), None)
+    low, high = verdict.binomial_interval(50, 200, 0.95)
+    assert f"25.0% ({low:.1%} to {high:.1%})" in text and text.count("ls -l") == 12 and len(own) == 12
+
+
+def test_a_block_that_nobody_makes_is_refused():
+    with pytest.raises(ValueError, match="no block called nonsense"):
+        make.filled("<!-- made: nonsense -->\n<!-- end -->\n", {}, None)
+
+
+def test_the_page_in_the_repository_is_what_its_records_say(capsys):
+    assert make.main(["--check"]) == 0, capsys.readouterr().out
