@@ -2,7 +2,8 @@
 
     runs/NAME/.lock                          held by the one process that trains in this folder
     runs/NAME/checkpoints/step-000500/       adapter_model.safetensors and adapter_config.json (PEFT's own format),
-                                             optimizer.safetensors, generators.safetensors, state.json, manifest.json
+                                             optimizer.safetensors, generators.safetensors, state.json, manifest.json;
+                                             noise.safetensors where a pair of windows for the noise scale is half seen
     .../step-000500.old                      the one it replaces, for the moment between two renames
     .../step-002000.stale                    saved before the run went back to an earlier step; never read by itself
     .../.tmp-*                               what a killed save left behind; the next save sweeps it

@@ -32,6 +32,13 @@ def _number(value):
     return type(value) in (int, float)
 
 
+def _noise(value):
+    """Whether a saved noise scale is what telemetry.NoiseScale.state returns."""
+    if not isinstance(value, list) or len(value) != 3 or not all(map(_number, value[:2])):
+        return False
+    return value[2] is None or isinstance(value[2], list) and len(value[2]) == 2 and all(map(_count, value[2]))
+
+
 def _plan(value):
     """Whether a saved plan holds what memory.plan takes over from it in the types that it writes."""
     rules = {name: lambda v: _count(v) and v > 0 for name in ("max_tokens", "fits", "evaluates")} | {"checkpoint_layers": _count}
@@ -45,7 +52,7 @@ STATE = {  # what state.json must hold, by name
     "line": lambda v: isinstance(v, dict) and all(_number(value) or isinstance(value, str) for value in v.values()),
     "accepted": lambda v: isinstance(v, list) and all(isinstance(entry, dict) and _count(entry.get("step")) for entry in v),
     "evaluated": lambda v: v == -1 or _count(v), "best_step": lambda v: v is None or _count(v), "best_loss": lambda v: v is None or _number(v),
-    "origin": lambda v: isinstance(v, dict), "plan": _plan}
+    "origin": lambda v: isinstance(v, dict), "plan": _plan, "noise": _noise}
 
 
 def load_checkpoint(path):
@@ -97,6 +104,11 @@ def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
     different = sorted(name for name in expected.keys() | optimizer.keys() if name not in optimizer or optimizer[name].shape != expected.get(name))
     if different:
         raise ValueError(f"{path}/optimizer.safetensors: {different[0]} is missing, of another shape, or nothing that this optimizer keeps ({len(different)} such)")
+    begun, of_step = tensors.get("noise.safetensors", {}), state["noise"][2]
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in begun.items()}
+    if shapes != ({"earlier": (torch.bfloat16, moments["exp_avg"].shape)} if of_step else {}):
+        raise ValueError(f"{path}/noise.safetensors: holds {shapes}, which does not go with noise {state['noise']} in state.json; "
+                         "go on from another checkpoint with --resume=CHECKPOINT")
     model.set_adapters(adapters, tensors["adapter_model.safetensors"], str(path))
     for moment in ("exp_avg", "exp_avg_sq"):
         for name, view in views(moments[moment], adapters):

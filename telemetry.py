@@ -13,7 +13,7 @@ How train.py uses it:
 
     weights = telemetry.measure_weights(network)                          once, after model.load
     recorder.write(step, telemetry.adapters(network, weights))            in evaluate(step)
-    noise = telemetry.NoiseScale()                                        before the loop
+    noise = telemetry.NoiseScale()                                        before the loop; NoiseScale(*what .state() returned) on resume
     seen = noise.observe(step, flat.grad, scaler["scale"], count)         in the loop, before clipping: a tensor of 0 or 5 numbers
     figures = torch.cat((figures, seen)), and in settle:
     values |= noise.update(numbers)                                       {} or {"train/noise_scale": samples}
@@ -128,11 +128,18 @@ class NoiseScale:
     which for b1 = b2 are the paper's estimates with B_small = b and B_big = 2 b. Both are averaged over pairs by themselves, exponentially,
     before they are divided. Unbiased but for one step's movement: g2 is taken after the step that followed g1 and went against it, which
     makes g1 . g2 smaller by about the rate x curvature x |g1|^2 (and nothing at a rate of 0). Samples are weighted by their supervised
-    tokens, as in the loss. Nothing is saved: a resumed run starts a new average. Costs a 16-bit copy of the gradient for one step in ten.
+    tokens, as in the loss. Costs a 16-bit copy of the gradient for one step in ten.
     """
 
-    def __init__(self):
-        self.earlier, self.signal, self.noise = None, 0.0, 0.0
+    def __init__(self, figures=(0.0, 0.0, None), begun=None):
+        """figures, begun: what `state` returned, to go on from there (begun on the gradient's device)."""
+        self.signal, self.noise, pair = figures
+        self.earlier = (pair[0], begun["earlier"], pair[1]) if pair else None
+
+    def state(self):
+        """What a resumed run goes on from: [signal, noise, [step, samples] of a pair begun, or None], {"earlier": its gradient} or {}."""
+        step, gradient, samples = self.earlier or (0, None, 0)
+        return [self.signal, self.noise, [step, samples] if self.earlier else None], {"earlier": gradient} if self.earlier else {}
 
     @torch.no_grad()
     def observe(self, step, gradient, scale, samples):

@@ -93,7 +93,7 @@ def train(config, run, guard, resume, accept, preflight):
     base_weights = quant.fingerprint(model.frozen(network))
     plan = memory.plan(config, network, rows, saved["state"]["plan"] if saved else {})
     state = {"step": 0, "samples": 0, "tokens": 0, "supervised_tokens": 0, "norms": [], "nonfinite": 0, "skipped": 0, "line": {},
-             "evaluated": -1, "best_step": None, "best_loss": None, "without_improvement": 0,
+             "evaluated": -1, "best_step": None, "best_loss": None, "without_improvement": 0, "noise": telemetry.NoiseScale().state()[0],
              "plan": plan, "origin": continuation.origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
     if saved:
         state = continuation.restore(saved, resume, accept, state, adapters, moments, scaler, device)
@@ -130,7 +130,8 @@ def train(config, run, guard, resume, accept, preflight):
     recorder = open_record(run, config, state, resume, owed, outlook)
     data.keep_dropped(rows, run)
     console.introduce(run, config, rows, network, state, outlook)
-    weights, noise = telemetry.measure_weights(network), telemetry.NoiseScale()
+    weights, begun = telemetry.measure_weights(network), saved["tensors"].get("noise.safetensors", {}) if saved else {}
+    noise = telemetry.NoiseScale(state["noise"], {name: tensor.to(device) for name, tensor in begun.items()})
     watch, raised = alerts.Alerts(config, max_steps, len(rows)), {}  # raised: step -> its alerts
     for line in record.read_metrics(run) if resume else ():
         watch.see(line)
@@ -147,6 +148,9 @@ def train(config, run, guard, resume, accept, preflight):
             for alert in found:
                 console.say(console.tell(f"ALERT at step {step}: {alert.name} ({alert.severity})", alert))
         fatal.extend(alert.name for alert in watch.fatal(found))
+
+    if owed and state["line"]:  # the step's line was not over; it is told of again
+        attend(state["step"], {tag: record.NONFINITE.get(value, value) for tag, value in state["line"].items()})
 
     def settle(done):
         """Read a step's figures off the device and write them down. A step that was not applied is told with its rows."""
@@ -232,6 +236,8 @@ def train(config, run, guard, resume, accept, preflight):
         by_name = {f"{name}.{moment}": view for moment in ("exp_avg", "exp_avg_sq") for name, view in continuation.views(moments[moment], adapters)}
         tensors = {"adapter_model.safetensors": dict(adapters), "optimizer.safetensors": by_name | {"step": moments["step"]} | scaler,
                    "generators.safetensors": continuation.generators(device)}
+        state["noise"], begun = noise.state()
+        tensors |= {"noise.safetensors": begun} if begun else {}
         texts = {"adapter_config.json": model.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(state, indent=1)}
         return checkpoint.save(run, step, tensors, texts | continuation.texts_of(tokenizer), config.save.keep, state["best_step"])
 
@@ -359,7 +365,7 @@ def be_deterministic():
 
 
 def open_record(run, config, state, resume, owed, outlook):
-    """The recorder, and settings and surroundings written down. Where an evaluation is owed, its step's line is still open."""
+    """The recorder, and settings and surroundings written down. Where an evaluation is owed, its step's line is begun again."""
     if not resume:  # what lies there has no checkpoint to go on from, or is to be overwritten
         for old in [run / "checkpoints", run / "evaluations", run / "metrics.jsonl", run / "verdict.json", run / "report.md", run / "plots", *run.glob("events.out.tfevents.*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
@@ -368,8 +374,6 @@ def open_record(run, config, state, resume, owed, outlook):
         os.replace(run / f".{name}.tmp", run / name)
     recorder = record.Recorder(run, config.log.tensorboard, state["step"] - owed if resume else None)
     recorder.hyperparameters({name: value for name, value in config.flat().items() if name.startswith(("model.", "lora.", "train.", "schedule."))})
-    if owed and state["line"]:
-        recorder.write(state["step"], state["line"])
     return recorder
 
 

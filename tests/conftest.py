@@ -106,7 +106,7 @@ def tiny_inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-WATCHED = ("seconds", "per_second", "memory_gib", "noise_scale")  # what depends on the clock; proof/ and the noise scale depend on where a process began
+WATCHED = ("seconds", "per_second", "memory_gib")  # what depends on the clock; proof/ depends on where a process began
 
 
 def curve(run):

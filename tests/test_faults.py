@@ -249,6 +249,28 @@ def test_a_run_killed_six_times_three_of_them_in_one_epoch_has_the_same_curve(ru
         assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
 
 
+def noisy(what=int, *given):
+    """Let neighbouring gradients seem to have next to nothing in common, so that the noise scale is large; then what(*given)."""
+    import telemetry
+    real = telemetry.NoiseScale.update
+    telemetry.NoiseScale.update = lambda self, numbers: real(self, [abs(numbers[0]) / 1000, *numbers[1:]] if len(numbers) else numbers)
+    what(*given)
+
+
+@pytest.mark.parametrize("fault, code, saved", [((at_sample, 92, die), -signal.SIGKILL, 12), ((at_sample, 92, send, signal.SIGTERM), 143, 24),
+                                                ((once, "eval", "evaluate", 2, send, signal.SIGTERM), 143, 25)],
+                         ids=["between evaluations", "between the two windows of a pair", "in the evaluation of the step that it is told at"])
+def test_an_alert_that_rests_on_all_the_steps_so_far_is_told_at_the_same_step_by_a_run_that_was_interrupted(run, tmp_path, fault, code, saved):
+    """The noise scale is averaged over steps 4 and 5, 14 and 15, 24 and 25; its alert comes with the third pair."""
+    options = ["--train.max_steps=26", "--lora.dropout=0.1", "--eval.every_steps=25", "--save.every_steps=12"]
+    assert run("whole", *options, fault=(noisy,)) == 0
+    assert [line["step"] for line in curve(tmp_path / "whole") if "noisy gradients" in line.get("alerts", "")] == [25]
+    assert run("run", *options, fault=(noisy, *fault)) == code
+    assert newest(tmp_path / "run")["step"] == saved and ("noise.safetensors" in newest(tmp_path / "run")["tensors"]) == (saved == 24)
+    assert run("run", *options, "--resume", fault=(noisy,)) == 0
+    assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
 def without_generators():
     torch.set_rng_state = lambda state: None
 

@@ -150,6 +150,20 @@ def test_a_broken_pair_is_passed_over():
     assert noise.update(noise.observe(telemetry.PAIR_AT + 1, -g, 1.0, 8).tolist()) == {}, "no signal above noise"
 
 
+@pytest.mark.parametrize("stop", [4, 5, 9, 14, 15, 20])
+def test_an_average_that_goes_on_from_its_state_is_the_one_that_was_never_interrupted(stop):
+    whole, gradients = telemetry.NoiseScale(), [torch.randn(50, generator=torch.Generator().manual_seed(i)) + 1 for i in range(26)]
+    part, seen = telemetry.NoiseScale(), ([], [])
+    for step in range(1, 26):
+        for noise, told in ((whole, seen[0]), (part, seen[1])):
+            told.append(noise.update(noise.observe(step, gradients[step], 1.0, 8).tolist()))
+        if step == stop:
+            figures, begun = part.state()
+            assert set(begun) == ({"earlier"} if step in (4, 14) else set())
+            part = telemetry.NoiseScale(json.loads(json.dumps(figures)), {name: tensor.clone() for name, tensor in begun.items()})
+    assert seen[0] == seen[1] and sum(map(bool, seen[0])) == 3
+
+
 def test_the_gradient_is_not_touched():
     noise, g = telemetry.NoiseScale(), torch.randn(99)
     before = g.clone()
