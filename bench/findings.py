@@ -188,6 +188,8 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done):
     pending, running, failed, told, stopping = [e for e in chosen if not ended(e, work)], [], [], began, []
     begun = [e for e in pending if any((work / e.name).glob("checkpoints/step-*"))]  # to be resumed, so every minute helps
     say = lambda text: print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
+    ratios = []  # how much longer than alone experiments took so far, beside each other
+    slower = lambda: max(1.0, float(np.median(ratios))) if len(ratios) > 2 else 1.0
     previous = {number: signal.signal(number, lambda *_: stopping.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     left = lambda: seconds - (time.monotonic() - began)
     while pending or running:
@@ -206,6 +208,7 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done):
             sitting = {"seconds": round(took, 1), "beside": entry["beside"], "exit": code if whole or code not in experiment.ends else None}
             (work / f"{experiment.name}.json").write_text(json.dumps([*sittings_of(work, experiment.name), sitting]))
             if ended(experiment, work):
+                ratios.append(took / experiment.seconds)
                 say(f"{experiment.name} ended with {code} after {took:.0f} s beside {entry['beside']}")
                 try:
                     done(experiment)
@@ -228,7 +231,7 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done):
                     entry["process"].kill()
             if not running:
                 break
-        ready = [e for e in pending if needs(e, work, plan) and (e.seconds if e not in begun else 30) < left() - GRACE] if not stopping else []
+        ready = [e for e in pending if needs(e, work, plan) and (slower() * e.seconds if e not in begun else 30) < left() - GRACE] if not stopping else []
         if not running and pending and not ready:
             break
         while ready and len(running) < jobs and not any(entry["experiment"].alone for entry in running):
@@ -291,12 +294,14 @@ def facts_of(run, lines):
     held.rows = round(samples / epoch[-1]) if len(epoch) and epoch[-1] else 0
     diagnosis = health.diagnose(held)
     forecast = compare.read_json(run / "forecast.json").get("findings", [])
+    proofs = [[line["step"], line["proof/ratio"], line.get("proof/tolerance")] for line in lines if "proof/ratio" in line]
     return {"steps": lines[-1]["step"], "rows": held.rows, "samples": int(samples), "tokens": int(column("train/tokens").sum()),
             "train_seconds": some(seconds, np.sum), "step_seconds": some(seconds, np.median),
             "peak_memory_gib": some(column("train/peak_memory_gib"), np.max),
             "loss": [some(loss[:edge], np.median), some(loss[-edge:], np.median)], "loss_window": edge,
             "norm": [some(norms, of) for of in (np.min, np.median, np.max)], "zero_norms": int((norms == 0).sum()),
             "clipped": some(column("train/clipped"), np.mean), "skipped": int(column("train/skipped").sum()), "alerts": alerts,
+            "proof": [[at, *(float(f"{value:.4g}") if np.isfinite(value := verdict.number(part)) else None for part in rest)] for at, *rest in proofs],
             "forecast": [{"name": found["name"], "severity": found["severity"]} for found in forecast],
             "diagnosis": [{"name": found.name, "severity": found.severity} for found in diagnosis if found.severity != "unjudged"],
             "headline": health.headline(held, diagnosis)}

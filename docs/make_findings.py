@@ -173,7 +173,9 @@ def said(runs):
         trend = " → ".join(figure(value, ".4f") for value in about["loss"]) if about["loss"][0] is not None else DASH
         evaluated = " ".join(f"{line['eval/loss']:.4f}" for line in run["metrics"] if "eval/loss" in line)
         rows.append([label, norms, trend, evaluated, about["exit"]])
-        tools = f"forecast {named(about['forecast'])}; alerts {named(about['alerts'])}; health.py {named(about['diagnosis'])}"
+        proofs = ", ".join(f"{figure(ratio, '.3f')} at step {step}" for step, ratio, _ in about["proof"]) or "none made"
+        tools = (f"forecast {named(about['forecast'])}; gradient proof {proofs}; alerts {named(about['alerts'])}; health.py "
+                 f"{named(about['diagnosis'])}")
         told.append(words.prose(f"{label}: {tools}; verdict {run['verdict']['outcome']} (milestone {outcome(run, 'milestone')}).", "- "))
     return words.table(["run", "gradient norms", "training loss", "evaluation losses", "exit code"], rows) + "\n\n" + "\n".join(told)
 
@@ -209,16 +211,20 @@ def approaches(runs, names=("approach1", "approach2", "approach3")):
     return words.paragraphs(*tables)
 
 
-def bits_before(runs):
-    """What quantising costs the untrained model, from the evaluations before step 1."""
+def untrained(runs):
+    """{weights: (row figures before step 1 or None, their difference from 16 bits or None)}."""
     kept = {"16 bits": "bits-none-s0", "int8, weights only": "bits-int8-s0", "LLM.int8()": "approach3", "NF4": "bits-single-s0",
             "NF4, double": "approach1-s0"}
     arrays = [rows_of([runs[name]], 0) if name in runs else None for name in kept.values()]
-    base = arrays[0]
-    if base is None and "approach1-s0" in runs:  # the same model, measured before that run
-        base = arrays[0] = rows_of([runs["approach1-s0"]], "unquantised")
+    if arrays[0] is None and "approach1-s0" in runs:  # the same model, measured before that run
+        arrays[0] = rows_of([runs["approach1-s0"]], "unquantised")
+    return dict(zip(kept, zip(arrays, against(arrays[0], arrays))))
+
+
+def bits_before(runs):
+    """What quantising costs the untrained model, from the evaluations before step 1."""
     rows = []
-    for label, found, entry in zip(kept, arrays, against(base, arrays)):
+    for label, (found, entry) in untrained(runs).items():
         if found is None:
             rows.append([label, NOT_RUN, DASH, DASH, DASH])
             continue
@@ -230,7 +236,15 @@ def bits_before(runs):
 
 def bits_after(runs):
     names = {"int8, weights only": "bits-int8", "NF4": "bits-single", "NF4, double": "approach1"}
-    return differences_table(runs, "weights", ("16 bits", "bits-none"), names)
+    found, before, told = {label: seeds_of(runs, name) for label, name in names.items()}, untrained(runs), []
+    base = seeds_of(runs, "bits-none")
+    for label, entry in zip(found, against(rows_of(base) if base else None, [rows_of(group) if group else None for group in found.values()])):
+        cost = before[label][1]
+        if entry and cost and cost["loss_difference"]:
+            was, now = cost["loss_difference"]["value"], entry["loss_difference"]["value"]
+            share = f": {now / was:.0%} of it are left" if was > 0.01 else ""
+            told.append(words.prose(f"{label}: {was:+.4f} nats before training, {now:+.4f} after{share}.", "- "))
+    return words.paragraphs(differences_table(runs, "weights", ("16 bits", "bits-none"), names), "\n".join(told))
 
 
 FACTORS = {"r 32, alpha 64": "factor-rank", "rsLoRA": "factor-rslora", "no k_proj": "factor-targets", "dropout 0.1": "factor-dropout",

@@ -167,7 +167,7 @@ def keep_one(folder, name, losses, rows=400, step=2000, digest="rows"):
     (place / "verdict.json").write_text(json.dumps({"outcome": "PASS", "sets": {"minimum": "PASS", "optimal": "FAIL", "milestone": "PASS"}}))
     about = {"exit": 0, "seconds": 92.0, "alone": True, "steps": step, "samples": 64000, "step_seconds": 0.0105, "train_seconds": 40.4,
              "loss": [4.5, 2.1], "peak_memory_gib": 4.1, "norm": [0.8, 1.4, 2.7], "clipped": 0.9, "alerts": [], "forecast": [],
-             "diagnosis": [{"name": "x", "severity": "fault"}]}
+             "proof": [[0, 1.01, 0.07]], "diagnosis": [{"name": "x", "severity": "fault"}]}
     (place / "summary.json").write_text(json.dumps(about))
 
 
