@@ -173,7 +173,8 @@ def said(runs):
         trend = " → ".join(figure(value, ".4f") for value in about["loss"]) if about["loss"][0] is not None else DASH
         evaluated = " ".join(f"{line['eval/loss']:.4f}" for line in run["metrics"] if "eval/loss" in line)
         rows.append([label, norms, trend, evaluated, about["exit"]])
-        proofs = ", ".join(f"{figure(ratio, '.3f')} at step {step}" for step, ratio, _ in about["proof"]) or "none made"
+        proved = [f"{'no gradient' if ratio is None else f'{ratio:.3f}'} at step {step}" for step, ratio, _ in about["proof"]]
+        proofs = ", ".join(proved) or "none made"
         tools = (f"forecast {named(about['forecast'])}; gradient proof {proofs}; alerts {named(about['alerts'])}; health.py "
                  f"{named(about['diagnosis'])}")
         told.append(words.prose(f"{label}: {tools}; verdict {run['verdict']['outcome']} (milestone {outcome(run, 'milestone')}).", "- "))
@@ -206,8 +207,9 @@ def approaches(runs, names=("approach1", "approach2", "approach3")):
     tables = [words.table(["run", "seeds", "loss before", "after", "perplexity", "token accuracy", "minimum", "optimal"], rows)]
     if prices:
         head = ["run", "least norm", "median", "largest", "clipped", "ΔW/W", "ms a step", "s in steps", "s in all", "peak GiB"]
-        tables += [words.table(head, prices), words.prose("Norms, ΔW/W (‖ΔW‖/‖W‖, mean of the modules) and times are of seed 0. A star: others "
-                                                          "ran beside it on the same GPU, so its times are too long.")]
+        note = ("Norms, ΔW/W (‖ΔW‖/‖W‖, mean of the modules) and times are of seed 0. A star: others ran beside it on the same GPU, so its "
+                "times are too long.")
+        tables += [words.table(head, prices), words.prose(note)]
     return words.paragraphs(*tables)
 
 
@@ -329,8 +331,36 @@ def machine(runs):
     return words.prose(text + (f" Not run: {', '.join(missing)}." if missing and len(missing) < len(names) else ""))
 
 
-BLOCKS = {"state": machine, "said": said, "cures": cures, "approaches": approaches, "bits-before": bits_before, "bits-after": bits_after,
-          "factors": factors, "clean": clean, "schedules": schedules, "peers": peers, "gsm8k": gsm8k, "generation": generation}
+def results(runs):
+    """What mattered most, a sentence each, of what was run."""
+    told, paired = [], lambda entry: compare.difference(entry["loss_difference"], 1, ".4f")
+    failed = seeds_of(runs, "seed-failure")
+    if failed and (entry := against(rows_of(failed[:1], 0), [rows_of(failed)])[0]):
+        value, span = paired(entry)
+        told.append(f"The failed run's settings, with gradients that are right: evaluation loss {loss(failed[0], 0):.4f} → "
+                    f"{spread(map(loss, failed))}, {value} ({span}).")
+    for name in ("approach1", "approach2", "approach3", "gsm8k"):
+        found = seeds_of(runs, name)
+        if found:
+            plain = rows_of(found[:1], "unquantised")
+            against_plain = f" ({compare.loss_of(plain):.4f} untouched in 16 bits)" if plain else ""
+            told.append(f"{name}: evaluation loss {loss(found[0], 0):.4f} → {spread(map(loss, found))}{against_plain}, token accuracy "
+                        f"{accuracy(found[0], 0):.4f} → {spread(map(accuracy, found))}; minimum {outcome(found[0], 'minimum')}, optimal "
+                        f"{outcome(found[0], 'optimal')}.")
+    plain, ours, theirs = seeds_of(runs, "bits-none"), seeds_of(runs, "approach1"), seeds_of(runs, "peer-trl")
+    if plain and ours:
+        before, after = untrained(runs)["NF4, double"][1], against(rows_of(plain), [rows_of(ours)])[0]
+        told.append(f"NF4 with double quantisation costs {paired(before)[0]} nats ({paired(before)[1]}) before training, {paired(after)[0]} "
+                    f"({paired(after)[1]}) after it, against 16 bits trained alike." if before else "")
+    mine = seeds_of(runs, "ours-500")
+    if mine and theirs:
+        value, span = paired(against(rows_of(mine), [rows_of(theirs)])[0])
+        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order: {value} nats ({span}) beside ours after 500 steps.")
+    return "\n".join(words.prose(sentence, "- ") for sentence in told if sentence) or "No experiment has been run yet."
+
+
+BLOCKS = {"state": machine, "results": results, "said": said, "cures": cures, "approaches": approaches, "bits-before": bits_before,
+          "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "peers": peers, "gsm8k": gsm8k, "generation": generation}
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
