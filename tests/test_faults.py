@@ -575,6 +575,17 @@ def test_what_fitted_is_remembered_by_the_run_that_goes_on_and_no_memory_is_miss
     assert (tmp_path / "run.log").read_text().count("memory ran out") == (tmp_path / "peace.log").read_text().count("memory ran out") >= 1
 
 
+def test_a_window_that_is_done_again_draws_the_dropout_that_it_would_have_drawn(run, tmp_path):
+    """Out of memory in the second micro-batch of the first window, and no trace of the first attempt is left: neither masks nor half a gradient."""
+    options = [*PLAIN, "--train.accumulation=4", "--lora.dropout=0.1"]
+    assert run("run", *options, fault=(memory_for, 0, 2)) == 0
+    fits = newest(tmp_path / "run")["state"]["plan"]["fits"]
+    assert run("small", *options, f"--memory.max_tokens={fits}") == 0  # cut like that from the start
+    trained = [[{tag: value for tag, value in line.items() if tag.startswith("train/") and tag != "train/max_tokens"} for line in curve(tmp_path / name)] for name in ("run", "small")]
+    assert trained[0] == trained[1] and len(trained[0]) == 9 and fits < 128
+    assert not [found for found in differences(tmp_path / "run", tmp_path / "small") if "safetensors" in found]
+
+
 @pytest.mark.parametrize("where, step", [("training", 4), ("evaluation", 4), ("the first evaluation", 0)])
 def test_a_row_that_does_not_fit_even_alone_is_named_and_nothing_is_lost(run, whole, tiny_inputs, tmp_path, where, step):
     """fault: from a moment on nothing fits, until the run goes on with more memory."""
