@@ -8,10 +8,12 @@ import json
 import pathlib
 import tempfile
 
+import numpy as np
 import torch
 
 import checkpoint
 import model
+import ranks
 
 
 def load_initial(config):
@@ -85,14 +87,40 @@ def origin(config, tokenizer, rows, eval_rows, base_weights, plan):
     shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(sections)}
     contents = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
                 "chat template": sha(tokenizer.chat_template or ""), "base weights": base_weights}
-    return shaping | {name: digest[:16] for name, digest in contents.items()} | {f"memory.{name}": plan[name] for name in ("max_tokens", "keep_dequantized")}
+    shaping |= {f"memory.{name}": plan[name] for name in ("max_tokens", "keep_dequantized")} | {"ranks": ranks.RANKS}
+    return shaping | {name: digest[:16] for name, digest in contents.items()}
 
 
 def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
-    """Put a loaded checkpoint's tensors in their places and return its state. Raises ValueError naming what is not as it was then."""
+    """Put a loaded checkpoint's tensors in their places and return its state. Raises ValueError naming what is not as it was then.
+
+    The first rank alone has it (None elsewhere); the others are told the state, and their generators. Where the number of ranks
+    changed, the split of windows did, and with it which elements dropout hits: generators begin anew.
+    """
+    if ranks.FIRST:
+        state = put_back(saved, path, accept, fresh, adapters, moments, scaler, device)
+    state = json.loads(ranks.same(json.dumps(state if ranks.FIRST else None)))
+    if any({"ranks", "generators"} & set(entry) for entry in state["accepted"] if entry["step"] == state["step"]):
+        torch.manual_seed(seed_of(state["origin"]["train.seed"], state["step"]))
+        return state
+    drawn = saved["tensors"]["generators.safetensors"] if ranks.FIRST else {}
+    own = generators(device)
+    for name, states in own.items():
+        of_ranks = [drawn.get(named(name, rank), states).clone() for rank in range(ranks.RANKS)]
+        ranks.from_first(of_ranks)
+        own[name] = of_ranks[ranks.RANK]
+    try:
+        set_generators(own, device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}/generators.safetensors: is no state of these generators ({error})") from None
+    return state
+
+
+def put_back(saved, path, accept, fresh, adapters, moments, scaler, device):
+    """Adapter and optimizer of a loaded checkpoint into their places; returns its state. Raises ValueError as `restore`."""
     state, tensors = saved["state"], saved["tensors"]
-    before = state["origin"] | {"generators": sorted(tensors.get("generators.safetensors", ()))}
-    now = fresh["origin"] | {"generators": sorted(generators(device))}
+    before = {"ranks": 1} | state["origin"] | {"generators": sorted(tensors.get("generators.safetensors", ()))}
+    now = fresh["origin"] | {"generators": sorted(named(name, rank) for name in generators(device) for rank in range(before["ranks"]))}
     changed = {name: {"was": before.get(name), "is": value} for name, value in now.items() if before.get(name) != value}
     refused = [name for name in changed if name not in accept]
     if refused:
@@ -116,17 +144,27 @@ def restore(saved, path, accept, fresh, adapters, moments, scaler, device):
     moments["step"].copy_(optimizer["step"])
     for name, value in scaler.items():
         value.copy_(optimizer[name])
-    if "generators" not in changed:
-        try:
-            set_generators(tensors["generators.safetensors"], device)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}/generators.safetensors: is no state of these generators ({error})") from None
     return state | {"origin": fresh["origin"], "plan": fresh["plan"], "accepted": state["accepted"] + [{"step": state["step"], **changed}] * bool(changed)}
 
 
 def generators(device):
     """The states of the generators that dropout draws from."""
     return {"torch": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+
+
+def named(name, rank):
+    """What a generator of a rank is called in a checkpoint."""
+    return f"{name}.{rank}" if rank else name
+
+
+def of_all_ranks(states):
+    """`generators` of all ranks, {name: state}, on every rank."""
+    return {named(name, rank): state for name in states for rank, state in enumerate(ranks.gathered(states[name]))}
+
+
+def seed_of(seed, *key):
+    """The seed of this rank's dropout: the first rank's is `seed` itself where there is no key."""
+    return seed if ranks.FIRST and not key else int(np.random.SeedSequence([seed, ranks.RANK, *key]).generate_state(1)[0])
 
 
 def set_generators(states, device):

@@ -30,6 +30,7 @@ import checkpoint
 import config as settings
 import data
 import model
+import ranks
 import record
 import verdict
 
@@ -46,11 +47,11 @@ def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
     began, was_training = time.perf_counter(), network.training
     count = min(len(rows), max_rows or len(rows))
     network.eval()
-    done = False
-    while not (done or interrupted):
+    done, alone = False, ""  # alone: a row that does not even fit alone
+    while not (done or alone or interrupted):
         totals = torch.zeros(3, count, dtype=torch.float64, device=network.device)  # nll, tokens, correct of each row
         try:
-            for batch in data.pack(rows, list(range(count)), max_tokens):
+            for batch in data.pack(rows, ranks.share(rows, list(range(count))), max_tokens):
                 if interrupted:
                     break
                 batch = batch.to(network.device)
@@ -59,13 +60,19 @@ def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
                 totals.index_add_(1, row, torch.stack((nll.double(), torch.ones_like(nll).double(), correct.double())))
             done = True
         except (RuntimeError, MemoryError) as error:
-            max_tokens = model.smaller(batch, rows, error)
+            try:
+                max_tokens = model.smaller(batch, rows, error)
+            except model.DoesNotFit as told:
+                alone = str(told)
         if not done:
             model.release_memory()
     network.train(was_training)
-    if interrupted:
+    alone = ranks.word(alone)
+    if alone:
+        raise model.DoesNotFit(alone)
+    if any(ranks.most(bool(interrupted))):
         return None, None
-    nll, tokens, correct = totals.cpu().numpy()
+    nll, tokens, correct = ranks.total(totals).cpu().numpy()
     loss = float(nll.sum() / max(1, tokens.sum()))
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": float(correct.sum() / max(1, tokens.sum())),
                "supervised_tokens": int(tokens.sum()), "rows": count, "seconds": time.perf_counter() - began, "max_tokens": max_tokens}

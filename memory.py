@@ -6,6 +6,7 @@ fastest choice that fits is taken, and tried on the longest rows before step 1. 
 of a run that goes on. Leaves out: the host's memory (on a CPU the sizes are fixed), and graphs' own pools, which small models have.
 """
 
+import json
 import time
 
 import torch
@@ -13,6 +14,7 @@ import torch
 import data
 import graphs
 import model
+import ranks
 
 MARGIN = 0.94            # of the memory is planned for: the allocator cannot use every gap
 SIZES = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384)  # tokens; beyond, matrix products gain nothing
@@ -45,10 +47,10 @@ def plan(config, network, rows, before):
     else:
         window = max(config.samples_per_step, *(samples for _, samples in config.schedule.batch_points), 1) if config.schedule.batch_points else config.samples_per_step
         lengths = rows.offsets[1:] - rows.offsets[:-1]
-        sizes = [max_tokens] if max_tokens else sizes_for(int(window * lengths.mean() * 1.3), int(lengths.max()))
+        sizes = [max_tokens] if max_tokens else sizes_for(int(window / ranks.RANKS * lengths.mean() * 1.3), int(lengths.max()))
         found, limit = probe(network, kept), room(network.device, config.memory.budget_gib)
         for less in (1.0, 0.9, 0.8, 0.7):
-            chosen |= best(choices(found, sizes, checkpoint_layers, config.memory, limit * less), limit * less)
+            chosen |= json.loads(ranks.same(json.dumps(best(choices(found, sizes, checkpoint_layers, config.memory, limit * less), limit * less))))
             apply(network, chosen)
             if longest_fits(network, rows, chosen["max_tokens"]):
                 break
@@ -91,7 +93,7 @@ def longest_fits(network, rows, max_tokens):
         fits = False
     network.adapter_memory.flat.grad.zero_()
     torch.cuda.empty_cache()
-    return fits
+    return not any(ranks.most(not fits))
 
 
 def rehearse(network, window, forward_backward, budget_gib):

@@ -127,6 +127,11 @@ def _leave_to_next_call(args, hook=threading.excepthook):
         hook(args)
 
 
+class Nobody:
+    """Stands where a Recorder would, and writes nothing: the record of all ranks is the first one's."""
+    write = histogram = text = hyperparameters = flush = close = lambda *_: None
+
+
 class Recorder:
     """Writes a run's metrics.jsonl and, if `tensorboard`, event files in the same folder.
 

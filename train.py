@@ -14,7 +14,9 @@ and divided once, so how the window is cut into micro-batches changes nothing bu
 dropout hits). Nothing inside a step waits for a GPU: the host reads a step's figures while the next one runs. State is
 saved between steps only. Exit codes: 0 done; 2 bad configuration or input; 3 refused by the forecast; 4 stopped by an
 alert (steps that are not finite, dead or wrong gradients); 5 finished, but short of criteria.enforce; 130 or
-143 interrupted, with a checkpoint saved. Leaves out: several GPUs.
+143 interrupted, with a checkpoint saved.
+
+    torchrun --nproc-per-node=2 train.py CONFIG        the same run on two GPUs, which share each window (ranks.py)
 """
 import dataclasses
 import hashlib
@@ -45,6 +47,7 @@ import memory
 import model
 import proof
 import quant
+import ranks
 import record
 import report
 import schedule
@@ -53,20 +56,19 @@ import telemetry
 PATIENCE = 10  # seconds that a window may go on after a signal; then it is given up, to be done by the resumed run
 
 
-def train(config, run, guard, resume, accept, preflight):
+def train(config, device, run, guard, resume, accept, preflight):
     """Train as `config` says, in the run folder `run`. Returns the exit code.
 
     guard: the lock on the folder, None where there is no such folder yet: it is made when settings, data and model are
     accepted. resume: the checkpoint to go on from, or None. accept: names of differences to it that are accepted.
-    preflight: end with the forecast.
+    preflight: end with the forecast. Every rank runs all of this; the first alone reads and writes the run folder.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.train.deterministic and device.type == "cuda":
-        be_deterministic()
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
-    rows, eval_rows = data.load(config, tokenizer)
+    with ranks.one_first():
+        rows, eval_rows = data.load(config, tokenizer)
     prompts, end_ids = data.prompts(config, tokenizer), data.end_of_turn(tokenizer)
-    saved = continuation.load_checkpoint(resume) if resume else None
+    saved = continuation.load_checkpoint(resume) if resume and ranks.FIRST else None
+    before = json.loads(ranks.same(json.dumps(saved["state"] if saved else {})))
     initial = continuation.load_initial(config) if config.lora.init_from and not resume else None
     max_steps, total_samples = schedule.plan_steps(config, len(rows))
     facts = forecast.Facts.of(rows, eval_rows)
@@ -74,7 +76,7 @@ def train(config, run, guard, resume, accept, preflight):
     if forecast.refusals(outlook, config.forecast):
         return console.refuse(outlook, config)
 
-    unquantised = None if preflight or saved and saved["state"]["evaluated"] >= 0 else evaluation.evaluate_unquantised(config, device, eval_rows)
+    unquantised = None if preflight or before and before["evaluated"] >= 0 else evaluation.evaluate_unquantised(config, device, eval_rows)
     network = model.load(config, device)
     evaluation.check_vocabulary(network, rows, eval_rows)
     adapters = model.adapters(network)
@@ -88,22 +90,24 @@ def train(config, run, guard, resume, accept, preflight):
     moments |= {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
     fp16 = config.model.compute_dtype == "fp16"
     scaler = {"scale": torch.tensor(65536.0 if fp16 else 1.0, device=device), "good_steps": torch.zeros((), device=device)}
-    torch.manual_seed(config.train.seed)  # dropout's generator; the data order and the adapters' start have their own
+    torch.manual_seed(continuation.seed_of(config.train.seed))  # dropout's generator; the data order and the adapters' start have their own
 
     base_weights = quant.fingerprint(model.frozen(network))
-    plan = memory.plan(config, network, rows, saved["state"]["plan"] if saved else {})
+    plan = memory.plan(config, network, rows, before.get("plan", {}))
     state = {"step": 0, "samples": 0, "tokens": 0, "supervised_tokens": 0, "norms": [], "nonfinite": 0, "skipped": 0, "line": {},
              "evaluated": -1, "best_step": None, "best_loss": None, "without_improvement": 0, "noise": telemetry.NoiseScale().state()[0],
              "plan": plan, "origin": continuation.origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
-    if saved:
+    if before:
         state = continuation.restore(saved, resume, accept, state, adapters, moments, scaler, device)
-    fatal = []  # alerts that end the run
+    ranks.from_first([flat, *moments.values(), *scaler.values()])
+    fatal, too_large = [], []  # alerts that end the run; a row that does not fit into memory even alone, told with its name
     stopped = lambda: state["nonfinite"] == config.train.nonfinite_limit or bool(fatal)
     stopped_early = lambda: 0 < config.eval.patience <= state["without_improvement"]
     finished = lambda: stopped_early() or state["evaluated"] == max_steps  # which is the last thing that a run does
+    concluded = lambda: int(ranks.same(str(console.conclude(run, config, state, max_steps)) if ranks.FIRST else ""))
     if finished():
         print(f"finished already: {resume} is the end of the run")
-        return console.conclude(run, config, state, max_steps)
+        return concluded()
 
     def forward_backward(batch, weight):
         """Add weight x the gradient of a micro-batch's summed loss to flat.grad, and return that loss."""
@@ -114,7 +118,8 @@ def train(config, run, guard, resume, accept, preflight):
     if plan["graphs"]:
         forward_backward = graphs.Replayed(network, forward_backward)
     first_samples = data.samples(rows, config.train.seed, *schedule.window_samples(min(state["step"] + 1, max_steps), config, total_samples))
-    probed = memory.rehearse(network, data.pack(rows, first_samples, plan["fits"]), forward_backward, config.memory.budget_gib)
+    mine = data.pack(rows, ranks.share(rows, first_samples), plan["fits"])
+    probed = json.loads(ranks.same(json.dumps(memory.rehearse(network, mine, forward_backward, config.memory.budget_gib))))
     probed["step_seconds"] *= total_samples / max_steps / max(1, len(first_samples))
     outlook = forecast.forecast(config, dataclasses.replace(facts, trainable=len(flat), memory=memory.parts(network, moments, probed), **probed))
     if forecast.refusals(outlook, config.forecast):
@@ -125,17 +130,25 @@ def train(config, run, guard, resume, accept, preflight):
 
     due = lambda every, step: step in (0, max_steps) or every > 0 and step % every == 0
     owed = due(config.eval.every_steps, state["step"]) and state["evaluated"] != state["step"]  # the first one, or one that was interrupted
-    guard = guard or checkpoint.lock(run)  # held until the process ends
     interrupted = catch_signals()
-    recorder = open_record(run, config, state, resume, owed, outlook)
-    data.keep_dropped(rows, run)
+    recorder = record.Nobody()
+    if ranks.FIRST:
+        guard = guard or checkpoint.lock(run)  # held until the process ends
+        recorder = open_record(run, config, state, resume, owed, outlook)
+        data.keep_dropped(rows, run)
     console.introduce(run, config, rows, network, state, outlook)
     weights, begun = telemetry.measure_weights(network), saved["tensors"].get("noise.safetensors", {}) if saved else {}
     noise = telemetry.NoiseScale(state["noise"], {name: tensor.to(device) for name, tensor in begun.items()})
     watch, raised = alerts.Alerts(config, max_steps, len(rows)), {}  # raised: step -> its alerts
-    for line in record.read_metrics(run) if resume else ():
+    for line in record.read_metrics(run) if resume and ranks.FIRST else ():
         watch.see(line)
-    progress = tqdm(total=max_steps, initial=state["step"], unit="step", dynamic_ncols=True, disable=None)
+    progress = tqdm(total=max_steps, initial=state["step"], unit="step", dynamic_ncols=True, disable=None if ranks.FIRST else True)
+
+    def agree():
+        """What one rank was told, or found, all of them act on: a signal, an alert that ends the run, a row that does not fit."""
+        told = ranks.word(json.dumps([interrupted, fatal, too_large]) if interrupted or fatal or too_large else "")
+        for own, others in zip((interrupted, fatal, too_large), json.loads(told or "[]")):
+            own[:] = own or others
 
     def attend(step, values):
         """Write figures of a step down, and raise the alerts that they call for."""
@@ -196,13 +209,14 @@ def train(config, run, guard, resume, accept, preflight):
         loss = figures["loss"]
         values = {f"eval/{name}": figures[name] for name in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "seconds")}
         values["eval/adapter_digest"] = hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()[:12]
-        evaluation.keep(run, f"step-{step:06d}", by_row, step, eval_rows, tokenizer, network)
+        keep = evaluation.keep if ranks.FIRST else lambda *_: None
+        keep(run, f"step-{step:06d}", by_row, step, eval_rows, tokenizer, network)
         if step == 0 and not initial:
             norms = [matrix.norm().item() for name, matrix in adapters.items() if ".lora_B." in name]
             values["adapters/lora_B_norm"] = sum(norms) / len(norms)
         if unquantised and step == 0:
             values |= {f"eval/unquantised_{name}": unquantised[0][name] for name in ("loss", "token_accuracy")}
-            evaluation.keep(run, "unquantised", unquantised[1], 0, eval_rows, tokenizer, network)
+            keep(run, "unquantised", unquantised[1], 0, eval_rows, tokenizer, network)
         console.say(f"step {step}/{max_steps}  evaluation loss {loss:.4f}  perplexity {figures['perplexity']:.2f}  token accuracy {figures['token_accuracy']:.4f}")
         if samples:
             values |= {f"eval/{name}": value for name, value in evaluation.sample_figures(samples).items()} | {"eval/samples": json.dumps(samples)}
@@ -231,24 +245,28 @@ def train(config, run, guard, resume, accept, preflight):
             fatal.append("wrong gradients")
 
     def save(step):
-        """A checkpoint of this step boundary."""
+        """A checkpoint of this step boundary, written by the first rank. Returns where it is."""
+        ranks.check_same(hashlib.sha256(flat.detach().cpu().numpy()).hexdigest(), "adapters")
+        drawn = continuation.of_all_ranks(continuation.generators(device))
+        if not ranks.FIRST:
+            return None
         recorder.flush()
         by_name = {f"{name}.{moment}": view for moment in ("exp_avg", "exp_avg_sq") for name, view in continuation.views(moments[moment], adapters)}
         tensors = {"adapter_model.safetensors": dict(adapters), "optimizer.safetensors": by_name | {"step": moments["step"]} | scaler,
-                   "generators.safetensors": continuation.generators(device)}
+                   "generators.safetensors": drawn}
         state["noise"], begun = noise.state()
         tensors |= {"noise.safetensors": begun} if begun else {}
         texts = {"adapter_config.json": model.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(state, indent=1)}
         return checkpoint.save(run, step, tensors, texts | continuation.texts_of(tokenizer), config.save.keep, state["best_step"])
 
     began, first, pending, applied, alive = time.perf_counter(), state["step"] + 1, [], 0, set()
-    too_large = ""  # a row that does not fit into memory even alone, told with its name
     try:
         if owed:
             evaluate(state["step"])
         prove(state["step"])
     except model.DoesNotFit as error:
-        too_large = str(error)
+        too_large.append(str(error))
+    agree()
     leaving = bool(interrupted or too_large) or stopped_early() or stopped()
     if leaving or owed and state["step"]:
         where = save(state["step"])
@@ -258,10 +276,11 @@ def train(config, run, guard, resume, accept, preflight):
         samples = data.samples(rows, config.train.seed, start, count)
         drawn = continuation.generators(device) if config.lora.dropout else {}
 
+        mine = ranks.share(rows, samples)
+        window = data.pack(rows, mine, plan["fits"])
+        supervised, tokens = ranks.total(torch.tensor([sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window)])).tolist()
         loss, late = None, False
         while loss is None and not late:  # once, and again in smaller micro-batches where memory runs out: their sum is the same
-            window = data.pack(rows, samples, plan["fits"])
-            supervised, tokens = sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window)
             flat.grad.zero_()
             try:
                 loss = torch.zeros((), device=device)
@@ -271,18 +290,24 @@ def train(config, run, guard, resume, accept, preflight):
                         break
                     loss += forward_backward(batch, scaler["scale"] / supervised) / supervised
             except (RuntimeError, MemoryError) as error:
-                loss, too_large = None, shrink(plan, step, batch, rows, error)
+                loss = None
+                too_large += shrink(plan, step, batch, rows, error)
             late = late or bool(too_large)
             if loss is None or late:
                 continuation.set_generators(drawn, device)
                 graphs.forget(forward_backward)
                 model.release_memory()
-        if late:  # the window is given up, and the step before it is where the run ends
+                window = data.pack(rows, mine, plan["fits"])
+        if any(ranks.most(late)):  # the window is given up, and the step before it is where the run ends
+            continuation.set_generators(drawn, device)
+            agree()
             while pending:
                 settle(pending.pop(0))
             where = save(state["step"])
             break
 
+        ranks.total(flat.grad)
+        ranks.total(loss)
         grad_norm = torch.linalg.vector_norm(flat.grad) / scaler["scale"]  # before clipping
         of_pair = noise.observe(step, flat.grad, scaler["scale"], count)
         known = [norm for at, norm in state["norms"] if at < step - 1]  # the last step's norm may still be on its way
@@ -316,9 +341,11 @@ def train(config, run, guard, resume, accept, preflight):
             "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)} | ({"train/max_tokens": plan["fits"]} if plan["shrunk"] else {})})
 
         evaluation_due, save_due, proof_due = due(config.eval.every_steps, step), due(config.save.every_steps, step), proof.due(config, step, first, max_steps, device)
+        agree()
         boundary = evaluation_due or save_due or bool(proof_due) or bool(interrupted) or bool(fatal)
         while len(pending) > (0 if boundary else 1) and not stopped():
             settle(pending.pop(0))  # of the step before, while a GPU is busy with this one
+        agree()
         if stopped():
             break
         if not boundary:
@@ -328,7 +355,8 @@ def train(config, run, guard, resume, accept, preflight):
                 evaluate(step)
             prove(step)
         except model.DoesNotFit as error:
-            too_large = str(error)
+            too_large.append(str(error))
+        agree()
         if stopped():
             break
         leaving = bool(interrupted or too_large) or stopped_early()
@@ -343,15 +371,17 @@ def train(config, run, guard, resume, accept, preflight):
         print(f"stopped: {state['nonfinite']} steps in a row were not finite, and none of them was applied; their rows are named above. "
               "Mend the rows or the settings, then go on from the last checkpoint with --resume." if not fatal else
               f"stopped after step {state['step']} by the alert: {', '.join(dict.fromkeys(fatal))}; see above for cause and remedy. alerts.stop says which alerts do that.")
-        if config.log.report:
+        if config.log.report and ranks.FIRST:
             print(f"look     {report.write(run)[0]}")
         return 4
+    if too_large and ranks.FIRST:
+        raise ValueError(f"{too_large[0]}; the run stopped after step {state['step']}, saved {where}, and goes on with --resume")
     if too_large:
-        raise ValueError(f"{too_large}; the run stopped after step {state['step']}, saved {where}, and goes on with --resume")
+        return 2
     if not finished():
         print(f"interrupted after step {state['step']}; saved {where}; go on with --resume")
         return 128 + interrupted[0][0]
-    return console.conclude(run, config, state, max_steps)
+    return concluded()
 
 
 # ------------------------------------------------------------------------------------------------------------ set-up
@@ -382,16 +412,16 @@ def open_record(run, config, state, resume, owed, outlook):
 def shrink(plan, step, batch, rows, error):
     """Halve what is packed into a micro-batch, for the rest of the run, after `batch` raised `error`. Raises `error` where memory was not what it lacked.
 
-    Returns "", or, where a row does not even fit alone, which.
+    Returns [], or, where a row does not even fit alone, [which].
     """
     try:
         fits = model.smaller(batch, rows, error)
     except model.DoesNotFit as alone:
-        return str(alone)
+        return [str(alone)]
     console.say(f"step {step}: memory ran out over {len(batch.input_ids):,} tokens: again, and from now on, with at most {fits:,}")
     plan["shrunk"].append({"step": step, "from": plan["fits"], "to": fits})
     plan.update(fits=fits, evaluates=min(fits, plan["evaluates"]))
-    return ""
+    return []
 
 
 def rescale(scaler, finite):
@@ -458,16 +488,19 @@ def main(argv):
     run = pathlib.Path(flags["out"] or f"runs/{path.stem}")
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run}: is a file; name a folder for the run with --out=")
-    guard = checkpoint.lock(run) if run.is_dir() and not flags["preflight"] else None
+    if config.train.deterministic and torch.cuda.is_available():
+        be_deterministic()
+    device = ranks.start()
+    guard = checkpoint.lock(run) if run.is_dir() and not flags["preflight"] and ranks.FIRST else None
     resume, problems = None, []
-    if flags["resume"]:
+    if flags["resume"] and ranks.FIRST:
         resume, problems = checkpoint.newest_valid(run) if flags["resume"] is True else (checkpoint.find(flags["resume"]), [])
-    elif any(run.glob("checkpoints/step-*")) and not flags["overwrite"] and not flags["preflight"]:
+    elif ranks.FIRST and any(run.glob("checkpoints/step-*")) and not flags["overwrite"] and not flags["preflight"]:
         raise ValueError(f"{run}: holds the checkpoints of an earlier run; go on with --resume, choose another folder with --out=, or replace it with --overwrite")
     for problem in problems:
         print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
-    return train(config, run, guard, resume, flags["accept"].split(",") if flags["accept"] else [], flags["preflight"])
+    return train(config, device, run, guard, resume, flags["accept"].split(",") if flags["accept"] else [], flags["preflight"])
 
 
 if __name__ == "__main__":
-    settings.run_command(main)
+    settings.run_command(ranks.together(main))

@@ -1,0 +1,167 @@
+"""Several processes that train as one: which of them this is, its share of a window, and what they tell each other.
+
+    torchrun --nproc-per-node=2 train.py configs/approach1.json
+
+torchrun starts the processes, names them in the environment, and ends the rest when one has died. torch.distributed carries
+everything: NCCL what lies on GPUs, gloo what lies on the hosts. Each function below must be called by every rank at the same place.
+Alone, without torchrun, they give back what they are given. A rank that the others wait for in vain ends them with `Lost`.
+Leaves out: pipeline and tensor parallelism, and ranks that come and go during a run.
+"""
+import contextlib
+import datetime
+import functools
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+RANK, RANKS, ON_HOST = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+FIRST = RANK == 0  # the one that writes and speaks
+WAIT = 600         # seconds that a rank waits for the others in a step, an evaluation or a save
+LOADING = 12 * 3600  # seconds that ranks wait while one of them makes the token cache; one that dies is noticed at once
+
+
+class Lost(RuntimeError):
+    """Another rank has died, or did not come within `WAIT` seconds."""
+
+
+def start():
+    """Join the other ranks. Returns the device of this one. All but the first are silent from here on, but for errors."""
+    device = torch.device("cuda", ON_HOST) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if ON_HOST >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started rank {ON_HOST} on a host of {torch.cuda.device_count()} GPUs; lower --nproc-per-node")
+        torch.cuda.set_device(device)
+    if RANKS > 1 and not dist.is_initialized():
+        with lost():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=WAIT))
+            patient()
+        if not FIRST:
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+@functools.cache
+def patient():
+    """The group in which ranks wait for one that loads."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=LOADING))
+
+
+def finish():
+    """Part from the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        patient.cache_clear()
+
+
+@contextlib.contextmanager
+def lost():
+    """Tell an error of torch.distributed inside the block as what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost(f"rank {RANK}: another rank has ended, or did not come within {WAIT} s; the newest checkpoint is whole, go on from it "
+                   f"with --resume ({str(error).splitlines()[0][:100]})") from error
+
+
+@contextlib.contextmanager
+def one_first():
+    """The block is run by one rank of each host, then by the others, which find what it made."""
+    if RANKS > 1 and ON_HOST:
+        with lost():
+            dist.barrier(group=patient())
+    yield
+    if RANKS > 1 and not ON_HOST:
+        with lost():
+            dist.barrier(group=patient())
+
+
+def total(tensor):
+    """The sum of `tensor` over all ranks, in place and the same bits on each. Returns it."""
+    if RANKS > 1:
+        with lost():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def most(*numbers):
+    """The largest of each number (int or bool) over all ranks, as a list of ints."""
+    if RANKS == 1:
+        return [int(number) for number in numbers]
+    told = torch.tensor(numbers, dtype=torch.int64)
+    with lost():
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+    return told.tolist()
+
+
+def word(text):
+    """The text of the lowest rank that has one, "" where none has. Costs one exchange of a number while nobody has anything to say."""
+    who, = most(RANKS - RANK if text else 0)
+    return same(text, RANKS - who) if who else ""
+
+
+def same(text, source=0):
+    """The text of rank `source`, on every rank."""
+    if RANKS == 1:
+        return text
+    content = torch.tensor(list(text.encode()) if RANK == source else [], dtype=torch.uint8)
+    size, = most(len(content))
+    content = content if RANK == source else torch.zeros(size, dtype=torch.uint8)
+    with lost():
+        dist.broadcast(content, source)
+    return bytes(content.tolist()).decode()
+
+
+def from_first(tensors):
+    """Every rank's `tensors` become those of the first, in place."""
+    for tensor in tensors if RANKS > 1 else ():
+        with lost():
+            dist.broadcast(tensor.detach(), 0)
+
+
+def gathered(tensor):
+    """[the tensor of each rank], all of one shape and on the host, on every rank."""
+    if RANKS == 1:
+        return [tensor]
+    there = [torch.empty_like(tensor) for _ in range(RANKS)]
+    with lost():
+        dist.all_gather(there, tensor)
+    return there
+
+
+def share(rows, samples):
+    """The part of `samples` (row indices) that is this rank's: about as many tokens as every other's.
+
+    Longest first, each to the rank with the fewest tokens so far: a function of the rows alone, so nothing need be agreed on.
+    """
+    if RANKS == 1:
+        return samples
+    parts, loads = [[] for _ in range(RANKS)], [0] * RANKS
+    length = lambda i: int(rows.offsets[i + 1] - rows.offsets[i])
+    for i in sorted(samples, key=lambda i: -length(i)):
+        least = loads.index(min(loads))
+        parts[least].append(i)
+        loads[least] += length(i)
+    return parts[RANK]
+
+
+def check_same(digest, what):
+    """Raises RuntimeError where `digest` (hexadecimal) is not the same on all ranks."""
+    number = int(digest[:15], 16)
+    largest, smallest = most(number, -number)
+    if largest != -smallest:
+        raise RuntimeError(f"the ranks' {what} differ, so they no longer train one model; the last checkpoint is from before that")
+
+
+def together(main):
+    """`main` as one of several ranks: where another one is lost, this one ends at once, with code 1 and one message."""
+    def run(argv):
+        try:
+            code = main(argv)
+            finish()
+            return code
+        except Lost as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # torch.distributed would wait for the lost one before it lets this process go
+    return run
