@@ -90,6 +90,7 @@ class Train:
     adam_beta2: float = key(0.999, "decay of AdamW's second moment", low=0.0, high=0.9999999)
     adam_eps: float = key(1e-8, "AdamW's epsilon", above=0)
     deterministic: bool = key(False, "GPU: the same bits again after a resume, by deterministic kernels alone and no CUDA graphs; slower (on a CPU runs repeat anyway)")
+    rank_wait: int = key(600, "with several ranks, end the run when one of them has been waited for so many seconds", low=1)
     nonfinite_limit: int = key(3, "stop after this many non-finite steps in a row (none of them is applied)", low=1)
 
 
@@ -134,6 +135,7 @@ class Memory:
     loss_chunk: int = key(2048, "supervised tokens whose logits exist at one time", low=1)
     graphs: str = key("auto", "replay micro-batches as CUDA graphs: auto where kernels are shorter than their launches", choices=("auto", "no"))
     fused: bool = key(True, "fast path for Llama-shaped layers; false: transformers' own layers, the slow twin")
+    shard: bool = key(False, "split the frozen quantised weights over the ranks that torchrun started, and gather a layer when it is needed: for models that no single GPU holds")
     keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; auto: where a quarter of the free memory holds them and, on a GPU, no layer is set to be recomputed", choices=("auto", "yes", "no"))
 
 

@@ -36,6 +36,7 @@ import audit
 import cache
 import config
 import pool
+import ranks
 import sources
 import tokens
 from sources import read_rows  # noqa: F401  (what data offers to others, with the next line)
@@ -471,6 +472,16 @@ def samples(rows, seed, start, count):
             order.append(int(bases[k] + _permutation(size, seed, nth // size, 2 + k)[nth % size]))
         start, count = start + len(slots), count - len(slots)
     return order
+
+
+def share(rows, samples, max_tokens, in_step=False):
+    """This rank's part of `samples`, packed. With `in_step` every rank gets the same number of micro-batches, empty ones at the end."""
+    window = pack(rows, ranks.share(rows, samples), max_tokens)
+    most, = ranks.most(len(window)) if in_step else (0,)
+    none = torch.zeros(0, dtype=torch.int64)
+    empty = MicroBatch(input_ids=torch.zeros(1, dtype=torch.int64), position_ids=torch.zeros(1, dtype=torch.int64), max_seqlen=1, samples=[],
+                       cu_seqlens=torch.tensor([0, 1], dtype=torch.int32), rows=none, targets=none, document=none)
+    return window + [empty] * (most - len(window))
 
 
 def pack(rows, samples, max_tokens):

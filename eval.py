@@ -45,13 +45,14 @@ def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
     are evaluated again in micro-batches of half the size. Raises ValueError naming a row that does not fit alone.
     """
     began, was_training = time.perf_counter(), network.training
+    interrupted = () if network.sharded else interrupted  # ranks that gather layers from each other go step by step together
     count = min(len(rows), max_rows or len(rows))
     network.eval()
     done, alone = False, ""  # alone: a row that does not even fit alone
     while not (done or alone or interrupted):
         totals = torch.zeros(3, count, dtype=torch.float64, device=network.device)  # nll, tokens, correct of each row
         try:
-            for batch in data.pack(rows, ranks.share(rows, list(range(count))), max_tokens):
+            for batch in data.share(rows, list(range(count)), max_tokens, network.sharded):
                 if interrupted:
                     break
                 batch = batch.to(network.device)
@@ -61,7 +62,7 @@ def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
             done = True
         except (RuntimeError, MemoryError) as error:
             try:
-                max_tokens = model.smaller(batch, rows, error)
+                max_tokens = model.smaller(batch, rows, error, network.sharded)
             except model.DoesNotFit as told:
                 alone = str(told)
         if not done:
@@ -96,11 +97,12 @@ def generate(network, tokenizer, prompts, max_new_tokens, end_ids, interrupted=(
     ids = torch.tensor([[pad] * (width - len(prompt["ids"])) + list(prompt["ids"]) for prompt in prompts], device=network.device)
     mask = torch.tensor([[0] * (width - len(prompt["ids"])) + [1] * len(prompt["ids"]) for prompt in prompts], device=network.device)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_ids, pad_token_id=pad, use_cache=True)
+    interrupted = () if network.sharded else interrupted
     stop = lambda ids, scores, **_: torch.full((len(ids),), bool(interrupted), device=ids.device)  # asked after each token
     fits = True
     try:
         with model.own_attention(network):
-            written = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[stop])[:, width:].tolist()
+            written = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[stop], synced_gpus=network.sharded)[:, width:].tolist()
     except (RuntimeError, MemoryError) as error:
         if len(prompts) == 1 or not model.out_of_memory(error):
             raise

@@ -20,6 +20,8 @@ def serves(network, checkpoint_layers):
         return "no GPU"
     if not network.use_varlen:
         return "attention by documents needs their lengths on the host"
+    if network.sharded:
+        return "weights are sharded"
     if checkpoint_layers:
         return "some layers are recomputed"
     if any(isinstance(module, quant.LLMInt8Weight) for module in network.modules()):

@@ -25,6 +25,7 @@ import config
 import fused
 import kernels
 import quant
+import ranks
 import trust
 
 ATTENTION = "rawlora_packed"  # our name in transformers' registry of attention functions
@@ -334,6 +335,9 @@ def load(config, device):
     if missing:
         raise ValueError(f"{folder}: {len(missing)} weights of {type(network).__name__} are not in its files, the first is {missing[0]}")
     inject(network, config.lora, device, torch.float64 if dtype == torch.float64 else torch.float32)
+    network.sharded = config.memory.shard and ranks.RANKS > 1
+    layers = {f"{name}.": layer for name, layer in network.named_modules() if layer in set(network.get_decoder().layers)} if network.sharded else {}
+    awaited = {place: sum(name.startswith(place) for name in expected) for place in layers}
     for name in [name for name in files if name in expected and name not in tied]:  # in file order: each shard is read through once
         tensor = read_tensor(files[name], name, device)
         if tuple(tensor.shape) != expected[name]:
@@ -349,6 +353,12 @@ def load(config, device):
         else:
             setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
         del tensor
+        for place in [place for place in layers if name.startswith(place)]:
+            awaited[place] -= 1
+            if not awaited[place]:  # the layer is whole: from here on each rank holds its part of it
+                shard(layers[place], device)
+    if network.sharded:
+        shard(network.get_decoder(), device)
     network.tie_weights()
     network.to(device)  # buffers only: every parameter is there already
     network.requires_grad_(False)
@@ -367,6 +377,30 @@ def load(config, device):
     compare_with_transformers(network)
     network.fused_layers = fused.install(network, network.adapter_memory, packed_attention) if config.memory.fused else 0
     return network
+
+
+def shard(module, device):
+    """Split the frozen weights in `module` over the ranks (FSDP2: torch.distributed.fsdp.fully_shard), those of sharded modules in it aside.
+
+    A layer is gathered when its forward or backward pass begins, the next one meanwhile, and split again behind it. Adapters, norms,
+    embeddings and head stay whole on every rank, and so does what is smaller than a split would save.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    weights = [part for part in module.modules() if isinstance(part, quant.FrozenWeight)]
+    split = {parameter for weight in weights for name, parameter in weight.named_parameters() if parameter.ndim and name != "scale_codebook"}
+    fully_shard(module, mesh=init_device_mesh(device.type, (ranks.RANKS,)), ignored_params=set(module.parameters()) - split, reshard_after_forward=True)
+
+    @contextlib.contextmanager
+    def gather():
+        module.unshard()
+        try:
+            yield
+        finally:
+            module.reshard()
+
+    for weight in weights:
+        weight.gather = weight.gather or gather
 
 
 @torch.no_grad()
@@ -456,6 +490,8 @@ def free_memory(device):
 def keep_dequantized(network, memory, dtype):
     """Keep dequantised copies of all quantised weights: asked for, or (auto) where nothing need be recomputed and they take a quarter of the free memory at most."""
     weights = [module for module in network.modules() if isinstance(module, quant.FrozenWeight)]
+    if network.sharded:  # a copy would be whole on every rank
+        return
     for weight in weights:
         if isinstance(weight, quant.PlainWeight):
             weight.keep(dtype)
@@ -485,13 +521,16 @@ def release_memory():
         torch.cuda.empty_cache()
 
 
-def smaller(batch, rows, error):
+def smaller(batch, rows, error, sharded=False):
     """Tokens for the next attempt after `batch` raised `error`: half of its own. Raises `error` itself where that is no lack of memory.
 
     Raises DoesNotFit with the row's name and length where the micro-batch holds one row and cannot be made smaller.
     """
     if not out_of_memory(error):
         raise error
+    if sharded:
+        raise ValueError(f"memory ran out over {len(batch.input_ids):,} tokens, and a rank whose weights are sharded cannot try again alone; "
+                         "lower memory.max_tokens, or raise memory.checkpoint_layers; the newest checkpoint is whole") from error
     if len(batch.samples) == 1:
         row = batch.samples[0]
         raise DoesNotFit(f"{rows.names[row]}: this row of {int(rows.offsets[row + 1] - rows.offsets[row]):,} tokens does not fit into memory even alone; "
@@ -711,6 +750,7 @@ def memory_table(network):
     """{part: (dtypes, bytes)} of what the network holds: frozen projections, kept copies, adapters, embeddings and head, the rest."""
     parts = {}
     def count(part, tensor):
+        tensor = tensor.to_local() if isinstance(tensor, quant.DTensor) else tensor
         dtypes, size = parts.get(part, (set(), 0))
         parts[part] = (dtypes | {str(tensor.dtype).removeprefix("torch.")}, size + tensor.numel() * tensor.dtype.itemsize)
     embeddings = {id(network.get_input_embeddings().weight), id(network.get_output_embeddings().weight)}

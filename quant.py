@@ -10,10 +10,12 @@ Each keeps its storage as plain parameters without gradient, so that it can be m
 Leaves out: fp4, other block sizes, quantised optimizers. Of bitsandbytes it calls the quantise and dequantise operators only;
 its Linear4bit loses gradients after an evaluation on some CPUs.
 """
+import contextlib
 import functools
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import kernels
 
@@ -29,6 +31,11 @@ class FrozenWeight(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.kept = None  # a dequantised copy, where memory allows one
+        self.gather = None  # of sharded weights: a context manager in which the storage is whole
+
+    def whole(self):
+        """A context in which the storage can be read: it may be split over several ranks, all of which must come here."""
+        return self.gather() if self.gather and isinstance(next(self.parameters()), DTensor) else contextlib.nullcontext()
 
     def store(self, **tensors):
         for name, tensor in tensors.items():
@@ -52,7 +59,8 @@ class FrozenWeight(nn.Module):
             return self.kept if out is None else out.copy_(self.kept)
         if out is None:
             out = torch.empty(self.out_features, self.in_features, device=self.device, dtype=dtype)
-        self._dequantize(out)
+        with self.whole():
+            self._dequantize(out)
         return out
 
     def matmul(self, x):
@@ -197,6 +205,7 @@ def fingerprint(tensors):
     import hashlib
     digest = hashlib.sha256()
     for name, tensor in tensors:
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         words = nn.functional.pad(data, (0, -len(data) % 4)).view(torch.int32)
         total = torch.zeros((), dtype=torch.int64, device=data.device)

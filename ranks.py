@@ -18,16 +18,18 @@ import torch.distributed as dist
 
 RANK, RANKS, ON_HOST = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 FIRST = RANK == 0  # the one that writes and speaks
-WAIT = 600         # seconds that a rank waits for the others in a step, an evaluation or a save
 LOADING = 12 * 3600  # seconds that ranks wait while one of them makes the token cache; one that dies is noticed at once
 
 
 class Lost(RuntimeError):
-    """Another rank has died, or did not come within `WAIT` seconds."""
+    """Another rank has died, or did not come in time."""
 
 
-def start():
-    """Join the other ranks. Returns the device of this one. All but the first are silent from here on, but for errors."""
+def start(wait):
+    """Join the other ranks, which wait `wait` seconds for one of them at most. Returns the device of this one.
+
+    All but the first are silent from here on, but for errors.
+    """
     device = torch.device("cuda", ON_HOST) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if ON_HOST >= torch.cuda.device_count():
@@ -35,7 +37,7 @@ def start():
         torch.cuda.set_device(device)
     if RANKS > 1 and not dist.is_initialized():
         with lost():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=WAIT))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=wait))
             patient()
         if not FIRST:
             sys.stdout = open(os.devnull, "w")
@@ -61,7 +63,7 @@ def lost():
     try:
         yield
     except RuntimeError as error:
-        raise Lost(f"rank {RANK}: another rank has ended, or did not come within {WAIT} s; the newest checkpoint is whole, go on from it "
+        raise Lost(f"rank {RANK}: another rank has ended, or did not come within train.rank_wait; the newest checkpoint is whole, go on from it "
                    f"with --resume ({str(error).splitlines()[0][:100]})") from error
 
 

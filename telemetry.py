@@ -48,7 +48,10 @@ def measure_weights(network):
     modules = adapted(network)
     dtype = network.adapter_memory.working.dtype
     norms = [torch.linalg.vector_norm(module.weight.dequantize(dtype), dtype=torch.promote_types(dtype, torch.float32)).double() for module in modules.values()]
-    steps = [quantisation_step(module.weight) for module in modules.values()]
+    steps = []
+    for module in modules.values():
+        with module.weight.whole():
+            steps.append(quantisation_step(module.weight))
     there = torch.stack(norms + [step.double() for step in steps if step is not None]).tolist()  # the device is waited for once
     rest = iter(there[len(norms):])
     return {name: (norm, None if step is None else next(rest)) for name, norm, step in zip(modules, there, steps)}

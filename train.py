@@ -118,7 +118,7 @@ def train(config, device, run, guard, resume, accept, preflight):
     if plan["graphs"]:
         forward_backward = graphs.Replayed(network, forward_backward)
     first_samples = data.samples(rows, config.train.seed, *schedule.window_samples(min(state["step"] + 1, max_steps), config, total_samples))
-    mine = data.pack(rows, ranks.share(rows, first_samples), plan["fits"])
+    mine = data.share(rows, first_samples, plan["fits"], network.sharded)
     probed = json.loads(ranks.same(json.dumps(memory.rehearse(network, mine, forward_backward, config.memory.budget_gib))))
     probed["step_seconds"] *= total_samples / max_steps / max(1, len(first_samples))
     outlook = forecast.forecast(config, dataclasses.replace(facts, trainable=len(flat), memory=memory.parts(network, moments, probed), **probed))
@@ -276,28 +276,27 @@ def train(config, device, run, guard, resume, accept, preflight):
         samples = data.samples(rows, config.train.seed, start, count)
         drawn = continuation.generators(device) if config.lora.dropout else {}
 
-        mine = ranks.share(rows, samples)
-        window = data.pack(rows, mine, plan["fits"])
-        supervised, tokens = ranks.total(torch.tensor([sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window)])).tolist()
+        window = data.share(rows, samples, plan["fits"], network.sharded)
+        supervised, tokens = ranks.total(torch.tensor([sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window if batch.samples)])).tolist()
         loss, late = None, False
         while loss is None and not late:  # once, and again in smaller micro-batches where memory runs out: their sum is the same
             flat.grad.zero_()
             try:
                 loss = torch.zeros((), device=device)
                 for batch in window:
-                    late = bool(interrupted) and time.monotonic() - interrupted[0][1] > PATIENCE
+                    late = bool(interrupted) and not network.sharded and time.monotonic() - interrupted[0][1] > PATIENCE
                     if late:
                         break
                     loss += forward_backward(batch, scaler["scale"] / supervised) / supervised
             except (RuntimeError, MemoryError) as error:
                 loss = None
-                too_large += shrink(plan, step, batch, rows, error)
+                too_large += shrink(plan, step, batch, rows, error, network.sharded)
             late = late or bool(too_large)
             if loss is None or late:
                 continuation.set_generators(drawn, device)
                 graphs.forget(forward_backward)
                 model.release_memory()
-                window = data.pack(rows, mine, plan["fits"])
+                window = data.share(rows, samples, plan["fits"])
         if any(ranks.most(late)):  # the window is given up, and the step before it is where the run ends
             continuation.set_generators(drawn, device)
             agree()
@@ -409,13 +408,13 @@ def open_record(run, config, state, resume, owed, outlook):
 
 # -------------------------------------------------------------------------------------------------- pieces of the loop
 
-def shrink(plan, step, batch, rows, error):
+def shrink(plan, step, batch, rows, error, sharded):
     """Halve what is packed into a micro-batch, for the rest of the run, after `batch` raised `error`. Raises `error` where memory was not what it lacked.
 
     Returns [], or, where a row does not even fit alone, [which].
     """
     try:
-        fits = model.smaller(batch, rows, error)
+        fits = model.smaller(batch, rows, error, sharded)
     except model.DoesNotFit as alone:
         return [str(alone)]
     console.say(f"step {step}: memory ran out over {len(batch.input_ids):,} tokens: again, and from now on, with at most {fits:,}")
@@ -490,7 +489,9 @@ def main(argv):
         raise ValueError(f"{run}: is a file; name a folder for the run with --out=")
     if config.train.deterministic and torch.cuda.is_available():
         be_deterministic()
-    device = ranks.start()
+    device = ranks.start(config.train.rank_wait)
+    if config.memory.shard and ranks.RANKS == 1:
+        raise ValueError(f"memory.shard: there is one rank, and nothing to split over; start several: torchrun --nproc-per-node=2 train.py {words[0]}")
     guard = checkpoint.lock(run) if run.is_dir() and not flags["preflight"] and ranks.FIRST else None
     resume, problems = None, []
     if flags["resume"] and ranks.FIRST:
