@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import pathlib
+import warnings
 
 import torch
 from torch import nn
@@ -389,6 +390,7 @@ def shard(module, device):
     from torch.distributed.fsdp import fully_shard
     weights = [part for part in module.modules() if isinstance(part, quant.FrozenWeight)]
     split = {parameter for weight in weights for name, parameter in weight.named_parameters() if parameter.ndim and name != "scale_codebook"}
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # a layer returns a view; nothing writes into it
     fully_shard(module, mesh=init_device_mesh(device.type, (ranks.RANKS,)), ignored_params=set(module.parameters()) - split, reshard_after_forward=True)
 
     @contextlib.contextmanager

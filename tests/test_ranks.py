@@ -1,0 +1,317 @@
+"""Several ranks as one: the same training on one, two and four processes (gloo, on the CPU), and what happens when one of them fails.
+
+Each rank is a process of its own, a fork of warm.py with torchrun's variables in its environment; one test uses torchrun itself.
+"""
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import PROJECT, curve, differences, make_config, make_model, newest
+from safetensors.torch import load_file, save_file
+from test_faults import at_sample, command, in_backward, live, processes, send, tiny_settings  # noqa: F401  (the first and the last are fixtures)
+
+import checkpoint
+import data
+import model
+import ranks
+import record
+
+EXACT = ["--model.compute_dtype=fp32", "--lora.dropout=0"]
+
+
+def as_rank(rank, of, port, then, given):
+    """In a child: be that rank, and do then(*given)."""
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(of), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    importlib.reload(ranks)
+    then(*given)
+
+
+def train_as_rank(arguments, log, fault, given, chosen):
+    """A run as this rank; the fault is in rank `chosen` alone (None: in all)."""
+    import train
+    main = train.main
+    train.main = ranks.together(main)
+    live(arguments, f"{log}-{ranks.RANK}", fault if chosen in (None, ranks.RANK) else None, given)
+
+
+@pytest.fixture
+def fleet(processes, tmp_path):  # noqa: F811
+    """fleet(count, then, *given) runs then(*given) in that many ranks; returns their processes."""
+    started = []
+
+    def begin(count, then, *given):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        fleet = [processes.Process(target=as_rank, args=(rank, count, port, then, given)) for rank in range(count)]
+        for process in fleet:
+            process.start()
+        started.extend(fleet)
+        return fleet
+
+    yield begin
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+@pytest.fixture
+def run(fleet, tiny_settings, tmp_path):  # noqa: F811
+    """run(count, "name", *options, fault=(function, ...), rank=1) trains in that many ranks; returns their exit codes, in order."""
+    def wait(count, name, *options, fault=(None,), rank=None):
+        started = fleet(count, train_as_rank, command(tiny_settings, tmp_path / name, options), tmp_path / name, fault[0], fault[1:], rank)
+        for process in started:
+            process.join(100)
+            assert process.exitcode is not None, "a rank hangs"
+        return [process.exitcode for process in started]
+    return wait
+
+
+def log(tmp_path, name, rank=0):
+    return (tmp_path / f"{name}-{rank}").read_text()
+
+
+def far(a, b, tags=("train/loss", "train/grad_norm", "eval/loss", "eval/token_accuracy")):
+    """The largest relative difference between two runs' figures."""
+    assert len(curve(a)) == len(curve(b)) > 0
+    pairs = [(x[tag], y[tag]) for x, y in zip(curve(a), curve(b)) for tag in tags if tag in x]
+    assert all((tag in x) == (tag in y) for x, y in zip(curve(a), curve(b)) for tag in tags)
+    return max(abs(u - v) / max(abs(u), 1e-9) for u, v in pairs)
+
+
+# ---------------------------------------------------------------------------------------------------- the same gradient
+
+def gradient_of_window(folder, lengths, dtype, sharded, place):
+    """The gradient of a window of documents of these lengths, summed over all ranks, as the training loop forms it; the first rank writes it down."""
+    ranks.start(60)
+    config = make_config(folder, "none" if dtype == "fp64" else "nf4", dtype, memory={"shard": sharded})
+    network = model.load(config, "cpu")
+    rows = window_rows(lengths)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for name, matrix in model.adapters(network).items():
+            if ".lora_B." in name:
+                matrix.copy_(0.1 * torch.randn(matrix.shape, generator=generator))
+    window = data.share(rows, list(range(len(lengths))), 40, sharded and ranks.RANKS > 1)
+    supervised = ranks.total(torch.tensor(sum(len(batch.targets) for batch in window))).item()
+    loss = torch.zeros(())
+    for batch in window:
+        part, _, _ = model.summed_loss(network, batch)
+        (part / supervised).backward()
+        loss += part.detach().float() / supervised
+    gradient = ranks.total(network.adapter_memory.flat.grad)
+    ranks.total(loss)
+    if ranks.FIRST:
+        save_file({"gradient": gradient, "loss": loss}, place)
+    ranks.finish()
+
+
+def window_rows(lengths):
+    """data.Rows of random documents; a negative length is a document without a supervised token."""
+    import types
+    import numpy as np
+    generator = np.random.default_rng(0)
+    offsets = np.cumsum([0] + [abs(n) for n in lengths])
+    supervised = np.concatenate([np.r_[False, generator.random(abs(n) - 1) < 0.6] * (n > 0) for n in lengths]).astype(bool)
+    return types.SimpleNamespace(ids=generator.integers(3, 300, offsets[-1]), supervised=supervised, offsets=offsets)
+
+
+RAGGED = [3, 30, 7, 21, 12, 5, 16, 9]
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, [20], [12, -9, 5], [-9, 14]], ids=["ragged", "one document", "a masked one", "a rank with nothing to learn from"])
+@pytest.mark.parametrize("count, dtype, sharded", [(2, "fp32", False), (3, "fp64", False), (2, "fp32", True), (2, "fp64", True)])
+def test_the_gradient_of_a_window_is_that_of_one_process(fleet, tmp_path, lengths, count, dtype, sharded):
+    make_model(tmp_path / "model", dtype=torch.float64 if dtype == "fp64" else torch.float32)
+    found = []
+    for n in (1, count):
+        for process in fleet(n, gradient_of_window, tmp_path / "model", lengths, dtype, sharded, tmp_path / f"{n}.safetensors"):
+            process.join(60)
+            assert process.exitcode == 0
+        found.append(load_file(tmp_path / f"{n}.safetensors"))
+    alone, shared = found
+    bound = 1e-10 if dtype == "fp64" else 1e-5
+    assert (alone["gradient"] - shared["gradient"]).norm() <= bound * alone["gradient"].norm() and alone["gradient"].norm() > 0
+    assert shared["loss"].item() == pytest.approx(alone["loss"].item(), rel=1e-6)
+
+
+def test_ranks_get_about_as_many_tokens_each_and_every_sample_once(monkeypatch):
+    rows, parts = window_rows([50, 3, 40, 8, 30, 20, 9, 33]), []
+    monkeypatch.setattr(ranks, "RANKS", 3)
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "RANK", rank)
+        parts.append(ranks.share(rows, list(range(8))))
+    assert sorted(sum(parts, [])) == list(range(8))
+    loads = [sum(int(rows.offsets[i + 1] - rows.offsets[i]) for i in part) for part in parts]
+    assert max(loads) - min(loads) <= 8
+
+
+# ----------------------------------------------------------------------------------------------------------- the same run
+
+@pytest.mark.parametrize("options", [[], ["--memory.shard=true"], ["--memory.shard=true", "--model.quant=int8", "--memory.checkpoint_layers=1"],
+                                     ["--memory.shard=true", "--model.quant=none", "--memory.fused=false", "--memory.checkpoint_layers=2"], ["--train.accumulation=1", "--train.micro_batch_size=1"]],
+                         ids=["replicated", "sharded", "sharded int8, recomputed", "sharded, plain layers", "windows of one sample"])
+def test_two_ranks_train_as_one_does(run, tmp_path, options):
+    assert run(1, "alone", *EXACT, *[option for option in options if "shard" not in option]) == [0]
+    assert run(2, "two", *EXACT, *options) == [0, 0]
+    assert far(tmp_path / "alone", tmp_path / "two") < 2e-5
+    ours, theirs = (newest(tmp_path / name)["tensors"]["adapter_model.safetensors"] for name in ("alone", "two"))
+    assert max((ours[name] - theirs[name]).norm() / ours[name].norm() for name in ours) < 1e-3  # Adam divides small differences by small gradients
+    assert log(tmp_path, "two", 1).strip() == "", "the others are silent"
+
+
+def test_four_ranks_share_a_window_of_three_samples(run, tmp_path):
+    options = [*EXACT, "--train.micro_batch_size=3", "--train.accumulation=1", "--train.max_steps=4", "--eval.every_steps=0", "--schedule.lr_warmup_steps=1"]
+    assert run(1, "alone", *options) == [0] and run(4, "four", *options) == [0] * 4
+    assert far(tmp_path / "alone", tmp_path / "four") < 2e-5
+
+
+def test_a_sharded_model_takes_half_the_room_on_each_of_two_ranks(fleet, tmp_path):
+    make_model(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    sizes = {}
+    for name, sharded in (("whole", False), ("split", True)):
+        for process in fleet(2, size_of_projections, tmp_path / "model", sharded, tmp_path / name):
+            process.join(60)
+            assert process.exitcode == 0
+        sizes[name] = int((tmp_path / name).read_text())
+    assert 0.5 <= sizes["split"] / sizes["whole"] < 0.53  # codebooks and offsets stay whole
+
+
+def size_of_projections(folder, sharded, place):
+    ranks.start(60)
+    network = model.load(make_config(folder, "nf4", memory={"shard": sharded, "keep_dequantized": "no"}), "cpu")
+    if ranks.FIRST:
+        place.write_text(str(model.memory_table(network)["projections"][1]))
+    ranks.finish()
+
+
+# ------------------------------------------------------------------------------------------------------------- going on
+
+DROPOUT = ["--lora.dropout=0.1", "--save.every_steps=2", "--save.keep=9", "--schedule.clip_percentile=40"]
+
+
+def test_ranks_go_on_bit_for_bit(run, tmp_path):
+    assert run(2, "peace", *DROPOUT) == [0, 0]
+    assert run(2, "again", *DROPOUT, fault=(at_sample, 20, os._exit, 9)) == [9, 9]
+    assert run(2, "again", *DROPOUT, "--resume") == [0, 0]
+    assert differences(tmp_path / "peace", tmp_path / "again") == []
+
+
+def test_the_generators_of_all_ranks_are_what_makes_it_so(run, tmp_path, monkeypatch):
+    """The control of the test above: without the second rank's generator, dropout hits other elements."""
+    assert run(2, "peace", *DROPOUT) == [0, 0]
+    assert run(2, "again", *DROPOUT, fault=(at_sample, 20, os._exit, 9)) == [9, 9]
+    assert run(2, "again", *DROPOUT, "--resume", fault=(forget_generator,), rank=1) == [0, 0]
+    assert differences(tmp_path / "peace", tmp_path / "again") != []
+
+
+def forget_generator():
+    import continuation
+    continuation.set_generators = lambda states, device: None
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_another_number_of_ranks_goes_on_where_that_is_accepted(run, tmp_path, count):
+    assert run(2, "run", *EXACT, fault=(at_sample, 20, os._exit, 9)) == [9, 9]
+    codes = run(count, "run", *EXACT, "--resume")
+    assert codes[0] == 2 and "ranks: was 2, is" in log(tmp_path, "run")
+    assert run(count, "run", *EXACT, "--resume", "--accept=ranks") == [0] * count
+    assert newest(tmp_path / "run")["state"]["accepted"] == [{"step": 4, "ranks": {"was": 2, "is": count}}]
+    assert run(1, "alone", *EXACT) == [0] and far(tmp_path / "alone", tmp_path / "run") < 2e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------- faults
+
+def test_a_rank_that_is_killed_ends_the_others_at_once_and_nothing_is_lost(run, tmp_path):
+    assert run(2, "peace", *DROPOUT) == [0, 0]
+    began = time.monotonic()
+    assert run(2, "killed", *DROPOUT, fault=(at_sample, 20, send, signal.SIGKILL), rank=1) == [1, -signal.SIGKILL]
+    assert time.monotonic() - began < 60 and "another rank has ended" in log(tmp_path, "killed")
+    assert checkpoint.newest_valid(tmp_path / "killed")[0].name == "step-000004"
+    assert run(2, "killed", *DROPOUT, "--resume") == [0, 0] and differences(tmp_path / "peace", tmp_path / "killed") == []
+
+
+def test_the_first_rank_killed_ends_the_others_too(run, tmp_path):
+    assert run(2, "killed", *DROPOUT, fault=(at_sample, 20, send, signal.SIGKILL), rank=0) == [-signal.SIGKILL, 1]
+    assert "another rank has ended" in log(tmp_path, "killed", 1)
+
+
+def test_a_rank_that_stalls_is_waited_for_so_long_and_no_longer(fleet, tiny_settings, tmp_path):  # noqa: F811
+    arguments = command(tiny_settings, tmp_path / "run", [*DROPOUT, "--train.rank_wait=3"])
+    first, second = fleet(2, train_as_rank, arguments, tmp_path / "run", at_sample, (20, send, signal.SIGSTOP), 1)
+    first.join(60)
+    assert first.exitcode == 1 and "did not come within train.rank_wait" in log(tmp_path, "run")
+    assert checkpoint.newest_valid(tmp_path / "run")[0].name == "step-000004"
+
+
+@pytest.mark.parametrize("sharded", [[], ["--memory.shard=true"]], ids=["replicated", "sharded"])
+def test_a_signal_to_one_rank_ends_all_with_one_checkpoint(run, tmp_path, sharded):
+    assert run(2, "peace", *DROPOUT, *sharded) == [0, 0]
+    assert run(2, "ended", *DROPOUT, *sharded, fault=(at_sample, 20, send, signal.SIGTERM), rank=1) == [143, 143]
+    assert checkpoint.newest_valid(tmp_path / "ended")[0].name == "step-000006" and "interrupted after step 6" in log(tmp_path, "ended")
+    assert run(2, "ended", *DROPOUT, *sharded, "--resume") == [0, 0] and differences(tmp_path / "peace", tmp_path / "ended") == []
+
+
+def run_out(*_):
+    raise torch.OutOfMemoryError("injected")
+
+
+def test_a_rank_that_runs_out_of_memory_tries_again_and_the_others_wait(run, tmp_path):
+    options = [*EXACT, "--train.accumulation=4"]
+    assert run(2, "peace", *options) == [0, 0]
+    assert run(2, "short", *options, fault=(in_backward, 3, run_out), rank=1) == [0, 0]
+    assert far(tmp_path / "peace", tmp_path / "short") < 2e-5
+
+
+def test_a_row_that_fits_on_no_rank_ends_all_with_its_name(run, tmp_path):
+    assert run(2, "run", *EXACT, "--memory.max_tokens=1", fault=(in_backward, 7, run_out), rank=1) == [2, 2]
+    assert "does not fit into memory even alone" in log(tmp_path, "run") and "train.jsonl:" in log(tmp_path, "run")
+    assert checkpoint.newest_valid(tmp_path / "run")[0] is not None
+    assert run(2, "run", *EXACT, "--memory.max_tokens=1", "--resume") == [0, 0]
+
+
+def test_a_sharded_rank_without_memory_ends_all_and_says_what_to_change(run, tmp_path):
+    codes = run(2, "run", *EXACT, "--memory.shard=true", "--save.every_steps=1", fault=(in_backward, 7, run_out), rank=1)
+    assert codes == [1, 2] and "lower memory.max_tokens" in log(tmp_path, "run", 1)
+    assert run(2, "run", *EXACT, "--memory.shard=true", "--save.every_steps=1", "--resume") == [0, 0]
+
+
+def test_ranks_whose_adapters_differ_are_stopped(run, tmp_path):
+    codes = run(2, "torn", *EXACT, fault=(nudge,), rank=1)
+    assert 0 not in codes and "adapters differ" in log(tmp_path, "torn") + log(tmp_path, "torn", 1)
+
+
+def nudge():
+    """Let this rank's weights drift from the others'."""
+    real = ranks.total
+
+    def total(tensor):
+        real(tensor)
+        if tensor.numel() > 1000:
+            tensor[0] += 1
+        return tensor
+
+    ranks.total = total
+
+
+def test_sharding_needs_ranks(run, tmp_path):
+    assert run(1, "run", "--memory.shard=true") == [2] and "torchrun --nproc-per-node=2" in log(tmp_path, "run")
+
+
+# --------------------------------------------------------------------------------------------------------- the real thing
+
+def test_torchrun_runs_it(tiny_settings, tmp_path):  # noqa: F811
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command_line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(PROJECT / "train.py"), str(tiny_settings), f"--out={tmp_path / 'run'}", *EXACT]
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=200, env={**os.environ, **hidden})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("packing ") == 1 and [line["step"] for line in record.read_metrics(tmp_path / "run")] == list(range(9))
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())
