@@ -1,6 +1,6 @@
 """Several processes that train as one: which of them this is, its share of a window, and what they tell each other.
 
-    torchrun --nproc-per-node=2 train.py configs/approach1.json
+    torchrun --standalone --nproc-per-node=2 train.py configs/approach1.json
 
 torchrun starts the processes, names them in the environment, and ends the rest when one has died. torch.distributed carries
 everything: NCCL what lies on GPUs, gloo what lies on the hosts. Each function below must be called by every rank at the same place.

@@ -8,15 +8,14 @@
     python train.py CONFIG --overwrite                 replace an earlier run
     python train.py CONFIG --preflight                 only the forecast: what the run would see, need and take
     python train.py --help                             every key and its default
+    torchrun --standalone --nproc-per-node=2 train.py CONFIG    the same run on two GPUs, which share each window (ranks.py)
 
 A step consumes micro_batch_size x accumulation samples. Their loss is summed over all supervised tokens of the window
 and divided once, so how the window is cut into micro-batches changes nothing but rounding (and which elements adapter
 dropout hits). Nothing inside a step waits for a GPU: the host reads a step's figures while the next one runs. State is
-saved between steps only. Exit codes: 0 done; 2 bad configuration or input; 3 refused by the forecast; 4 stopped by an
-alert (steps that are not finite, dead or wrong gradients); 5 finished, but short of criteria.enforce; 130 or
-143 interrupted, with a checkpoint saved.
-
-    torchrun --nproc-per-node=2 train.py CONFIG        the same run on two GPUs, which share each window (ranks.py)
+saved between steps only. Exit codes: 0 done; 1 another rank was lost; 2 bad configuration or input; 3 refused by the
+forecast; 4 stopped by an alert (steps that are not finite, dead or wrong gradients); 5 finished, but short of
+criteria.enforce; 130 or 143 interrupted, with a checkpoint saved.
 """
 import dataclasses
 import hashlib

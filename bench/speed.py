@@ -1,6 +1,6 @@
 """How fast train.py is, on the cases that docs/PERFORMANCE.md names: its own loop, with record, alerts and telemetry on.
 
-    python bench/speed.py A [B C D E ...] [--steps=25] [--work=/tmp/bench] [--gsm8k=FILE.npz] [--tldr=FILE.npz] [--section.key=value ...]
+    python bench/speed.py A [B C D E ...] [--steps=25] [--gpus=1] [--work=/tmp/bench] [--gsm8k=FILE.npz] [--tldr=FILE.npz] [--section.key=value ...]
 
     A   8B shape, 2048-token rows, 16 a step, within 60 GiB           B   the same within 8.1 GiB
     B12 the same within 12 GiB                                        C   the same in int8 within 14 GiB
@@ -10,7 +10,7 @@
 Weights are random in the models' real shapes, made once under --work; D and E take token ids of real rows from .npz files (ids flat,
 row offsets `off`, prompt lengths `prompt`). The first steps (compilation, graph recording) are reported apart; the others give
 median, quartiles, tokens/s (real tokens, no padding), samples/s and the peak of GPU memory. One JSON line a case, added to the
-list in --write=FILE where given.
+list in --write=FILE where given. With --gpus=2 torchrun starts two ranks, which share windows of twice as many samples.
 
     python bench/speed.py --table=bench/results/h100.json       the rows of such a file as a Markdown table
 """
@@ -75,10 +75,11 @@ def make_rows(kind, vocabulary, count, file, npz):
             out.write(json.dumps({"prompt": " ".join(row[:cut]), "completion": " " + " ".join(row[cut:])}) + "\n")
 
 
-def measure(case, steps, work, npz, overrides):
-    """Run train.py on one case in a process of its own; returns the row of results."""
+def measure(case, steps, work, npz, overrides, gpus=1):
+    """Run train.py on one case in processes of its own, one a GPU; the window grows with them. Returns the row of results."""
     import torch
     shape, kind, samples, settings = CASES[case]
+    samples *= gpus
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder, rows, run = work / f"model-{shape}", work / f"{case}.jsonl", work / f"run-{case}"
     work.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,8 @@ def measure(case, steps, work, npz, overrides):
             "schedule.lr_warmup_steps": 2, "eval.samples": 0, "eval.unquantised": "no", "eval.every_steps": 0, "save.every_steps": 0, "log.every_steps": 25} | settings | given
     base = work / "base.json"
     base.write_text("{}")
-    command = [sys.executable, str(PROJECT / "train.py"), str(base), f"--out={run}", "--overwrite", *(f"--{key}={value}" for key, value in keys.items())]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    command = [sys.executable, *several, str(PROJECT / "train.py"), str(base), f"--out={run}", "--overwrite", *(f"--{key}={value}" for key, value in keys.items())]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -105,7 +107,7 @@ def measure(case, steps, work, npz, overrides):
     s = statistics.median(timed)
     environment = json.loads((run / "environment.json").read_text())
     plan = json.loads(max(run.glob("checkpoints/step-*/state.json")).read_text())["plan"]
-    return {"case": case, "who": "rawlora", "tokens_per_second": round(real_tokens / s), "samples_per_second": round(samples / s, 1),
+    return {"case": case, "who": "rawlora", "gpus": gpus, "tokens_per_second": round(real_tokens / s), "samples_per_second": round(samples / s, 1),
             "supervised_tokens_per_second": round(statistics.mean(line["train/supervised_tokens"] for line in lines) / s), "step_seconds": round(s, 5),
             "step_seconds_quartiles": [round(quartiles[0], 5), round(quartiles[-1], 5)], "timed_steps": len(timed), "first_steps_seconds": [round(x, 2) for x in seconds[:3]],
             "peak_memory_gib": round(max(line["train/peak_memory_gib"] for line in lines), 2), "process_seconds": round(time.perf_counter() - began, 1),
@@ -139,7 +141,7 @@ def main(argv):
     overrides = [arg for arg in argv if arg.startswith("--") and "." in arg.split("=")[0]]
     npz = {"gsm8k": options.get("gsm8k", "gsm8k-train-ids.npz"), "tldr": options.get("tldr", "tldr-train-ids.npz")}
     for case in (arg for arg in argv if not arg.startswith("--")):
-        row = measure(case, int(options.get("steps", 25)), pathlib.Path(options.get("work", "/tmp/bench")), npz, overrides)
+        row = measure(case, int(options.get("steps", 25)), pathlib.Path(options.get("work", "/tmp/bench")), npz, overrides, int(options.get("gpus", 1)))
         print(json.dumps(row), flush=True)
         if "write" in options:
             path = pathlib.Path(options["write"])
