@@ -169,7 +169,7 @@ def evaluate_unquantised(config, device, eval_rows):
     """
     if config.eval.unquantised == "no" or config.model.quant == "none":
         return None
-    if config.eval.unquantised == "auto" and 1.3 * model.stored_bytes(config) > model.free_memory(device):
+    if config.eval.unquantised == "auto" and any(ranks.most(1.3 * model.stored_bytes(config) > model.free_memory(device))):
         print("note: the unquantised model does not fit beside what is in memory, so it is not evaluated; eval.unquantised=no leaves it out without a word")
         return None
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quant="none"))

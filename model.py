@@ -502,7 +502,8 @@ def keep_dequantized(network, memory, dtype):
     free = free_memory(network.device)
     if network.device.type == "cuda" and memory.budget_gib:
         free = min(free, memory.budget_gib * 2**30 - torch.cuda.memory_allocated(network.device))
-    if memory.keep_dequantized == "yes" or memory.keep_dequantized == "auto" and (memory.checkpoint_layers <= 0 or network.device.type == "cpu") and size < free / 4:
+    fits = not any(ranks.most(size >= free / 4))
+    if memory.keep_dequantized == "yes" or memory.keep_dequantized == "auto" and (memory.checkpoint_layers <= 0 or network.device.type == "cpu") and fits:
         for weight in weights:
             weight.keep(dtype)
 

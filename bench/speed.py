@@ -12,7 +12,8 @@ row offsets `off`, prompt lengths `prompt`). The first steps (compilation, graph
 median, quartiles, tokens/s (real tokens, no padding), samples/s and the peak of GPU memory. One JSON line a case, added to the
 list in --write=FILE where given. With --gpus=2 torchrun starts two ranks, which share windows of twice as many samples.
 
-    python bench/speed.py --table=bench/results/h100.json       the rows of such a file as a Markdown table
+    python bench/speed.py A B --peers=trl,unsloth               in turn with other trainers (bench/peers_speed.py), on the same weights and rows
+    python bench/speed.py --table=bench/results/h100.json       the rows of such a file as a Markdown table, cases down, trainers across
 """
 import json
 import pathlib
@@ -124,13 +125,28 @@ def real_token_count(rows):
 
 
 def table(path):
-    """The rows of a results file as a Markdown table."""
-    lines = ["| case | tokens/s | samples/s | median step, s (quartiles) | peak GiB | settings |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in json.loads(pathlib.Path(path).read_text()):
-        settings = ", ".join(f"{key}={value}" for key, value in row["settings"].items()) or "defaults"
-        low, high = row["step_seconds_quartiles"]
-        lines.append(f"| {row['case']} | {row['tokens_per_second']:,} | {row['samples_per_second']:,} | {row['step_seconds']:.4g} ({low:.4g}-{high:.4g}), {row['timed_steps']} steps | {row['peak_memory_gib']} | {settings} |")
+    """The rows of a results file as a Markdown table: real tokens a second (samples for D and E), peak GiB, and how often the best other one."""
+    rows = json.loads(pathlib.Path(path).read_text())
+    others = [who for who in ("peft", "trl", "trl-liger", "unsloth") if any(row["who"] == who for row in rows)]
+    lines = ["| case | " + " | ".join(["rawlora", *others, "× the best of them"]) + " |", "| --- " * (len(others) + 3) + "|"]
+    for case in sorted({row["case"] for row in rows}):
+        unit = "samples_per_second" if case in "DE" else "tokens_per_second"
+        best = {who: max((row for row in rows if (row["case"], row["who"]) == (case, who)), key=lambda row: row[unit], default=None) for who in ("rawlora", *others)}
+        cells = [f"{row[unit]:,} ({row['peak_memory_gib']}; {row['timed_steps']} steps)" if row else "–" for row in best.values()]
+        theirs = max((best[who][unit] for who in others if best[who]), default=0)
+        times = f"{best['rawlora'][unit] / theirs:.2f}" if theirs and best["rawlora"] else "–"
+        lines.append("| " + " | ".join([f"{case}, {unit.split('_')[0]}/s", *cells, times]) + " |")
     return "\n".join(lines)
+
+
+def measure_peer(case, peer, work, npz):
+    """A row of bench/peers_speed.py, in a process of its own; None, with what it said, where it fails."""
+    command = [sys.executable, str(PROJECT / "bench/peers_speed.py"), peer, case, f"--work={work}", *(f"--{name}={file}" for name, file in npz.items())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    if not found:
+        print(f"{case}: {peer} gave no answer: {done.stderr[-1500:]}", file=sys.stderr, flush=True)
+    return json.loads(found[-1]) if found else None
 
 
 def main(argv):
@@ -141,11 +157,12 @@ def main(argv):
     overrides = [arg for arg in argv if arg.startswith("--") and "." in arg.split("=")[0]]
     npz = {"gsm8k": options.get("gsm8k", "gsm8k-train-ids.npz"), "tldr": options.get("tldr", "tldr-train-ids.npz")}
     for case in (arg for arg in argv if not arg.startswith("--")):
-        row = measure(case, int(options.get("steps", 25)), pathlib.Path(options.get("work", "/tmp/bench")), npz, overrides, int(options.get("gpus", 1)))
-        print(json.dumps(row), flush=True)
-        if "write" in options:
-            path = pathlib.Path(options["write"])
-            path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else []) + [row], indent=1))
+        rows = [measure(case, int(options.get("steps", 25)), pathlib.Path(options.get("work", "/tmp/bench")), npz, overrides, int(options.get("gpus", 1)))]
+        for row in (*rows, *(measure_peer(case, peer, options.get("work", "/tmp/bench"), npz) for peer in options.get("peers", "").split(",") if peer)):
+            print(json.dumps(row), flush=True)
+            if row and "write" in options:
+                path = pathlib.Path(options["write"])
+                path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else []) + [row], indent=1))
 
 
 if __name__ == "__main__":
