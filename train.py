@@ -137,7 +137,7 @@ def train(config, device, run, guard, resume, accept, preflight):
         data.keep_dropped(rows, run)
     console.introduce(run, config, rows, network, state, outlook)
     weights, begun = telemetry.measure_weights(network), saved["tensors"].get("noise.safetensors", {}) if saved else {}
-    noise = telemetry.NoiseScale(state["noise"], {name: tensor.to(device) for name, tensor in begun.items()})
+    noise = telemetry.NoiseScale(state["noise"], {name: tensor.to(device) for name, tensor in begun.items()}) if ranks.FIRST else telemetry.NoiseScale()
     watch, raised = alerts.Alerts(config, max_steps, len(rows)), {}  # raised: step -> its alerts
     for line in record.read_metrics(run) if resume and ranks.FIRST else ():
         watch.see(line)
