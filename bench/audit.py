@@ -1,8 +1,9 @@
 """How much of what is wrong with a data set the audit finds: duplicates, near duplicates and leaks are planted, then looked for.
 
     python bench/audit.py TRAIN.jsonl EVAL.jsonl [--duplicates 500 --near 500 --leaks 100 --seed 0]
-    python bench/audit.py TRAIN.jsonl EVAL.jsonl --rows 1000000 --out MANY.jsonl
-                                                    only write a large file: TRAIN's rows again and again, half their words changed
+    python bench/audit.py TRAIN.jsonl EVAL.jsonl --rows 1000000 [--model FOLDER]
+                                                    only time `data.py --check` with nothing in the cache, on so many rows:
+                                                    TRAIN's, then again and again with half of their words exchanged
 
 A planted duplicate is a copy of a row; a near duplicate a copy in which one word, anywhere in its turns, is another word of the
 data set; a leak a copy of an evaluation row, every second one with a word changed. They are put in at random places. Recall is
@@ -14,11 +15,17 @@ duplicates are found is measured on a sample of rows, each compared with all oth
 import argparse
 import json
 import pathlib
+import os
 import random
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import Counter
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
 
 import audit  # noqa: E402
 import config  # noqa: E402
@@ -28,7 +35,7 @@ import sources  # noqa: E402
 def changed(record, words, rng):
     """A copy of a chat in which one word, of all its turns, is another."""
     record = json.loads(json.dumps(record))
-    places = [(turn, k) for turn in record["messages"] for k in range(len(turn["content"].split(" "))) if turn["content"].split(" ")[k].strip()]
+    places = [(turn, k) for turn in record["messages"] for k, word in enumerate(turn["content"].split(" ")) if word.strip()]
     turn, k = rng.choice(places)
     text = turn["content"].split(" ")
     text[k] = rng.choice([word for word in rng.sample(words, 8) if word != text[k]])
@@ -99,63 +106,110 @@ def main():
     parser.add_argument("train"), parser.add_argument("evaluation")
     for name, default in (("duplicates", 500), ("near", 500), ("leaks", 100), ("seed", 0), ("rows", 0), ("sample", 2000)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", default="many.jsonl")
+    parser.add_argument("--model", default=config.Model().path)
     args = parser.parse_args()
-    rng, settings = random.Random(args.seed), config.Data()
     train, evaluation = sources.read_rows(args.train), sources.read_rows(args.evaluation)
     if args.rows:
-        words = sorted({word for _, record in train for word in words_of(record)})
-        with open(args.out, "w", encoding="utf-8") as file:
-            for i in range(args.rows):
-                record = train[i % len(train)][1]
-                file.write(json.dumps(jumbled(record, words, random.Random(i)) if i >= len(train) else record, ensure_ascii=False) + "\n")
-        print(f"{args.rows:,} rows in {args.out}")
+        check_many(train, args.evaluation, args.rows, args.model)
         return
-    print(f"{len(train):,} training rows of {args.train}, {len(evaluation):,} evaluation rows\n\nas they are:")
-    began = time.perf_counter()
-    before = audit.scan(train, evaluation, settings)
-    print(f"  {time.perf_counter() - began:.1f} s")
-    tell(before)
-    records = [record for _, record in train]
-    sample = sorted(rng.sample(range(len(records)), min(args.sample, len(records))))
-    truth = own_pairs(records, sample)
-    members = {}
-    for g in before["group"].tolist():
-        members[g] = members.get(g, 0) + 1
-    seen = [members[int(before["group"][r])] > 1 for r in sample]
-    both = sum(a and b for a, b in zip(truth, seen))
-    print(f"  of {len(sample):,} rows drawn at random, {sum(truth)} have a row truly alike among all others; {both} of these were found, and {sum(seen) - both} others")
+    print(f"{len(train):,} training rows of {args.train}, {len(evaluation):,} evaluation rows")
+    rng = random.Random(args.seed)
+    as_they_are(train, evaluation, rng, args.sample)
+    with_planted(train, evaluation, rng, {"duplicate": args.duplicates, "near_duplicate": args.near, "leak": args.leaks})
 
-    counts = {"duplicate": args.duplicates, "near_duplicate": args.near, "leak": args.leaks}
+
+def as_they_are(train, evaluation, rng, sample):
+    """Print what the rows hold by themselves, and how much of it is found, judged on `sample` rows."""
+    print("\nas they are:")
+    began = time.perf_counter()
+    result = audit.scan(train, evaluation, config.Data())
+    print(f"  {time.perf_counter() - began:.1f} s")
+    tell(result)
+    sample = sorted(rng.sample(range(len(train)), min(sample, len(train))))
+    truth = own_pairs([record for _, record in train], sample)
+    members = Counter(result["group"].tolist())
+    seen = [members[int(result["group"][r])] > 1 for r in sample]
+    both = sum(a and b for a, b in zip(truth, seen))
+    print(f"  of {len(sample):,} rows drawn at random, {sum(truth)} have a row truly alike among all others; "
+          f"{both} of these were found, and {sum(seen) - both} others")
+
+
+def with_planted(train, evaluation, rng, counts):
+    """Print recall and precision over rows in which `counts` of each kind are planted."""
     rows, planted = plant(train, evaluation, counts, rng)
     began = time.perf_counter()
-    result = audit.scan(((f"row {i}", record) for i, record in enumerate(rows)), evaluation, settings)
-    print(f"\nwith {args.duplicates} duplicates, {args.near} near duplicates and {args.leaks} leaks planted: {time.perf_counter() - began:.1f} s")
+    result = audit.scan(((f"row {i}", record) for i, record in enumerate(rows)), evaluation, config.Data())
+    planting = " and ".join(f"{count} {kind}" for kind, count in counts.items())
+    print(f"\nwith {planting} planted: {time.perf_counter() - began:.1f} s")
     tell(result)
     group, leaks = result["group"], {row for row, check, *_ in result["found"] if check == "leak"}
     for kind, count in counts.items():
-        hits = sum((row in leaks) if kind == "leak" else group[row] == group[source] for row, (what, source) in planted.items() if what == kind)
+        mine = [(row, source) for row, (what, source) in planted.items() if what == kind]
+        hits = sum((row in leaks) if kind == "leak" else group[row] == group[source] for row, source in mine)
         print(f"  recall of planted {kind:<15} {hits} of {count}: {hits / max(1, count):.4f}")
+    of_planted = set(planted) | {source for _, source in planted.values()}
     for kind in counts:
         reported = [(row, other) for row, check, _, other in result["found"] if check == kind]
-        true = sum(truly_alike(rows[row], rows[other] if other >= 0 else evaluation[-other - 1][1]) for row, other in reported)
-        if kind == "duplicate":
-            true = sum(words_of(rows[row]) == words_of(rows[other]) for row, other in reported)
-        ours = sum(row in planted or any(source == row for _, source in planted.values()) for row, _ in reported)
-        print(f"  precision of reported {kind:<15} {true} of {len(reported)} are: {true / max(1, len(reported)):.4f} ({ours} of them planted or a planted row's source)")
+        record = lambda other: rows[other] if other >= 0 else evaluation[-other - 1][1]
+        same = (lambda a, b: words_of(a) == words_of(b)) if kind == "duplicate" else truly_alike
+        true = sum(same(rows[row], record(other)) for row, other in reported)
+        print(f"  precision of reported {kind:<15} {true} of {len(reported)} are: {true / max(1, len(reported)):.4f} "
+              f"({sum(row in of_planted for row, _ in reported)} of them planted or a planted row's source)")
+
+
+def check_many(train, evaluation, count, model):
+    """Time `data.py --check` over `count` rows: seconds of clock and of processor, and the most memory of all processes together."""
+    words = sorted({word for _, record in train for word in words_of(record)})
+    with tempfile.TemporaryDirectory() as folder:
+        many, settings = pathlib.Path(folder, "many.jsonl"), pathlib.Path(folder, "many.json")
+        with open(many, "w", encoding="utf-8") as file:
+            for i in range(count):
+                record = train[i % len(train)][1]
+                record = jumbled(record, words, random.Random(i)) if i >= len(train) else record
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        tree = {"data": {"train": str(many), "eval": str(pathlib.Path(evaluation).absolute()), "cache": str(pathlib.Path(folder, "cache"))}}
+        settings.write_text(json.dumps(tree | {"model": {"path": str(pathlib.Path(model).absolute())}}), encoding="utf-8")
+        print(f"{count:,} rows, {many.stat().st_size / 1e6:,.0f} MB; load of this machine {os.getloadavg()[0]:.1f}", flush=True)
+        began, peak = time.perf_counter(), [0]
+        command = subprocess.Popen([sys.executable, "data.py", str(settings), "--check"], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+
+        def watch():
+            while command.poll() is None:
+                peak[0] = max(peak[0], memory_of(command.pid))
+                time.sleep(0.5)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        told = command.communicate()[0]
+        watcher.join()
+    used = os.times()
+    print("\n".join(line for line in told.split("\n") if line[:1].strip()))
+    print(f"exit code {command.returncode}; {time.perf_counter() - began:.0f} s, {used.children_user + used.children_system:.0f} s of processor time on "
+          f"{os.cpu_count()} cores, at most {peak[0] / 2**30:.2f} GiB; load of this machine {os.getloadavg()[0]:.1f}")
+
+
+def memory_of(pid):
+    """Bytes of a process and those it started that are no files' pages, shared ones counted once (Linux)."""
+    total = 0
+    try:
+        for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Pss_Anon", "Pss_Shmem")):
+                total += int(line.split()[1]) * 1024
+        children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended by now
+        return total
+    return total + sum(map(memory_of, children))
 
 
 def jumbled(record, words, rng):
     """A row like another in kind, but with half of its words others: so that a million rows are not copies."""
-    turns = [dict(turn, content=" ".join(rng.choice(words) if rng.random() < 0.5 else word for word in turn["content"].split(" "))) for turn in record["messages"]]
-    return {"messages": turns}
+    other = lambda text: " ".join(rng.choice(words) if rng.random() < 0.5 else word for word in text.split(" "))
+    return {"messages": [dict(turn, content=other(turn["content"])) for turn in record["messages"]]}
 
 
 def tell(result):
-    counts = {}
-    for _, check, *_ in result["found"]:
-        counts[check] = counts.get(check, 0) + 1
-    print("  reported: " + ", ".join(f"{count:,} {check}" for check, count in sorted(counts.items(), key=lambda entry: -entry[1])))
+    counts = Counter(check for _, check, *_ in result["found"])
+    print("  reported: " + ", ".join(f"{count:,} {check}" for check, count in counts.most_common()))
 
 
 if __name__ == "__main__":

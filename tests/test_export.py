@@ -36,15 +36,28 @@ def one_thread():
 
 
 def make_run(tiny_inputs, folder, **sections):
-    """A run of six steps on tiny_inputs, fp32 and unquantised unless told otherwise."""
+    """A run of six steps on tiny_inputs, fp32 and unquantised unless told otherwise, without what other tests prove."""
     tree = {"model": {"path": str(tiny_inputs / "model"), "quant": "none", "compute_dtype": "fp32"}, "lora": {"r": 4, "alpha": 8.0},
             "data": {"train": str(tiny_inputs / "train.jsonl"), "eval": str(tiny_inputs / "eval.jsonl")},
             "train": {"max_steps": 6, "micro_batch_size": 4, "accumulation": 1}, "schedule": {"learning_rate": 2e-2, "lr_warmup_steps": 0},
-            "eval": {"samples": 2, "max_new_tokens": 6}, "save": {"every_steps": 3}, "log": {"tensorboard": False}}
+            "eval": {"samples": 2, "max_new_tokens": 6, "unquantised": "no"}, "save": {"every_steps": 3},
+            "log": {"tensorboard": False, "report": False}, "proof": {"enabled": False}}
     folder.mkdir(parents=True)
     (folder / "c.json").write_text(json.dumps({name: tree.get(name, {}) | sections.get(name, {}) for name in {**tree, **sections}}), encoding="utf-8")
     assert train.main([str(folder / "c.json"), f"--out={folder / 'run'}"]) == 0
     return folder / "run"
+
+
+def make_adapter(folder, kind="llama", **changes):
+    """What export.py is told of a tiny model of transformers' `kind` and an adapter of PEFT's on it that nobody trained."""
+    from peft import LoraConfig, get_peft_model
+    network = make_model(folder / "model", kind, **changes)
+    make_tokenizer(folder / "model")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    theirs = get_peft_model(network, lora)
+    theirs.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    theirs.save_pretrained(folder / "adapter")
+    return [f"--ckpt={folder / 'adapter'}", *FP32]
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +189,8 @@ def test_no_weight_outlives_the_one_after_it(plain, tmp_path, monkeypatch):
 
 def test_a_tied_head_is_not_stored_and_loads_tied(tiny_inputs, tmp_path):
     from transformers import AutoModelForCausalLM
-    make_model(tmp_path / "model", tie_word_embeddings=True)
-    make_tokenizer(tmp_path / "model")
-    run = make_run(tiny_inputs, tmp_path / "p", model={"path": str(tmp_path / "model")})
-    assert export.main([f"--ckpt={run}", f"--merge={tmp_path / 'out'}", "--dtype=fp32"]) == 0
+    arguments = make_adapter(tmp_path, tie_word_embeddings=True)
+    assert export.main([*arguments, f"--data={tiny_inputs / 'eval.jsonl'}", f"--merge={tmp_path / 'out'}", "--dtype=fp32"]) == 0
     assert "lm_head.weight" not in weights_of(tmp_path / "out")
     network, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"] and network.lm_head.weight is network.model.embed_tokens.weight
@@ -234,13 +245,12 @@ def test_merging_into_4_bits_is_refused_with_what_would_be_lost(nf4, tmp_path):
 
 
 def test_a_value_that_fp16_cannot_hold_is_refused_by_name(tiny_inputs, tmp_path):
-    shutil.copytree(tiny_inputs / "model", tmp_path / "model")
+    arguments = make_adapter(tmp_path)
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.embed_tokens.weight"][300, 5] = 1e5  # an id that no text has
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    run = make_run(tiny_inputs, tmp_path / "p", model={"path": str(tmp_path / "model")})
     with pytest.raises(ValueError, match=r"model.embed_tokens.weight: .*--dtype=bf16"):
-        export.main([f"--ckpt={run}", f"--merge={tmp_path / 'out'}", "--dtype=fp16"])
+        export.main([*arguments, f"--data={tiny_inputs / 'eval.jsonl'}", f"--merge={tmp_path / 'out'}", "--dtype=fp16"])
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*"))
 
 
@@ -286,10 +296,10 @@ def test_the_tokenizer_and_template_of_the_run_go_with_the_merge_though_the_base
 
 
 def test_generation_settings_stop_where_training_taught_to_stop(tiny_inputs, tmp_path):
-    shutil.copytree(tiny_inputs / "model", tmp_path / "model")
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "temperature": 0.6, "do_sample": True, "top_p": 0.9}))
-    run = make_run(tiny_inputs, tmp_path / "p", model={"path": str(tmp_path / "model")})
-    export.main([f"--ckpt={run}", f"--merge={tmp_path / 'out'}", "--dtype=fp32"])
+    arguments = make_adapter(tmp_path)
+    theirs = {"eos_token_id": 7, "temperature": 0.6, "do_sample": True, "top_p": 0.9}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(theirs))
+    export.main([*arguments, f"--data={tiny_inputs / 'eval.jsonl'}", f"--merge={tmp_path / 'out'}", "--dtype=fp32"])
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     end, = data.end_of_turn(data.load_tokenizer(tiny_inputs / "model"))
     assert settings["eos_token_id"] == [end, 7] and settings["pad_token_id"] is not None
@@ -492,13 +502,6 @@ def test_the_command_exits_2_with_one_message():
 
 # ----------------------------------------------------------------------------------------------------------------- GGUF
 
-def gguf_run(tiny_inputs, folder, kind="llama", **changes):
-    """A run on a tiny model of transformers' `kind`."""
-    make_model(folder / "model", kind, **changes)
-    make_tokenizer(folder / "model")
-    return make_run(tiny_inputs, folder / "p", model={"path": str(folder / "model")}, train={"max_steps": 2}, save={"every_steps": 0})
-
-
 GGUF_MODELS = {
     "llama": ("llama", {}), "llama, tied": ("llama", {"tie_word_embeddings": True}), "llama, wide heads": ("llama", {"head_dim": 32}),
     "mistral": ("mistral", {"sliding_window": None}), "qwen2": ("qwen2", {}),
@@ -507,12 +510,11 @@ GGUF_MODELS = {
 
 
 @pytest.mark.parametrize("case", GGUF_MODELS)
-def test_transformers_reads_the_gguf_file_as_the_merge(tiny_inputs, tmp_path, case):
+def test_transformers_reads_the_gguf_file_as_the_merge(tmp_path, case):
     from transformers import AutoModelForCausalLM
     kind, changes = GGUF_MODELS[case]
-    run = gguf_run(tiny_inputs, tmp_path, kind, **changes)
-    assert export.main([f"--ckpt={run}", f"--gguf={tmp_path / 'out.gguf'}", "--dtype=fp32"]) == 0
-    merge = with_peft(tmp_path / "model", checkpoint.newest_valid(run)[0]).merge_and_unload()
+    assert export.main([*make_adapter(tmp_path, kind, **changes), f"--gguf={tmp_path / 'out.gguf'}", "--dtype=fp32"]) == 0
+    merge = with_peft(tmp_path / "model", tmp_path / "adapter").merge_and_unload()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32).eval()
     ids = torch.randint(3, 259, (1, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -586,14 +588,13 @@ def test_the_way_text_is_split_has_llama_cpps_name_or_is_refused(tiny_inputs):
         gguf_file.splitting(tokenizer)
 
 
-def test_rotary_frequencies_of_llama_3_are_divided_as_its_paper_code_does(tiny_inputs, tmp_path):
+def test_rotary_frequencies_of_llama_3_are_divided_as_its_paper_code_does(tmp_path):
     import math
 
     import gguf
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64}
-    run = gguf_run(tiny_inputs, tmp_path, head_dim=32, rope_parameters=rope)
-    export.main([f"--ckpt={run}", f"--gguf={tmp_path / 'out.gguf'}", "--dtype=fp32"])
+    export.main([*make_adapter(tmp_path, head_dim=32, rope_parameters=rope), f"--gguf={tmp_path / 'out.gguf'}", "--dtype=fp32"])
     tensor = next(tensor for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors if tensor.name == "rope_freqs.weight")
     wanted = []
     for i in range(16):
@@ -606,11 +607,11 @@ def test_rotary_frequencies_of_llama_3_are_divided_as_its_paper_code_does(tiny_i
 @pytest.mark.parametrize("kind, changes, said", [
     ("gemma2", {}, "is not among the architectures"), ("mistral", {}, "sliding window of 8"), ("llama", {"hidden_act": "gelu"}, "activation gelu"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rotary embedding")])
-def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tiny_inputs, tmp_path, kind, changes, said):
-    run = gguf_run(tiny_inputs, tmp_path, kind, **changes)
+def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tmp_path, kind, changes, said):
+    arguments = make_adapter(tmp_path, kind, **changes)
     with pytest.raises(ValueError, match=f"--gguf: .*{said}"):
-        export.main([f"--ckpt={run}", f"--gguf={tmp_path / 'out.gguf'}"])
-    assert children(tmp_path) == ["model", "p"]
+        export.main([*arguments, f"--gguf={tmp_path / 'out.gguf'}"])
+    assert children(tmp_path) == ["adapter", "model"]
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "q8_0"])
