@@ -52,7 +52,8 @@ CHUNK_ROWS = 1024
 
 # ------------------------------------------------------------------------------------------------------- row by row
 
-MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013\u2014\u2018-\u201e\u2020-\u2022\u2026\u2030\u2039\u203a\u20ac\u2122]{1,3}")
+MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc"
+                      "\u2013\u2014\u2018-\u201e\u2020-\u2022\u2026\u2030\u2039\u203a\u20ac\u2122]{1,3}")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")  # but tab, line breaks, and the escape of terminal colours
 RUNAWAY = re.compile(r"(.{2,200}?)\1{5,}", re.DOTALL)
 RUNAWAY_CHARACTERS = 60
@@ -92,7 +93,8 @@ def repeats(question, answer):
     if not 0.5 < len(question) / max(1, len(answer)) < 2:
         return False
     question, answer = (" ".join(text.lower().split()).strip(" ?.!:`\"'") for text in (question, answer))
-    return len(question) >= 12 and len(answer) >= 12 and (question in answer or answer in question) and min(len(question), len(answer)) >= 0.8 * max(len(question), len(answer))
+    shorter, longer = sorted((question, answer), key=len)
+    return len(shorter) >= 12 and shorter in longer and len(shorter) >= 0.8 * len(longer)
 
 
 def runaway(text):
@@ -223,7 +225,7 @@ def own_text(texts, frame):
 
 
 def without_a_word(texts, chosen):
-    """(hashes uint64 (V,), row of each int64 (V,)): for rows that are `chosen` and have WORDS words, one for each word left out, by its place and the rest."""
+    """(hashes uint64 (V,), row of each int64 (V,)): for `chosen` rows of WORDS words, one for each word left out, by its place and the rest."""
     codes, bounds = _codes([text + " " for text in texts])
     spaces = np.flatnonzero(codes == 32)
     begins = np.concatenate([[0], spaces[:-1] + 1])
@@ -248,7 +250,7 @@ def _permutations():
 
 
 def minhash(texts):
-    """uint32 (R, 60): the MinHash of each text's shingles, as datasketch's MinHash.update_batch over `shingle_hashes`; all ones for shorter texts."""
+    """uint32 (R, 60): each text's MinHash, as datasketch's MinHash.update_batch over `shingle_hashes`; all ones for texts too short."""
     codes, bounds = _codes(texts)
     hashes, inside = shingle_hashes(codes), _inside(bounds, SHINGLE, len(codes))
     hashes = hashes[inside]
@@ -311,8 +313,8 @@ def _scan(chunk, columns, roles, special, frame, near):
     for r in np.flatnonzero(_may_run_away(codes.astype(np.uint32), bounds[:-2])):
         if seen := runaway(answers[r]):
             found.append((int(r), "repetition", f"{seen[0][:40]!r} stands {seen[1]} times in a row"))
-    digest = [hashlib.blake2b(repr([(role, text.strip()) for role, text in row]).encode("utf-8", "surrogatepass") if row else bytes([0, r % 256]), digest_size=16).digest()
-              for r, row in enumerate(turns)]
+    spelt = [repr([(role, text.strip()) for role, text in row]).encode("utf-8", "surrogatepass") for row in turns]
+    digest = [hashlib.blake2b(row, digest_size=16).digest() for row in spelt]
     readable = np.array([bool(row) for row in turns])
     result = {"found": found, "rows": len(chunk), "readable": readable, "digest": np.frombuffer(b"".join(digest), np.uint64).reshape(-1, 2)}
     if near:
@@ -320,8 +322,9 @@ def _scan(chunk, columns, roles, special, frame, near):
         own = own_text(texts, frame)
         signature = minhash(own)
         hashes, owner = without_a_word(texts, [text.count(" ") + 1 >= OWN_WORDS for text in own])
-        result |= {"texts": [text.encode("utf-8", "surrogatepass") for pair in zip(texts, own) for text in pair], "left_out": hashes, "owner": owner,
-                   "signature": signature.astype(np.uint8), "bands": bands(signature), "long": np.array([len(text) >= 4 * SHINGLE for text in own])}
+        result |= {"texts": [text.encode("utf-8", "surrogatepass") for pair in zip(texts, own) for text in pair],
+                   "left_out": hashes, "owner": owner, "signature": signature.astype(np.uint8), "bands": bands(signature),
+                   "long": np.array([len(text) >= 4 * SHINGLE for text in own])}
     return result
 
 
@@ -371,8 +374,12 @@ def scan(train, evaluation=(), data=None, special=(), near=True, workers=0, prog
         readable = np.concatenate(readable)
         same = _same(np.concatenate(digests), readable)
         spool.flush()
-        alike = _near(np.concatenate([[0], *bounds[1:]]), left_out, owners, banded, np.concatenate(signatures), np.concatenate(long) & readable, same, eval_rows,
-                      spool, data.near_duplicate if data else 0.8) if near else []
+        alike = []
+        if near:
+            kept = same == np.arange(total)  # duplicates are found already
+            rows, group, by_band = _candidates(left_out, owners, banded, kept, np.concatenate(long) & readable, eval_rows)
+            bounds, signatures = np.concatenate([[0], *bounds[1:]]), np.concatenate(signatures)
+            alike = _near(rows, group, by_band, bounds, signatures, eval_rows, spool, data.near_duplicate if data else 0.8)
     return _told(found, same, alike, total, eval_rows, near)
 
 
@@ -407,30 +414,36 @@ def _shared(keys, owners):
     return tuple(map(np.concatenate, zip(*nothing, *found)))
 
 
-def _near(bounds, left_out, owners, banded, signatures, long, same, eval_rows, spool, threshold):
-    """[(row, other row, likeness, words)]: rows that are nearly another, in order; the other one came before, or is an evaluation row.
+def _candidates(left_out, owners, banded, kept, long, eval_rows):
+    """(row, group, whether a band made it) of all that share a hash with another row, in order of rows.
 
-    Each row is compared with the first LEADERS rows of each group it is in. likeness is a Jaccard similarity, or 0 where one word
-    differs.
+    A row stands in a group for each hash that it shares. kept, long: bool (N,), rows to compare, and those whose bands count.
     """
-    if bounds[-1] == 0:
-        return []
-    rows = np.arange(len(same), dtype=np.uint32)
-    starts, sizes = np.cumsum([0, *map(len, banded)]), BANDS
+    rows, starts = np.arange(len(kept), dtype=np.uint32), np.cumsum([0, *map(len, banded)])
     first_owner, first_group = _shared(left_out, owners)
-    second_owner, second_group = _shared(banded, [np.repeat(rows[a:b], sizes) for a, b in zip(starts, starts[1:])])
+    second_owner, second_group = _shared(banded, [np.repeat(rows[a:b], BANDS) for a, b in zip(starts, starts[1:])])
     owner = np.concatenate([first_owner, second_owner]).astype(np.int64)
     group = np.concatenate([first_group, second_group + (first_group.max(initial=0) + 1)])
     by_band = np.concatenate([np.zeros(len(first_owner), bool), np.ones(len(second_owner), bool)])
-    kept = (same[owner] == owner) & (long[owner] | ~by_band) | (owner < eval_rows)  # duplicates are found already
+    chosen = kept[owner] & (long[owner] | ~by_band) | (owner < eval_rows)
     order = np.lexsort((by_band, owner))
-    owner, group, by_band = (column[order[kept[order]]] for column in (owner, group, by_band))
+    return tuple(column[order[chosen[order]]] for column in (owner, group, by_band))
+
+
+def _near(owner, group, by_band, bounds, signatures, eval_rows, spool, threshold):
+    """[(row, other row, likeness, words)]: rows that are nearly another, in order; the other one came before, or is an evaluation row.
+
+    owner, group, by_band: as `_candidates` gives them; bounds: where texts begin in `spool`, two a row. Each row is compared with
+    the first LEADERS rows of each group it is in. likeness is a Jaccard similarity, or 0 where one word differs.
+    """
+    if bounds[-1] == 0:
+        return []
     view = mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)
     text = lambda r, own=0: view[bounds[2 * r + own]:bounds[2 * r + own + 1]].decode("utf-8", "surrogatepass")
     pieces = functools.lru_cache(20_000)(lambda r: shingles(text(r, 1)))
 
-    hashes = BANDS * BAND_ROWS
-    enough = hashes * threshold - 4 * (hashes * threshold * (1 - threshold)) ** 0.5  # hashes that rows as alike as that share, but for 1 pair in 30,000
+    hashes = BANDS * BAND_ROWS  # of which rows as alike as that share `enough`, but for 1 pair in 30,000
+    enough = hashes * threshold - 4 * (hashes * threshold * (1 - threshold)) ** 0.5
 
     def like(row, one_word, banded):
         """(other, likeness, words) of the first of the candidates that `row` is like, or None."""
@@ -500,27 +513,21 @@ def _told(found, same, alike, total, eval_rows, near):
         if row >= eval_rows and int(same[row]) != row and int(same[row]) in leaks:
             leaks.setdefault(row, leaks[int(same[row])])
     of_train += [(row - eval_rows, "leak", why, -other - 1) for row, (other, why) in leaks.items()]
-    return {"rows": total - eval_rows, "evaluation_rows": eval_rows, "found": sorted(of_train, key=lambda entry: entry[0]), "evaluation_found": of_eval,
-            "group": group[eval_rows:] - eval_rows, "near": near}
+    return {"rows": total - eval_rows, "evaluation_rows": eval_rows, "found": sorted(of_train, key=lambda entry: entry[0]),
+            "evaluation_found": of_eval, "group": group[eval_rows:] - eval_rows, "near": near}
 
 
 # ---------------------------------------------------------------------------------------------------------- in words
 
 def report(result, names, examples, source, data, rows, evaluation, width=80):
-    """Lines that tell what `scan` found. names: {row: (name, record)} of the rows that examples need; rows, evaluation: their tokens, or None."""
-    lines = wrapped("rows       ", f"{result['rows']:,} in {source}" + (f", {result['evaluation_rows']:,} to evaluate on in {data.eval}" if data.eval else ""), width)
+    """Lines that tell what `scan` found.
+
+    names: {row: (name, record)} of the rows that examples need; rows, evaluation: their tokens, or None.
+    """
+    held = f", {result['evaluation_rows']:,} to evaluate on in {data.eval}" if data.eval else ""
+    lines = wrapped("rows       ", f"{result['rows']:,} in {source}{held}", width)
     for what, tokens in (("to train on", rows), ("to evaluate on", evaluation)):
-        if tokens is not None:
-            counts, lengths = tokens.counts, np.diff(tokens.offsets)
-            lines += wrapped("tokens     ", f"{what}: {counts['tokens']:,} in {len(tokens):,} rows, {counts['supervised_tokens'] / counts['tokens']:.1%} of them supervised; "
-                              f"rows of {lengths.min():,} to {lengths.max():,}, half of them over {int(np.median(lengths)):,}", width)
-            for name, text in (("rows_skipped", "rows could not be read and are left out"), ("rows_truncated", f"rows are cut to data.max_length={data.max_length}"),
-                               ("rows_lost", f"rows are lost to data.max_length={data.max_length}"), ("rows_unsupervised", "rows have no supervised token"),
-                               ("turns_unsupervised", "answers are not supervised: the template hides what the model wrote")):
-                if counts[name]:
-                    lines.append(f"           {counts[name]:,} {text}")
-            if tokens.too_long:
-                lines += wrapped("           ", f"such as {tokens.too_long[0]}, of {tokens.too_long[1]:,} tokens", width)
+        lines += _tokens_told(what, tokens, data.max_length, width) if tokens is not None else []
     counted = Counter(check for _, check, *_ in result["found"])
     for check, meaning in CHECKS.items():
         if check == "near_duplicate" and not result["near"] or not counted[check]:
@@ -533,7 +540,8 @@ def report(result, names, examples, source, data, rows, evaluation, width=80):
     among = rows.audit.get("leak", 0) if rows is not None and not data.eval else 0
     if among:
         lines += ["", f"{'leak':<16} {among:>9,}  {among / result['rows']:>6.2%}"]
-        lines += wrapped("  ", f"a row that is trained on is like one of the {len(evaluation):,} that are held out; leave such rows out, or all but the first of their kind", width)
+        lines += wrapped("  ", f"a row that is trained on is like one of the {len(evaluation):,} that are held out; leave such rows out, "
+                         "or all but the first of their kind", width)
     clean = [check for check in CHECKS if not counted[check] and not (check == "leak" and (among or not data.eval))]
     lines += [""] + wrapped("not found  ", ", ".join(clean), width) if clean else [""]
     of_eval = Counter(check for _, check, *_ in result["evaluation_found"])
@@ -546,9 +554,27 @@ def report(result, names, examples, source, data, rows, evaluation, width=80):
                 lines += _example(names, -row - 1, f"{check}: {why}", None, width)
     droppable = [check for check in [*counted, *["leak"] * bool(among)] if check not in ("unreadable", *data.drop)]
     if droppable:
-        lines += [""] + wrapped("to leave rows out  ", f"--data.drop={','.join(check for check in CHECKS if check in droppable and check != 'one_word') or droppable[0]}", width)
-    if counted["unreadable"]:
+        worth = [check for check in CHECKS if check in droppable and check != "one_word"] or droppable
+        lines += [""] + wrapped("to leave rows out  ", f"--data.drop={','.join(worth)}", width)
+    if 0 < counted["unreadable"] < result["rows"]:  # of all rows nothing would be left
         lines += wrapped("to pass over what cannot be read  ", "--data.bad_rows=skip", width)
+    return lines
+
+
+def _tokens_told(what, tokens, max_length, width):
+    counts, lengths = tokens.counts, np.diff(tokens.offsets)
+    share = counts["supervised_tokens"] / counts["tokens"]
+    lines = wrapped("tokens     ", f"{what}: {counts['tokens']:,} in {len(tokens):,} rows, {share:.1%} of them supervised; "
+                    f"rows of {lengths.min():,} to {lengths.max():,}, half of them over {int(np.median(lengths)):,}", width)
+    for name, text in (("rows_skipped", "rows could not be read and are left out"),
+                       ("rows_truncated", f"rows are cut to data.max_length={max_length}"),
+                       ("rows_lost", f"rows are lost to data.max_length={max_length}"),
+                       ("rows_unsupervised", "rows have no supervised token"),
+                       ("turns_unsupervised", "answers are not supervised: the template hides what the model wrote")):
+        if counts[name]:
+            lines.append(f"           {counts[name]:,} {text}")
+    if tokens.too_long:
+        lines += wrapped("           ", f"such as {tokens.too_long[0]}, of {tokens.too_long[1]:,} tokens", width)
     return lines
 
 
@@ -569,10 +595,12 @@ def _said(record):
         prompt, answer = sources.interpret(record, True)
     except ValueError:
         return ascii(sources.shown_row(record))[1:-1]
-    turns = [f"{turn['role']}: {turn['content']}" for turn in prompt + answer if turn["role"] != "system"] if isinstance(answer, list) else [answer]
-    return ascii(" | ".join(turns))[1:-1]
+    if isinstance(answer, list):
+        answer = " | ".join(f"{turn['role']}: {turn['content']}" for turn in prompt + answer if turn["role"] != "system")
+    return ascii(answer)[1:-1]
 
 
 def wrapped(lead, text, width=80):
     """`text` as lines of at most `width` columns, `lead` before the first and spaces before the others; words are kept whole."""
-    return textwrap.wrap(text, width, initial_indent=lead, subsequent_indent=" " * len(lead), break_on_hyphens=False, break_long_words=False) or [lead]
+    whole = dict(break_on_hyphens=False, break_long_words=False)
+    return textwrap.wrap(text, width, initial_indent=lead, subsequent_indent=" " * len(lead), **whole) or [lead]

@@ -41,7 +41,8 @@ def folder(setting):
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         if setting == "auto":
-            print(f"warning: tokens are not kept: {path} cannot be written ({error.strerror}); data.cache=FOLDER names another place", file=sys.stderr)
+            print(f"warning: tokens are not kept: {path} cannot be written ({error.strerror}); data.cache=FOLDER names another place",
+                  file=sys.stderr)
             return None
         raise ValueError(f"data.cache: {path} cannot be written ({error.strerror}); name another folder, or off") from None
     return path
@@ -78,7 +79,8 @@ def entry(place, name, build, read):
             os.rename(temporary, path)
             _sync(place)
         except OSError as error:
-            raise ValueError(f"data.cache: {place} cannot be written ({error.strerror or error}); make room, name another folder, or off") from error
+            raise ValueError(f"data.cache: {place} cannot be written ({error.strerror or error}); make room, name another folder, "
+                             "or off") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return read(path)

@@ -27,6 +27,7 @@ import json
 import pathlib
 import shutil
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,7 +109,8 @@ def inspect(cfg, tokenizer, near=None):
     """
     data = cfg.data
     if near is None:
-        near = data.audit == "full" or {"near_duplicate", "leak"} & set(data.drop) or sum(map(sources.size, _named_sources(data))) <= AUDIT_BYTES
+        small = sum(map(sources.size, _named_sources(data))) <= AUDIT_BYTES
+        near = small or data.audit == "full" or {"near_duplicate", "leak"} & set(data.drop)
     near = bool(near)
     prints = [sources.fingerprint(source) for source in _named_sources(data)]
     special = _special_texts(tokenizer)
@@ -116,9 +118,10 @@ def inspect(cfg, tokenizer, near=None):
     what = ["audit", prints, bool(data.eval), data.columns, data.roles, data.first_rows, data.near_duplicate, data.bad_rows, special]
 
     def build(folder):
+        train = ((name, record) for _, name, record in _train_stream(data))
+        evaluation = sources.stream(data.eval, data.bad_rows) if data.eval else ()
         with _shown_progress("looking through") as bar:
-            result = audit.scan(((name, record) for _, name, record in _train_stream(data)), sources.stream(data.eval, data.bad_rows) if data.eval else (),
-                                data, special, near, progress=lambda rows: bar.update(rows - bar.n))
+            result = audit.scan(train, evaluation, data, special, near, progress=lambda rows: bar.update(rows - bar.n))
         np.save(folder / "group.npy", result["group"], allow_pickle=False)
         with open(folder / "found.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in result["found"])
@@ -142,7 +145,7 @@ def _named_sources(data):
 
 
 def _partition(cfg, seen):
-    """What becomes of each training row, int8 (N,): 0 trained on, 1 held out for evaluation, 2 dropped; and {row: (check, why, other)} of those.
+    """(what becomes of each training row, int8 (N,): 0 trained on, 1 held out, 2 dropped; {row: (check, why, other)} of those dropped).
 
     seen: what `inspect` found. Rows are dropped before any are held out. Raises ValueError where too few are left.
     """
@@ -155,8 +158,8 @@ def _partition(cfg, seen):
     left = np.flatnonzero(fate == 0)
     if not data.eval:
         if len(left) <= data.eval_rows:
-            raise ValueError(f"data.eval_rows: {data.eval_rows} rows cannot be held out of the {len(left)} of {' and '.join(data.sources)}; lower "
-                             "it, or name evaluation rows with data.eval")
+            raise ValueError(f"data.eval_rows: {data.eval_rows} rows cannot be held out of the {len(left)} of {' and '.join(data.sources)}; "
+                             "lower it, or name evaluation rows with data.eval")
         fate[left[_permutation(len(left), cfg.train.seed, 0, 1)[:data.eval_rows]]] = 1
         if "leak" in data.drop:  # rows alike, of which one is held out
             held = np.isin(seen["group"], seen["group"][fate == 1])
@@ -204,7 +207,8 @@ def _shaping(cfg, tokenizer):
     if "strftime" in str(template):  # such a template writes today's date into every row
         import datetime
         today = datetime.date.today().isoformat()
-    return [hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(), str(template), str(sorted(tokenizer.special_tokens_map.items())), today, versions,
+    backend, special = tokenizer.backend_tokenizer.to_str(), str(sorted(tokenizer.special_tokens_map.items()))
+    return [hashlib.sha256(backend.encode()).hexdigest(), str(template), special, today, versions,
             data.max_length, data.too_long, data.bad_rows, data.supervise, data.columns, data.roles]
 
 
@@ -215,12 +219,17 @@ def load(cfg, tokenizer):
     """
     data = cfg.data
     train_prints = [sources.fingerprint(source) for source, _ in _train_sources(data)]
-    what = ["train", _shaping(cfg, tokenizer), train_prints, " and ".join(data.sources), data.first_rows, data.mixture, data.drop, data.audit]
+    what = ["train", _shaping(cfg, tokenizer), train_prints, " and ".join(data.sources)]
+    what += [data.first_rows, data.mixture, data.drop, data.audit]
     what += [data.near_duplicate, _special_texts(tokenizer)] if data.drop else []
-    what += [cfg.train.seed, data.eval_rows] if not data.eval else [sources.fingerprint(data.eval)] if data.drop or data.audit != "off" else []
+    if not data.eval:
+        what += [cfg.train.seed, data.eval_rows]
+    elif data.drop or data.audit != "off":
+        what += [sources.fingerprint(data.eval)]
     place = cache.folder(data.cache) if all(train_prints) else None
     parts = ["train"] if data.eval else ["train", "eval"]
-    found = cache.entry(place, cache.key(what), lambda folder: _build(cfg, tokenizer, folder), lambda path: [_open_rows(path, part) for part in parts])
+    found = cache.entry(place, cache.key(what), lambda folder: _build(cfg, tokenizer, folder),
+                        lambda folder: [_open_rows(folder, part) for part in parts])
     return found[0], load_evaluation(cfg, tokenizer) if data.eval else found[1]
 
 
@@ -242,22 +251,23 @@ def load_evaluation(cfg, tokenizer):
     data = cfg.data
     if not data.eval:
         return load(cfg, tokenizer)[1]
-    print_ = sources.fingerprint(data.eval)
-    place = cache.folder(data.cache) if print_ else None
+    fingerprint = sources.fingerprint(data.eval)
+    place = cache.folder(data.cache) if fingerprint else None
 
     def build(folder):
-        return {"eval": _write_rows(folder / "eval.arrow", ((0, *row) for row in sources.stream(data.eval, data.bad_rows)), tokenizer, data)}
+        rows = ((0, *row) for row in sources.stream(data.eval, data.bad_rows))
+        return {"eval": _write_rows(folder / "eval.arrow", rows, tokenizer, data)}
 
-    return cache.entry(place, cache.key(["eval", _shaping(cfg, tokenizer), print_, data.eval]), build, lambda path: _open_rows(path, "eval"))
+    key = cache.key(["eval", _shaping(cfg, tokenizer), fingerprint, data.eval])
+    return cache.entry(place, key, build, lambda folder: _open_rows(folder, "eval"))
 
 
 def _open_rows(path, part):
-    meta = cache.meta(path)[part]
-    ids, offsets, supervised, names = cache.read_tokens(path / f"{part}.arrow")
-    dropped = path / "rows-dropped.jsonl"
-    return Rows(ids, offsets, supervised, names, meta["counts"], meta["digest"], meta["skipped"], tuple(map(tuple, meta.get("mixture", ()))),
-                tuple(meta["too_long"]), meta.get("audit", {}), tuple(meta.get("remarks", ())), [tuple(record) for record in meta.get("records", ())],
-                open(dropped, "rb") if part == "train" and dropped.exists() else None)
+    meta, dropped = cache.meta(path)[part], path / "rows-dropped.jsonl"
+    return Rows(*cache.read_tokens(path / f"{part}.arrow"), meta["counts"], meta["digest"], meta["skipped"],
+                mixture=tuple(map(tuple, meta.get("mixture", ()))), too_long=tuple(meta["too_long"]), audit=meta.get("audit", {}),
+                remarks=tuple(meta.get("remarks", ())), records=list(map(tuple, meta.get("records", ()))),
+                dropped=open(dropped, "rb") if part == "train" and dropped.exists() else None)
 
 
 def _build(cfg, tokenizer, folder):
@@ -278,14 +288,16 @@ def _build(cfg, tokenizer, folder):
                 raise ValueError(f"{name}: the source grew while it was read; start again")
             if fate[row] == 2 and file:
                 check, why, other = dropped[row]
-                file.write(json.dumps({"row": name, "reason": check, "why": why, **({"like": names[other]} if other is not None else {}), "record": record}, default=str) + "\n")
+                like = {"like": names[other]} if other is not None else {}
+                file.write(json.dumps({"row": name, "reason": check, "why": why, **like, "record": record}, default=str) + "\n")
             elif fate[row] == wanted:
                 yield number, name, record
 
     if not data.eval:
         held = list(walk(1))
         records = [[name, record] for _, name, record in held[:KEPT_RECORDS] if not isinstance(record, ValueError)]
-        found["eval"] = _write_rows(folder / "eval.arrow", held, tokenizer, data) | {"records": json.loads(json.dumps(records, default=str))}
+        found["eval"] = _write_rows(folder / "eval.arrow", held, tokenizer, data)
+        found["eval"]["records"] = json.loads(json.dumps(records, default=str))
     with open(folder / "rows-dropped.jsonl", "w", encoding="utf-8") as file:
         found["train"] = _write_rows(folder / "train.arrow", walk(0, file), tokenizer, data, int((fate == 0).sum()))
     if not dropped:
@@ -306,7 +318,10 @@ def _build(cfg, tokenizer, folder):
 
 
 def _write_rows(path, rows, tokenizer, data, total=None):
-    """Tokenise (source's number, name, record) after another into an Arrow file; returns {"counts", "digest", "skipped", "sizes": rows kept of each source}."""
+    """Tokenise (source's number, name, record) after another into an Arrow file.
+
+    Returns {"counts", "digest", "skipped", "too_long", "sizes": rows kept of each source}.
+    """
     totals, sizes, numbers = {}, {}, []
 
     def by_source():
@@ -335,10 +350,7 @@ def _write_rows(path, rows, tokenizer, data, total=None):
 
 def _audited(cfg, seen, fate):
     """{check: rows} of the rows that are trained on."""
-    counts = {}
-    for row, check, *_ in seen["found"]:
-        if fate[row] == 0:
-            counts[check] = counts.get(check, 0) + 1
+    counts = dict(Counter(check for row, check, *_ in seen["found"] if fate[row] == 0))
     if not cfg.data.eval:
         leaks = int((np.isin(seen["group"], seen["group"][fate == 1]) & (fate == 0)).sum())
         counts |= {"leak": leaks} if leaks else {}
@@ -350,15 +362,14 @@ def _remarks(cfg, seen, counts, dropped):
     lines = []
     telling = {check: count for check, count in counts.items() if check not in ("one_word", "unreadable")}
     if telling:
-        lines += audit.wrapped("audit     ", ", ".join(f"{count:,} {check}" for check, count in sorted(telling.items(), key=lambda entry: -entry[1])))
+        most_first = sorted(telling.items(), key=lambda entry: -entry[1])
+        lines += audit.wrapped("audit     ", ", ".join(f"{count:,} {check}" for check, count in most_first))
         lines.append("          python data.py CONFIG --check shows them")
     elif cfg.data.audit != "off":
         lines.append("audit     nothing found" + ("" if seen["near"] else "; python data.py CONFIG --check looks for near duplicates too"))
     if dropped:
-        reasons = {}
-        for check, *_ in dropped.values():
-            reasons[check] = reasons.get(check, 0) + 1
-        lines += audit.wrapped("dropped   ", f"{len(dropped):,} rows left out by data.drop: " + ", ".join(f"{count:,} {check}" for check, count in reasons.items()) + "; see rows-dropped.jsonl")
+        reasons = ", ".join(f"{count:,} {check}" for check, count in Counter(check for check, *_ in dropped.values()).items())
+        lines += audit.wrapped("dropped   ", f"{len(dropped):,} rows left out by data.drop: {reasons}; see rows-dropped.jsonl")
     return lines
 
 
@@ -438,7 +449,7 @@ def sample_stream(n_rows, seed, start, count):
 
 
 def _quotas(mixture):
-    """How many samples of an epoch each source of a mixture [(rows, weight), ...] gives: its share by weight of all rows, by largest remainder.
+    """How many samples of an epoch each source of a mixture [(rows, weight), ...] gives: its share by weight, by largest remainder.
 
     Raises ValueError where a source would give none.
     """
@@ -448,7 +459,8 @@ def _quotas(mixture):
     for k in sorted(range(len(exact)), key=lambda k: quotas[k] - exact[k])[:total - sum(quotas)]:
         quotas[k] += 1
     if 0 in quotas:
-        raise ValueError(f"data.mixture: source {quotas.index(0) + 1} would give no sample in an epoch of {total}; raise its weight, or take it out")
+        raise ValueError(f"data.mixture: source {quotas.index(0) + 1} would give no sample in an epoch of {total}; raise its weight, "
+                         "or take it out")
     return quotas
 
 
@@ -547,9 +559,9 @@ def main(argv):
         count = int(numbers[0]) if numbers else 3 if flags["preview"] is True else int(flags["preview"])
         rows, _ = load(cfg, tokenizer)
         window = samples(rows, cfg.train.seed, 0, cfg.samples_per_step)
-        packed = pack(rows, window, cfg.memory.max_tokens or 2048)
-        for line in preview.lines(rows, tokenizer, end_of_turn(tokenizer), window[:count], packed, cfg.memory.max_tokens or 2048, flags["ids"], sys.stdout.isatty()):
-            print(line)
+        max_tokens = cfg.memory.max_tokens or 2048
+        packed, ends, colour = pack(rows, window, max_tokens), end_of_turn(tokenizer), sys.stdout.isatty()
+        print(*preview.lines(rows, tokenizer, ends, window[:count], packed, max_tokens, flags["ids"], colour), sep="\n")
     return 0
 
 
@@ -563,7 +575,7 @@ def _check(cfg, tokenizer, examples, out):
     names = {row: (name, record) for row, (_, name, record) in enumerate(_train_stream(cfg.data)) if row in needed}
     if cfg.data.eval:
         wanted = {-other - 1 for other in needed if other < 0} | {row for row, *_ in seen["evaluation_found"]}
-        names |= {-row - 1: (name, record) for row, (name, record) in enumerate(sources.stream(cfg.data.eval, cfg.data.bad_rows)) if row in wanted}
+        names |= {-row - 1: entry for row, entry in enumerate(sources.stream(cfg.data.eval, cfg.data.bad_rows)) if row in wanted}
     refused = None
     try:
         rows, evaluation = load(cfg, tokenizer)

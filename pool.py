@@ -81,7 +81,8 @@ def _result(entry):
     try:
         return future.result(HANG_SECONDS)
     except TimeoutError:
-        raise ValueError(f"a worker took more than {HANG_SECONDS} s over the rows {first} to {last}; look at them, or leave them out") from None
+        raise ValueError(f"a worker took more than {HANG_SECONDS} s over the rows {first} to {last}; look at them, or leave them "
+                         "out") from None
     except BrokenProcessPool:
         raise ValueError(f"a worker died over the rows {first} to {last} or those just before: killed from outside, or out of memory; "
                          "look at them, or run with more memory") from None

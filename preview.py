@@ -25,7 +25,8 @@ def lines(rows, tokenizer, end_ids, chosen, packed, max_tokens, ids=False, colou
         if not any(t in end_ids for t, s in zip(tokens, supervised) if s):
             out.append("  ! no supervised token ends a turn: this row was cut, or does not teach the model to stop")
         if ids:
-            out += textwrap.wrap(" ".join(f"[{t}]" if s else str(t) for t, s in zip(tokens, supervised)), width, initial_indent="  ", subsequent_indent="  ")
+            listed = " ".join(f"[{t}]" if s else str(t) for t, s in zip(tokens, supervised))
+            out += textwrap.wrap(listed, width, initial_indent="  ", subsequent_indent="  ")
         out.append("")
     out += layout(rows, packed, max_tokens, width)
     return out
@@ -35,7 +36,9 @@ def legend(tokenizer, end_ids, colour):
     """How to read what follows."""
     ends = " or ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in end_ids)
     bos = f"{tokenizer.bos_token} ({tokenizer.bos_token_id})" if tokenizer.bos_token_id is not None else "none"
-    marks = (f"{GREEN}supervised{PLAIN}, {REVERSED}end of a turn{PLAIN}, {DIM}special{PLAIN}, {UNDERLINED}BOS{PLAIN}" if colour else "[supervised], [|end of a turn|], ^BOS")
+    marks = "[supervised], [|end of a turn|], ^BOS"
+    if colour:
+        marks = f"{GREEN}supervised{PLAIN}, {REVERSED}end of a turn{PLAIN}, {DIM}special{PLAIN}, {UNDERLINED}BOS{PLAIN}"
     return f"{marks}; a turn ends with {ends}; BOS {bos}"
 
 
@@ -44,7 +47,8 @@ def text(ids, supervised, tokenizer, end_ids, colour):
     special, pieces, begin = set(tokenizer.all_special_ids), [], 0
     runs = []  # (ids, kind), a kind for each stretch of tokens shown alike: they are decoded together, since a character may take several
     for position, (token, on) in enumerate(zip(ids, supervised)):
-        what = "end" if token in end_ids and on else "bos" if token == tokenizer.bos_token_id and position == 0 else "special" if token in special else "plain"
+        what = "special" if token in special else "plain"
+        what = "end" if token in end_ids and on else "bos" if token == tokenizer.bos_token_id and position == 0 else what
         if runs and runs[-1][1] == (what, on) and what == "plain":
             runs[-1][0].append(token)
         else:
@@ -53,7 +57,7 @@ def text(ids, supervised, tokenizer, end_ids, colour):
         piece = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         piece = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in piece)
         if colour:
-            style = REVERSED + GREEN if what == "end" else UNDERLINED if what == "bos" else DIM if what == "special" and not on else GREEN if on else ""
+            style = {"end": REVERSED + GREEN, "bos": UNDERLINED}.get(what, GREEN if on else DIM if what == "special" else "")
             pieces.append(f"{style}{piece}{PLAIN}" if style else piece)
         else:
             pieces.append(f"[|{piece}|]" if what == "end" else f"^{piece}" if what == "bos" else f"[{piece}]" if on else piece)
@@ -96,14 +100,16 @@ def layout(rows, packed, max_tokens, width):
     """Which rows lie in which micro-batch of a step, each as a bar of its length."""
     total = sum(len(batch.input_ids) for batch in packed)
     supervised = sum(len(batch.targets) for batch in packed)
-    out = [f"step 1: {sum(len(batch.samples) for batch in packed)} rows, {total:,} tokens in {len(packed)} micro-batch{'es' * (len(packed) > 1)} of at most {max_tokens:,}",
+    micro_batches = f"{len(packed)} micro-batch{'es' * (len(packed) > 1)}"
+    out = [f"step 1: {sum(len(batch.samples) for batch in packed)} rows, {total:,} tokens in {micro_batches} of at most {max_tokens:,}",
            f"  no padding; the loss is summed over {supervised:,} supervised tokens and divided once"]
     bar = width - 24
     for number, batch in enumerate(packed, 1):
         bounds = batch.cu_seqlens.tolist()
         cells = [0] * bar  # the document that a column shows: alternating marks make their borders visible
+        full = max(max_tokens, bounds[-1])
         for d, (a, b) in enumerate(zip(bounds, bounds[1:])):
-            for column in range(a * bar // max(max_tokens, bounds[-1]), max(a * bar // max(max_tokens, bounds[-1]) + 1, b * bar // max(max_tokens, bounds[-1]))):
+            for column in range(a * bar // full, max(a * bar // full + 1, b * bar // full)):
                 cells[min(column, bar - 1)] = d + 1
         drawn = "".join(" " if c == 0 else "#" if c % 2 else "=" for c in cells)
         out.append(f"  {number:>3} |{drawn}| {bounds[-1]:>6,} tokens")

@@ -19,7 +19,7 @@ from itertools import islice
 import config
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **ROLES, "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **ROLES, **dict.fromkeys(("chatgpt", "bing", "bard", "model"), "assistant"),
                   "function_call": "assistant", "observation": "tool", "function_response": "tool"}
 UNDERSTOOD = "messages; conversations; instruction + output (+ input); prompt + completion; text"
 KEYS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text", "system", "tools")
@@ -83,8 +83,9 @@ def kind(source):
     path = pathlib.Path(config.find(source))
     suffix, packed = kind_of_name(path.name)
     if path.is_dir() or path.exists() and not suffix:
-        raise ValueError(f"{source}: is not a kind of file that rows are read from; those are {', '.join(READERS)}, each also with {' or '.join(SUFFIXES)}"
-                         + (f". Of a folder, name the files: {source.rstrip('/')}/*.parquet" if path.is_dir() else ""))
+        remedy = f". Of a folder, name the files: {source.rstrip('/')}/*.parquet" if path.is_dir() else ""
+        raise ValueError(f"{source}: is not a kind of file that rows are read from; those are {', '.join(READERS)}, each also with "
+                         f"{' or '.join(SUFFIXES)}{remedy}")
     return suffix, packed
 
 
@@ -145,7 +146,8 @@ def read_lines(source):
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}:{_not_utf8(source, kind_of_name(source)[1], error)}") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{source}: {'no such file' if isinstance(error, FileNotFoundError) else f'cannot be read ({error})'}; check the name") from None
+        what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise ValueError(f"{source}: {what}; check the name") from None
     return [(f"{source}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -305,7 +307,8 @@ def renamed(record, columns):
             elif isinstance(value, dict) and step in value:
                 value = value[step]
             else:
-                raise ValueError(f"has no column {column!r}, which data.columns takes for {key}; it has {', '.join(map(str, record)) or 'none'}")
+                raise ValueError(f"has no column {column!r}, which data.columns takes for {key}; it has "
+                                 f"{', '.join(map(str, record)) or 'none'}")
         row[key] = value
     return row if row else record
 
@@ -351,7 +354,8 @@ def _messages(turns, key, default, columns, roles):
         if not isinstance(role, str) or role not in allowed:
             raise ValueError(f"{key}, turn {number}: {role_key} must be one of {', '.join(allowed)}, got {shown(role)}"
                              + (f"; data.roles={role}=ROLE says what it is" if isinstance(role, str) else ""))
-        if isinstance(content, list) and content and all(isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text" for part in content):
+        of_text = lambda part: isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"
+        if isinstance(content, list) and content and all(map(of_text, content)):
             content = "".join(part["text"] for part in content)  # text in parts, as for models that also take pictures
         if not isinstance(content, str):
             raise ValueError(f"{key}, turn {number}: {content_key} must be text, got {shown(content)}")
@@ -369,9 +373,11 @@ def interpret(record, template, columns=None, roles=None):
     if not isinstance(record, dict):
         raise ValueError(f"a row must be an object with keys, got {shown(record)}")
     record = renamed(record, columns)
-    shape = next((keys for keys in SHAPES if all(record.get(key) is not None for key in keys)), None)  # Parquet fills other kinds' columns with null
+    # Parquet fills other kinds' columns with null
+    shape = next((keys for keys in SHAPES if all(record.get(key) is not None for key in keys)), None)
     shape = shape or next((keys for keys in SHAPES if all(key in record for key in keys)), None)
-    taken = "system" in columns or shape in (("conversations",), ("instruction", "output"))  # elsewhere a column of that name may be anything
+    # a column called system may be anything, but for these
+    taken = "system" in columns or shape in (("conversations",), ("instruction", "output"))
     system = [{"role": "system", "content": _text(record, "system")}] if taken and record.get("system") else []
     if shape == ("messages",):
         messages = _messages(record["messages"], "messages", ("role", "content"), columns, roles)

