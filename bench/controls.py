@@ -123,19 +123,19 @@ def main(argv):
     results = []
     with tempfile.TemporaryDirectory(prefix="rawlora-controls-") as place:
         copy_of(PROJECT, pathlib.Path(place) / "whole")
-        code, wrong = outcome(pathlib.Path(place) / "whole", sorted({test for control in chosen for test in control[5].split()}))
+        code, wrong = outcome(pathlib.Path(place) / "whole", sorted({control[5] for control in chosen}))
         if code:
             print(f"the tests fail where nothing is changed: {wrong}")
             return 1
-        for row, what, file, old, new, tests in chosen:
+        for row, what, file, old, new, test in chosen:
             folder = pathlib.Path(place) / "changed"
             copy_of(PROJECT, folder)
             text = (folder / file).read_text(encoding="utf-8")
             assert text.count(old) == 1, (row, file, old, text.count(old))
             (folder / file).write_text(text.replace(old, new), encoding="utf-8")
-            code, wrong = outcome(folder, tests.split())
+            code, wrong = outcome(folder, [test])
             shutil.rmtree(folder)
-            results.append({"row": row, "wrong": what, "file": file, "tests": tests, "noticed": code == 1, "told": wrong})
+            results.append({"row": row, "wrong": what, "file": file, "test": test, "noticed": code == 1, "told": wrong})
             print(f"{'noticed' if code == 1 else f'NOT NOTICED ({code})':<12} {row:>3}  {what}\n                  {wrong}", flush=True)
     missed = [result for result in results if not result["noticed"]]
     print(f"\n{len(results) - len(missed)} of {len(results)} controls noticed, in {len({result['row'] for result in results})} rows")
