@@ -78,6 +78,7 @@ def train(config, device, run, guard, resume, accept, preflight):
     unquantised = None if preflight or before and before["evaluated"] >= 0 else evaluation.evaluate_unquantised(config, device, eval_rows)
     network = model.load(config, device)
     evaluation.check_vocabulary(network, rows, eval_rows)
+    untrained = evaluation.untrained_tokens(network, tokenizer, rows)
     adapters = model.adapters(network)
     if initial:
         model.set_adapters(adapters, initial, config.lora.init_from)
@@ -136,6 +137,8 @@ def train(config, device, run, guard, resume, accept, preflight):
         recorder = open_record(run, config, state, resume, owed, outlook)
         data.keep_dropped(rows, run)
     console.introduce(run, config, rows, network, state, outlook)
+    if untrained:
+        print(f"warning: {untrained}", file=sys.stderr)
     weights, begun = telemetry.measure_weights(network), saved["tensors"].get("noise.safetensors", {}) if saved else {}
     noise = telemetry.NoiseScale(state["noise"], {name: tensor.to(device) for name, tensor in begun.items()}) if ranks.FIRST else telemetry.NoiseScale()
     watch, raised = alerts.Alerts(config, max_steps, len(rows)), {}  # raised: step -> its alerts

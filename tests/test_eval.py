@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, make_model
+from conftest import PROJECT, make_model, settings_of
 
 import checkpoint
 import config
@@ -280,3 +280,23 @@ def test_sample_figures_are_means_over_samples_and_overlap_over_those_with_a_ref
     samples = [{"text": "a b c d a b c d", "reference": "", "stopped": False}, {"text": "red files", "reference": "red doors", "stopped": True}]
     assert evaluation.sample_figures(samples) == {"stop_rate": 0.5, "repetition": pytest.approx(0.1), "overlap": pytest.approx(0.5)}
     assert "overlap" not in evaluation.sample_figures(samples[:1]) and evaluation.sample_figures([]) == {}
+
+
+@pytest.mark.parametrize("how", ["zero", "another's", "trained"])
+def test_template_tokens_that_the_model_never_trained_are_warned_of(tiny_inputs, tmp_path, capsys, how):
+    """All rows of tokens that were never met in training move alike; SmolLM2's <|im_start|> has a cosine of 0.993 to such rows, and they of 0.99999 to each other."""
+    import safetensors.torch
+    shutil.copytree(tiny_inputs / "model", tmp_path / "model")
+    tensors = safetensors.torch.load_file(tmp_path / "model/model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    start = data.load_tokenizer(str(tmp_path / "model")).convert_tokens_to_ids("<|im_start|>")
+    if how == "trained":
+        table[start] = table[300] + 0.05 * table[300].norm() / 8 * torch.randn(64, generator=torch.Generator().manual_seed(0))  # cosine 0.9988
+    else:
+        table[start] = table[start] * 0.001 if how == "zero" else 1.01 * table[300]
+    safetensors.torch.save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    settings = settings_of(tiny_inputs, tmp_path / "tiny.json")
+    options = [f"--model.path={tmp_path / 'model'}", "--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--eval.every_steps=0"]
+    assert train.main([str(settings), f"--out={tmp_path / 'run'}", *options]) == 0
+    told = capsys.readouterr().err
+    assert ("warning: model.path: the rows use '<|im_start|>', which the base model seems never to have been trained on" in told) == (how != "trained"), told
