@@ -76,8 +76,8 @@ def make_rows(kind, vocabulary, count, file, npz):
             out.write(json.dumps({"prompt": " ".join(row[:cut]), "completion": " " + " ".join(row[cut:])}) + "\n")
 
 
-def measure(case, steps, work, npz, overrides, gpus=1):
-    """Run train.py on one case in processes of its own, one a GPU; the window grows with them. Returns the row of results."""
+def prepare(case, steps, work, npz, overrides, gpus=1):
+    """Make what a case needs under `work`. Returns (train.py's arguments, its run folder, the rows file, samples a step, settings)."""
     import torch
     shape, kind, samples, settings = CASES[case]
     samples *= gpus
@@ -93,8 +93,14 @@ def measure(case, steps, work, npz, overrides, gpus=1):
             "schedule.lr_warmup_steps": 2, "eval.samples": 0, "eval.unquantised": "no", "eval.every_steps": 0, "save.every_steps": 0, "log.every_steps": 25} | settings | given
     base = work / "base.json"
     base.write_text("{}")
+    return [str(base), f"--out={run}", "--overwrite", *(f"--{key}={value}" for key, value in keys.items())], run, rows, samples, settings | given
+
+
+def measure(case, steps, work, npz, overrides, gpus=1):
+    """Run train.py on one case in processes of its own, one a GPU; the window grows with them. Returns the row of results."""
+    arguments, run, rows, samples, chosen = prepare(case, steps, work, npz, overrides, gpus)
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
-    command = [sys.executable, *several, str(PROJECT / "train.py"), str(base), f"--out={run}", "--overwrite", *(f"--{key}={value}" for key, value in keys.items())]
+    command = [sys.executable, *several, str(PROJECT / "train.py"), *arguments]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -112,7 +118,7 @@ def measure(case, steps, work, npz, overrides, gpus=1):
             "supervised_tokens_per_second": round(statistics.mean(line["train/supervised_tokens"] for line in lines) / s), "step_seconds": round(s, 5),
             "step_seconds_quartiles": [round(quartiles[0], 5), round(quartiles[-1], 5)], "timed_steps": len(timed), "first_steps_seconds": [round(x, 2) for x in seconds[:3]],
             "peak_memory_gib": round(max(line["train/peak_memory_gib"] for line in lines), 2), "process_seconds": round(time.perf_counter() - began, 1),
-            "settings": settings | given, "plan": plan, "device": (environment["devices"] or [{"name": environment["cpu"]}])[0]["name"], "versions": environment["packages"]}
+            "settings": chosen, "plan": plan, "device": (environment["devices"] or [{"name": environment["cpu"]}])[0]["name"], "versions": environment["packages"]}
 
 
 def real_token_count(rows):

@@ -1,7 +1,7 @@
 """What ranks cost each other: the gradient's sum, a layer gathered, a word agreed on; and what follows for more of them.
 
-    torchrun --standalone --nproc-per-node=2 bench/ranks.py [--write=bench/results/ranks.json]     measure, on GPUs or CPUs
-    python bench/ranks.py --table=bench/results/ranks.json                                         docs/SCALING.md's tables
+    torchrun --standalone --nproc-per-node=2 bench/scaling.py [--write=bench/results/scaling.json]     measure, on GPUs or CPUs
+    python bench/scaling.py --table=bench/results/scaling.json                                         docs/SCALING.md's tables
 
 Measured: median time of `--rounds` (20) rounds of an all-reduce of each model's adapter gradient (fp32, rank 16, all seven
 projections), an all-gather of one quantised layer, and one exchange of a number between the hosts. Computed, and marked so: the

@@ -1,0 +1,122 @@
+"""Where a step's time goes, by kernel, and how near each is to what the GPU can do: a profile of two steps of train.py's own loop.
+
+    python bench/kernels_table.py A [E ...] [--work=/tmp/bench] [--tldr=FILE.npz] [--write=bench/results/kernels.json] [--section.key=value ...]
+
+Matrix products are told apart by their shapes: 2 m n k operations. Our own kernels move known numbers of bytes a token or a weight
+(below). The roofline: 780 TFLOP/s of bf16 products as a short one reaches here, 3.0 TB/s of copies; --tflops= and --tbs= give others.
+CUDA graphs hide operators, so the profile runs without them; the kernels are the same. Attention's operations are those of the
+causal half, twice and a half again backward. What is left is told as one line. Prints a Markdown table, most time first.
+"""
+import collections
+import contextlib
+import io
+import json
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import speed  # noqa: E402
+
+FIRST, STEPS = 6, 2  # the steps that are profiled: kernels are compiled by then
+
+
+def profiled(arguments):
+    """([(name, input shapes, calls, GPU microseconds)], microseconds of all kernels) of STEPS steps of a run of train.py: operators with
+    their shapes, and our own kernels, which no operator launches."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    import train
+    profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True)
+    real, calls = train.schedule.window_samples, []
+
+    def counted(step, *rest):
+        if step == FIRST and step not in calls:
+            torch.cuda.synchronize()
+            profiler.start()
+        if step == FIRST + STEPS and step not in calls:
+            torch.cuda.synchronize()
+            profiler.stop()
+        calls.append(step)
+        return real(step, *rest)
+
+    train.schedule.window_samples = counted
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = train.main(arguments)
+    train.schedule.window_samples = real
+    if code:
+        raise SystemExit(f"train.py ended with {code}\n{said.getvalue()[-3000:]}")
+    found = []
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.key.startswith("aten::") and event.self_device_time_total > 0:  # an operator, with what its kernels took
+            found.append((event.key, [shape for shape in event.input_shapes if shape], event.count, event.self_device_time_total))
+    for event in profiler.key_averages():  # kernels that no operator launched: ours
+        if event.device_type.name == "CUDA" and event.key.startswith("_"):
+            found.append((event.key, [], event.count, event.self_device_time_total))
+    total = sum(event.self_device_time_total for event in profiler.key_averages() if event.device_type.name == "CUDA")
+    return found, total
+
+
+def work_of(name, shapes, calls, shape, tokens):
+    """(operations, bytes) of all calls of an operator or kernel, None where it is not known."""
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    if name in ("aten::mm", "aten::addmm", "aten::_addmm_activation"):
+        a, b = [s for s in shapes if len(s) == 2][-2:]
+        return 2 * a[0] * a[1] * b[1] * calls, None
+    if "attention" in name and shapes and len(shapes[0]) == 4:  # q, or its gradient: documents, heads, tokens, width of a head
+        documents, heads, n, d = shapes[0]
+        return 2 * documents * heads * n * n * d * calls * (2.5 if "backward" in name else 1), None
+    moved = {"_add_rms_norm": 4 * width, "_rms_norm_backward": 5 * width, "_swiglu": 3 * inner, "_swiglu_backward": 5 * inner, "_swiglu_backward_sums": 5 * inner}
+    layers = shape["num_hidden_layers"]
+    if name in moved:
+        passes = 2 * layers if "norm" in name else layers
+        return None, 2 * moved[name] * tokens * passes  # two bytes a number
+    return None, None
+
+
+def table(case, found, total, tokens, tflops, tbs):
+    """Markdown: kernel, calls and milliseconds a step, share of the step, operations or bytes, share of the roofline."""
+    shape = speed.SHAPES[speed.CASES[case][0]]
+    groups = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+    for name, shapes, calls, spent in found:
+        label = name if name.startswith("_") else name + " " + " ".join("×".join(map(str, s)) for s in shapes[:3] if len(s) > 1)
+        operations, moved = work_of(name, shapes, calls, shape, tokens * STEPS)
+        entry = groups[label.strip()]
+        entry[0] += calls
+        entry[1] += spent
+        entry[2] += operations or 0
+        entry[3] += moved or 0
+    lines = [f"Case {case}: {total / STEPS / 1e3:.1f} ms of kernels a step", "", "| kernel | calls | ms | share | work | of the roofline |", "| --- | --- | --- | --- | --- | --- |"]
+    rows, shown = [], 0.0
+    for label, (calls, spent, operations, moved) in sorted(groups.items(), key=lambda item: -item[1][1]):
+        if spent < 0.005 * total:
+            continue
+        shown += spent
+        done = f"{operations / STEPS / 1e12:.2f} TFLOP" if operations else f"{moved / STEPS / 1e9:.2f} GB" if moved else "–"
+        near = operations / spent / 1e6 / tflops if operations else moved / spent / 1e6 / tbs if moved else None
+        rows.append({"case": case, "kernel": label, "calls_a_step": calls / STEPS, "milliseconds_a_step": round(spent / STEPS / 1e3, 3), "roofline": near and round(near, 3)})
+        lines.append(f"| {label} | {calls / STEPS:.0f} | {spent / STEPS / 1e3:.2f} | {spent / total:.1%} | {done} | {f'{near:.0%}' if near else '–'} |")
+    lines.append(f"| the rest | | {(total - shown) / STEPS / 1e3:.2f} | {(total - shown) / total:.1%} | | |")
+    return "\n".join(lines), rows
+
+
+def main(argv):
+    import record
+    options = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--") and "." not in arg.split("=")[0])
+    overrides = [arg for arg in argv if arg.startswith("--") and "." in arg.split("=")[0]] + ["--memory.graphs=no", "--proof.enabled=false"]
+    npz = {name: options.get(name, f"{name}-train-ids.npz") for name in ("gsm8k", "tldr")}
+    kept = []
+    for case in (arg for arg in argv if not arg.startswith("--")):
+        arguments, run, *_ = speed.prepare(case, FIRST + STEPS + 2, pathlib.Path(options.get("work", "/tmp/bench")), npz, overrides)
+        found, total = profiled(arguments)
+        tokens = record.read_metrics(run)[FIRST]["train/tokens"]
+        text, rows = table(case, found, total, tokens, float(options.get("tflops", 780)), float(options.get("tbs", 3.0)))
+        print(text, flush=True)
+        kept += rows
+    if "write" in options:
+        pathlib.Path(options["write"]).write_text(json.dumps(kept, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
