@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-import kernels
+import gpu_kernels
 import quant
 
 
@@ -201,7 +201,7 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, delta, weight, eps, group, before):
         x = group.room(h)
-        h, rstd = kernels.add_rms_norm(h, delta, weight, eps, out=x)
+        h, rstd = gpu_kernels.add_rms_norm(h, delta, weight, eps, out=x)
         ctx.save_for_backward(h, weight, rstd)
         ctx.added = delta is not None
         ctx.before = before
@@ -211,7 +211,7 @@ class AddNorm(torch.autograd.Function):
     def backward(ctx, grad_x, grad_h):
         h, weight, rstd = ctx.saved_tensors
         out = ctx.before.grad_room(h) if ctx.before else torch.empty_like(h)
-        grad = kernels.rms_norm_backward(grad_x, h, weight, rstd, grad_h, out)
+        grad = gpu_kernels.rms_norm_backward(grad_x, h, weight, rstd, grad_h, out)
         return grad, grad if ctx.added else None, None, None, None, None
 
 
@@ -223,7 +223,7 @@ class QueriesKeysValues(torch.autograd.Function):
         y, mask = group.forward(x)
         q, k, v = (y[:, group.out_bounds[module]].unflatten(1, (-1, head_dim)) for module in group.modules)
         turned = y[:, :-v.shape[1] * head_dim].unflatten(1, (-1, head_dim))
-        kernels.rotate(turned, cos, sin, out=turned)
+        gpu_kernels.rotate(turned, cos, sin, out=turned)
         ctx.save_for_backward(x, mask, cos, sin)
         ctx.group, ctx.head_dim = group, head_dim
         return q, k, v
@@ -233,8 +233,8 @@ class QueriesKeysValues(torch.autograd.Function):
         x, mask, cos, sin = ctx.saved_tensors
         group, grad = ctx.group, ctx.group.grad_room(x)
         q, k, v = (grad[:, group.out_bounds[module]].unflatten(1, (-1, ctx.head_dim)) for module in group.modules)
-        kernels.rotate(grad_q, cos, sin, out=q, inverse=True)
-        kernels.rotate(grad_k, cos, sin, out=k, inverse=True)
+        gpu_kernels.rotate(grad_q, cos, sin, out=q, inverse=True)
+        gpu_kernels.rotate(grad_k, cos, sin, out=k, inverse=True)
         v.copy_(grad_v)
         dx, d_low = group.backward(grad, group.low(x), mask)
         group.adapter_gradient(d_low, x, mask)
@@ -274,7 +274,7 @@ class GatedMLP(torch.autograd.Function):
         gate_up, mask = wide.forward(x)
         y, down_mask, again = x.new_empty(()).expand(len(x), down.out_features), None, bool(lows)
         if not again or down.dropout and down.training():  # a dropout's mask is drawn again
-            act = kernels.swiglu(gate_up, out=down.room(x))
+            act = gpu_kernels.swiglu(gate_up, out=down.room(x))
             if again:
                 down_mask = down.fill(act)
             else:
@@ -292,12 +292,12 @@ class GatedMLP(torch.autograd.Function):
         d_gate_up, ranks = wide.grad_room(x), {module.r for module in (*wide.modules, *down.modules)}
         one_pass = mask is None and not wide.short and len(ranks) == 1 and 0 < max(ranks) <= 32
         if one_pass:
-            gate, up, act = kernels.swiglu_backward_sums(d_act, gate_up, wide.low(x), d_low, out=d_gate_up)
+            gate, up, act = gpu_kernels.swiglu_backward_sums(d_act, gate_up, wide.low(x), d_low, out=d_gate_up)
             for module, total in zip(wide.modules, (gate, up)):
                 module.lora_B.grad += total.T
             down.grad_A.add_(act, alpha=down.scaling)
         else:
-            act = kernels.swiglu_backward(d_act, gate_up, out=d_gate_up)  # `act` again, for the adapter of `down`
+            act = gpu_kernels.swiglu_backward(d_act, gate_up, out=d_gate_up)  # `act` again, for the adapter of `down`
             down.adapter_gradient(d_low, act, down_mask)
         dx, d_low = wide.backward(d_gate_up, wide.low(x), mask, B_too=not one_pass)
         wide.adapter_gradient(d_low, x, mask)

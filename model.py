@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import config
 import fused
-import kernels
+import gpu_kernels
 import quant
 import ranks
 import trust
@@ -188,8 +188,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             h, target = hidden[start:start + chunk], targets[start:start + chunk]
             logits = h @ head.T if bias is None else torch.addmm(bias, h, head.T)
-            if kernels.on_gpu(logits):  # the same in two passes over the logits, which become their gradient
-                chunk_nll, chunk_correct = kernels.cross_entropy(logits, target, softcap, grad is not None)
+            if gpu_kernels.on_gpu(logits):  # the same in two passes over the logits, which become their gradient
+                chunk_nll, chunk_correct = gpu_kernels.cross_entropy(logits, target, softcap, grad is not None)
                 nll.append(chunk_nll)
                 correct.append(chunk_correct)
                 if grad is not None:

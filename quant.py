@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import kernels
+import gpu_kernels
 
 NF4_BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # block scales that share a scale, with double quantisation
@@ -100,8 +100,8 @@ class Int8Weight(FrozenWeight):
         self.store(q=q, scale=scale)  # (out, in) int8, (out,) fp32
 
     def _dequantize(self, out):
-        if kernels.on_gpu(out):
-            kernels.int8_dequantize(self, out)
+        if gpu_kernels.on_gpu(out):
+            gpu_kernels.int8_dequantize(self, out)
         else:
             for rows in pieces(self.out_features):
                 out[rows] = self.q[rows] * self.scale[rows, None]
@@ -158,8 +158,8 @@ class NF4Weight(FrozenWeight):
         return torch.ops.bitsandbytes.dequantize_blockwise(self.scale_codes, self.scale_scales, self.scale_codebook, SCALE_BLOCK, torch.float32) + self.scale_offset
 
     def _dequantize(self, out):
-        if self.in_features % NF4_BLOCK == 0 and kernels.on_gpu(out):
-            kernels.nf4_dequantize(self, nf4_codebook(out.device), out)
+        if self.in_features % NF4_BLOCK == 0 and gpu_kernels.on_gpu(out):
+            gpu_kernels.nf4_dequantize(self, nf4_codebook(out.device), out)
         elif self.in_features % NF4_BLOCK and out.device.type == "cpu":  # bitsandbytes' AVX-512 code returns wrong values for rows that are not whole blocks
             out.copy_(nf4_dequantize(self.packed, self.block_scales(), (self.out_features, self.in_features)))
         else:

@@ -12,7 +12,7 @@ import time
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import kernels
+import gpu_kernels
 
 TOKENS, WIDTH, INNER, RANK = 8188, 4096, 14336, 16
 GROUPS = (("q, k, v", 4096, 3 * RANK, 6144), ("o", 4096, RANK, 4096), ("gate, up", 4096, 2 * RANK, 28672), ("down", 14336, RANK, 4096))
@@ -59,12 +59,12 @@ def swiglu_backward():
     out, total = torch.empty(TOKENS, 2 * INNER + 64, device="cuda", dtype=torch.bfloat16)[:, :2 * INNER], torch.zeros(INNER, RANK, device="cuda")
 
     def steps():
-        act = kernels.swiglu_backward(grad, gate_up, out)
+        act = gpu_kernels.swiglu_backward(grad, gate_up, out)
         for narrow, columns in ((low[:, :RANK], out[:, :INNER]), (low[:, RANK:], out[:, INNER:]), (d_low, act)):
             torch.addmm(total, columns.T, narrow, out_dtype=torch.float32, out=total)
 
     moved = TOKENS * INNER * 2 * 5 / 1e6
-    for what, run in (("one kernel", lambda: kernels.swiglu_backward_sums(grad, gate_up, low, d_low, out)), ("step by step", steps)):
+    for what, run in (("one kernel", lambda: gpu_kernels.swiglu_backward_sums(grad, gate_up, low, d_low, out)), ("step by step", steps)):
         spent = milliseconds(run)
         print(f"swiglu backward, {what:12} {spent:.3f} ms {moved / spent:5.0f} GB/s", flush=True)
 

@@ -11,14 +11,14 @@ from conftest import make_config, make_model
 
 import data
 import graphs
-import kernels
+import gpu_kernels
 import model
 import proof
 import quant
 import telemetry
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-kernel = pytest.mark.skipif(not (torch.cuda.is_available() or kernels.triton and kernels.INTERPRET), reason="needs a GPU, or Triton with TRITON_INTERPRET=1")
+kernel = pytest.mark.skipif(not (torch.cuda.is_available() or gpu_kernels.triton and gpu_kernels.INTERPRET), reason="needs a GPU, or Triton with TRITON_INTERPRET=1")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32,)
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -38,11 +38,11 @@ def distance(ours, reference):
 def test_norm_kernels_equal_their_twins_with_rows_that_lie_apart(dtype):
     h, delta, weight, grad, residual = draw(37, 96, dtype=dtype), draw(37, 96, dtype=dtype), draw(96, dtype=dtype), draw(37, 104, dtype=dtype)[:, :96], draw(37, 96, dtype=dtype)
     room = torch.full((37, 104), math.nan, device=DEVICE, dtype=dtype)
-    total, rstd = kernels.add_rms_norm(h, delta, weight, 1e-5, out=room[:, :96])
-    x, expected_rstd = kernels.rms_norm_twin(h + delta, weight, 1e-5)
+    total, rstd = gpu_kernels.add_rms_norm(h, delta, weight, 1e-5, out=room[:, :96])
+    x, expected_rstd = gpu_kernels.rms_norm_twin(h + delta, weight, 1e-5)
     assert torch.equal(total, h + delta) and distance(room[:, :96], x) < CLOSE[dtype] and distance(rstd, expected_rstd) < 1e-5
     assert room[:, 96:].isnan().all(), "the columns behind are not the norm's to write"
-    assert distance(kernels.rms_norm_backward(grad, total, weight, rstd, residual, torch.empty_like(total)), kernels.rms_norm_backward_twin(grad, total, weight, expected_rstd, residual)) < CLOSE[dtype]
+    assert distance(gpu_kernels.rms_norm_backward(grad, total, weight, rstd, residual, torch.empty_like(total)), gpu_kernels.rms_norm_backward_twin(grad, total, weight, expected_rstd, residual)) < CLOSE[dtype]
 
 
 @kernel
@@ -50,12 +50,12 @@ def test_norm_kernels_equal_their_twins_with_rows_that_lie_apart(dtype):
 def test_the_rotation_kernel_equals_its_twin_and_its_inverse_undoes_it(dtype):
     packed, cos, sin = draw(21, 5 * 16 + 8, dtype=dtype), draw(21, 8, dtype=dtype), draw(21, 8, dtype=dtype)
     heads = packed[:, :48].unflatten(1, (3, 16))
-    assert distance(kernels.rotate(heads, cos, sin), kernels.rotate_twin(heads.float(), cos.float(), sin.float())) < CLOSE[dtype]
+    assert distance(gpu_kernels.rotate(heads, cos, sin), gpu_kernels.rotate_twin(heads.float(), cos.float(), sin.float())) < CLOSE[dtype]
     angle = draw(21, 8)
-    turned = kernels.rotate(heads.float(), angle.cos(), angle.sin())
-    assert distance(kernels.rotate(turned, angle.cos(), angle.sin(), inverse=True), heads) < 1e-6
+    turned = gpu_kernels.rotate(heads.float(), angle.cos(), angle.sin())
+    assert distance(gpu_kernels.rotate(turned, angle.cos(), angle.sin(), inverse=True), heads) < 1e-6
     kept = packed[:, 48:].clone()
-    kernels.rotate(heads, cos, sin, out=heads)
+    gpu_kernels.rotate(heads, cos, sin, out=heads)
     assert torch.equal(packed[:, 48:], kept), "the values behind the rotated heads stay"
 
 
@@ -63,11 +63,11 @@ def test_the_rotation_kernel_equals_its_twin_and_its_inverse_undoes_it(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu_kernels_equal_their_twins(dtype):
     gate_up, room, grad = draw(9, 2 * 1100, dtype=dtype), torch.zeros(9, 1104, device=DEVICE, dtype=dtype), draw(9, 1104, dtype=dtype)
-    kernels.swiglu(gate_up, out=room[:, :1100])
-    assert distance(room[:, :1100], kernels.swiglu_twin(gate_up)) < CLOSE[dtype] and not room[:, 1100:].any()
-    expected, act = kernels.swiglu_backward_twin(grad[:, :1100].clone(), gate_up)
+    gpu_kernels.swiglu(gate_up, out=room[:, :1100])
+    assert distance(room[:, :1100], gpu_kernels.swiglu_twin(gate_up)) < CLOSE[dtype] and not room[:, 1100:].any()
+    expected, act = gpu_kernels.swiglu_backward_twin(grad[:, :1100].clone(), gate_up)
     ours = torch.empty(len(gate_up), 2 * 1100 + 64, device="cuda", dtype=gate_up.dtype)[:, :2 * 1100]
-    ours_act = kernels.swiglu_backward(grad[:, :1100], gate_up, ours)
+    ours_act = gpu_kernels.swiglu_backward(grad[:, :1100], gate_up, ours)
     assert distance(ours, expected) < CLOSE[dtype] and distance(ours_act, act) < CLOSE[dtype]
 
 
@@ -81,7 +81,7 @@ def test_the_cross_entropy_kernel_equals_torch(dtype, softcap):
     capped = torch.tanh(exact / softcap) * softcap if softcap else exact
     loss = torch.nn.functional.cross_entropy(capped, targets, reduction="sum", ignore_index=-100)
     loss.backward()
-    nll, correct = kernels.cross_entropy(logits, targets, softcap, with_grad=True)
+    nll, correct = gpu_kernels.cross_entropy(logits, targets, softcap, with_grad=True)
     assert nll.sum().item() == pytest.approx(loss.item(), rel=1e-5) and nll[3] == 0
     assert torch.equal(correct, capped.argmax(-1) == targets) and distance(logits, exact.grad) < CLOSE[dtype]
     assert not logits[3].any(), "a position without a target moves nothing"
@@ -92,7 +92,7 @@ def test_the_cross_entropy_kernel_equals_torch(dtype, softcap):
 def test_the_nf4_kernel_equals_the_formula_and_bitsandbytes(double_quant):
     weight = quant.NF4Weight(draw(130, 192), double_quant)
     room = torch.zeros(130, 200, device=DEVICE)
-    kernels.nf4_dequantize(weight, quant.nf4_codebook(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")), room[:, :192])
+    gpu_kernels.nf4_dequantize(weight, quant.nf4_codebook(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")), room[:, :192])
     assert distance(room[:, :192], quant.nf4_dequantize(weight.packed, weight.block_scales(), (130, 192))) < 1e-6 and not room[:, 192:].any()
     reference = torch.ops.bitsandbytes.dequantize_4bit(weight.packed, weight.block_scales(), 64, "nf4", (130, 192), torch.float32)
     assert distance(room[:, :192], reference) < 1e-6
@@ -101,7 +101,7 @@ def test_the_nf4_kernel_equals_the_formula_and_bitsandbytes(double_quant):
 @kernel
 def test_the_int8_kernel_equals_the_formula():
     weight, room = quant.Int8Weight(draw(130, 192)), torch.zeros(130, 200, device=DEVICE)
-    kernels.int8_dequantize(weight, room[:, :192])
+    gpu_kernels.int8_dequantize(weight, room[:, :192])
     assert torch.equal(room[:, :192], weight.q * weight.scale[:, None]) and not room[:, 192:].any()
 
 
