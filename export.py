@@ -82,7 +82,8 @@ def merge(base, lora_A, lora_B, magnitude, scaling, dtype, seed=None):
     """
     wide = torch.promote_types(base.dtype, torch.float32)
     lora_A, lora_B = lora_A.to(base.device, wide), lora_B.to(base.device, wide)
-    out, sums, generator = torch.empty_like(base, dtype=dtype), torch.zeros(6, dtype=torch.float64), torch.Generator().manual_seed(seed or 0)
+    out, sums = torch.empty_like(base, dtype=dtype), torch.zeros(6, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed or 0)
     dithered = seed is not None and dtype == torch.bfloat16
     for rows in quant.pieces(len(base), 1024):  # wide copies of a whole weight would be the largest thing in memory
         piece, update = base[rows].to(wide), scaling * (lora_B[rows] @ lora_A)
@@ -158,7 +159,7 @@ class Source:
 
 
 def lost_in_4_bits(source):
-    """What of the update would survive a merge into NF4, over all adapted weights: `fate_figures`, "lost" being the share of codes that stay."""
+    """What of the update would survive a merge into NF4, over all adapted weights: `fate_figures`, "lost" the share of codes that stay."""
     wide, total, same = torch.promote_types(source.compute, torch.float32), torch.zeros(6, dtype=torch.float64), 0
     adapted = [name for name in source.shapes if source.matrices(name)]
     for name in tqdm(adapted, desc="what 4 bits would lose", unit="weight", dynamic_ncols=True, disable=None):
@@ -339,7 +340,8 @@ def write_companions(folder, source, tokenizer, end_ids, dtype):
     if "torch_dtype" in tree:
         tree["torch_dtype"] = tree["dtype"]
     stored = source.folder / "generation_config.json"
-    generation = trust.read_json(stored) if stored.is_file() else {name: tree[name] for name in ("bos_token_id", "pad_token_id") if name in tree}
+    own = {name: tree[name] for name in ("bos_token_id", "pad_token_id") if name in tree}
+    generation = trust.read_json(stored) if stored.is_file() else own
     before = generation.get("eos_token_id", tree.get("eos_token_id"))
     stops = list(dict.fromkeys([*end_ids, *(before if isinstance(before, list) else [before] if before is not None else [])]))
     generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
@@ -416,8 +418,9 @@ def card(title, config, folder, facts):
     without_paths = {"data.mixture": lambda mixture: [[shown(source), weight] for source, weight in mixture]} | dict.fromkeys(paths, shown)
     always = ("model.quant", "lora.r", "lora.alpha", "schedule.learning_rate")
     told = {name: value for name, value in config.flat().items() if value != defaults[name] or name in always}
+    told = {name: without_paths[name](value) if value and name in without_paths else value for name, value in told.items()}
     lines += ["## Settings", "", "Those that differ from the defaults, and a few that do not:", ""]
-    lines += table((name, json.dumps(without_paths[name](value) if value and name in without_paths else value)) for name, value in told.items()) + ["## Verdict", ""]
+    lines += table((name, json.dumps(value)) for name, value in told.items()) + ["## Verdict", ""]
     if run and (run / "verdict.json").is_file():
         verdict = trust.read_json(run / "verdict.json")
         lines += [f"**{verdict['outcome']}**", "", "| criterion | outcome | measured | threshold | |", "| --- | --- | --- | --- | --- |"]
@@ -427,6 +430,28 @@ def card(title, config, folder, facts):
     else:
         lines += ["None was recorded."]
     return "\n".join(lines) + "\n"
+
+
+def update_told(source, fates, dtype, bits):
+    """Lines on what became of the update. fates: what `write_weights` returned."""
+    total, each = fate_figures(sum(fates.values())), {name: fate_figures(sums)["survives"] for name, sums in fates.items()}
+    least = min(each, key=each.get)
+    rounding = f"{'stochastic ' * (source.stochastic and dtype == torch.bfloat16)}rounding to {bits}"
+    return [f"{total['size']:.2%} of the weights' size, over {len(fates)} matrices",
+            f"{total['survives']:.1%} of it survives {rounding},", f"least {each[least]:.1%}, of {least.removesuffix('.weight')}",
+            f"rounding noise {total['noise']:.0%} of its size; {total['lost']:.0%} of the weights unchanged"]
+
+
+def refused(source, bits, tolerance, loss, reference, trained, off):
+    """Why a merge is not what was trained, with the remedy, or "". off: the logits' difference; the losses are nats a token."""
+    allowed = ALLOWED_LOGITS[bits] * max(1, tolerance / ALLOWED_NATS[bits])
+    wrong = [text for text, fine in ((f"the loss differs by {loss - reference:+.4f} nats", abs(loss - reference) <= tolerance),
+                                     (f"the loss is {loss - trained:.4f} nats above the trained one", loss - trained <= tolerance),
+                                     (f"the logits differ by {off:.1%}", off <= allowed)) if not fine]
+    remedy = "try --dtype=fp32, or serve the adapter beside its base (--adapter)"
+    remedy = "merge onto the dequantised base" if source.original else remedy
+    return (f"the merge is not what was trained: {'; '.join(wrong)} (allowed: {tolerance:g} nats). Nothing was kept; {remedy}, "
+            "or allow more with --tolerance=NATS") if wrong else ""
 
 
 def merge_into(out, source, folder, tokenizer, end_ids, rows, dtype, tolerance):
@@ -458,31 +483,21 @@ def merge_into(out, source, folder, tokenizer, end_ids, rows, dtype, tolerance):
         losses += [(f"{loss:.4f}, {loss - reference:+.4f}", "through the merge")]
         off, first = logit_difference(logits, theirs)
 
-        total, each = fate_figures(sum(fates.values())), {name: fate_figures(sums)["survives"] for name, sums in fates.items()}
-        least = min(each, key=each.get)
-        rounding = f"{'stochastic ' * (source.stochastic and dtype == torch.bfloat16)}rounding to {bits}"
-        update = [f"{total['size']:.2%} of the weights' size, over {len(fates)} matrices",
-                  f"{total['survives']:.1%} of it survives {rounding},", f"least {each[least]:.1%}, of {least.removesuffix('.weight')}",
-                  f"rounding noise {total['noise']:.0%} of its size; {total['lost']:.0%} of the weights unchanged"]
+        update = update_told(source, fates, dtype, bits)
         count = min(len(rows), config.eval.max_rows or len(rows))
         of = [config.data.eval] if config.data.eval else config.data.sources
         counted = f"{'' if count == len(rows) else f'the first {count:,} of '}{len(rows):,} of {', '.join(map(shown, of))}"
         compared = f"differ by {off:.2%} over {len(logits)} places; the same token first at {first:.1%}"
-        for what, told in (("weights", [f"{len(source.shapes)} in {bits}, {needed / 2**30:.2f} GiB"]), ("update", update), ("rows", [counted]),
+        size = f"{len(source.shapes)} in {bits}, {needed / 2**30:.2f} GiB"
+        for what, told in (("weights", [size]), ("update", update), ("rows", [counted]),
                            ("loss", [f"{value:<17} {how}" for value, how in losses]), ("logits", [compared])):
             print(f"{what:<10} " + "\n           ".join(told), flush=True)
-
-        allowed = ALLOWED_LOGITS[bits] * max(1, tolerance / ALLOWED_NATS[bits])
-        wrong = [text for text, fine in ((f"the loss differs by {loss - reference:+.4f} nats", abs(loss - reference) <= tolerance),
-                                         (f"the loss is {loss - trained:.4f} nats above the trained one", loss - trained <= tolerance),
-                                         (f"the logits differ by {off:.1%}", off <= allowed)) if not fine]
-        if wrong:
-            remedy = "merge onto the dequantised base" if source.original else "try --dtype=fp32, or serve the adapter beside its base (--adapter)"
-            print(f"error: the merge is not what was trained: {'; '.join(wrong)} (allowed: {tolerance:g} nats). Nothing was kept; "
-                  f"{remedy}, or allow more with --tolerance=NATS", file=sys.stderr)
+        if why := refused(source, bits, tolerance, loss, reference, trained, off):
+            print(f"error: {why}", file=sys.stderr)
             return 5
-        facts = [("adapter", f"{kind_of(config.lora)}, merged into the weights"), ("base", onto), ("stored in", bits), ("update", " ".join(update)),
-                 ("evaluation rows", counted), *((f"loss {how}", value) for value, how in losses), ("logits, merge and adapter", compared)]
+        facts = [("adapter", f"{kind_of(config.lora)}, merged into the weights"), ("base", onto), ("stored in", bits),
+                 ("update", " ".join(update)), ("evaluation rows", counted), *((f"loss {how}", value) for value, how in losses),
+                 ("logits, merge and adapter", compared)]
         (work / "README.md").write_text(card("merged model", config, folder, facts), encoding="utf-8")
         publish(work, out)
     print(f"written    {out}")
@@ -507,7 +522,8 @@ def export_gguf(out, source, tokenizer, end_ids, bits):
         counts = {key: len(value) for key, value, _ in entries if isinstance(value, list)}
         size = (work / "model.gguf").stat().st_size
         print(f"gguf       {tensors} tensors as {gguf_file.TYPES[bits][0]}, vectors as F32, {size / 2**30:.2f} GiB\n"
-              f"tokenizer  {gguf_file.splitting(tokenizer)}, {counts['tokenizer.ggml.tokens']:,} tokens, {counts['tokenizer.ggml.merges']:,} merges")
+              f"tokenizer  {gguf_file.splitting(tokenizer)}, {counts['tokenizer.ggml.tokens']:,} tokens, "
+              f"{counts['tokenizer.ggml.merges']:,} merges")
         if bits != "q8_0":
             figures = fate_figures(sums)
             print(f"update     {figures['size']:.2%} of the weights' size; {figures['survives']:.1%} survives rounding to {bits}")
@@ -524,6 +540,17 @@ def wanted_dtype(word, config, flags):
         raise ValueError(f"--dtype: must be bf16, fp16, fp32, or q8_0 for --gguf alone, got {word}; a merged model has 16 bits or more, "
                          "so that rounding does not eat what was trained")
     return word
+
+
+def wanted_tolerance(word):
+    """A number of nats. Raises ValueError for anything else."""
+    try:
+        tolerance = float(word)
+    except ValueError:
+        tolerance = math.nan
+    if not tolerance >= 0:
+        raise ValueError(f"--tolerance: must be a number of nats a token, 0 or more, got {word}")
+    return tolerance
 
 
 def main(argv):
@@ -545,22 +572,16 @@ def main(argv):
     config, adapter, folder = evaluation.configure(flags["ckpt"], flags["model"], overrides)
     run = run_of(folder)
     if flags["onto"] == "original" and run and settings.read(run / "config.json").lora.init == "loftq":
-        raise ValueError(f"--onto=original: the adapter of {run} began as a correction of quantisation (lora.init=loftq), which unquantised "
-                         "weights do not need; leave --onto out")
+        raise ValueError(f"--onto=original: the adapter of {run} began as a correction of quantisation (lora.init=loftq), which "
+                         "unquantised weights do not need; leave --onto out")
     source = Source(config, adapter, flags["onto"] == "original", flags["rounding"] != "nearest")
     if flags["dtype"].lower() in OF_4_BITS:
         lost = lost_in_4_bits(source)
-        raise ValueError(f"--dtype={flags['dtype']}: merging into 4 bits would undo the training: {lost['survives']:.0%} of the update would "
-                         f"survive, under noise of {lost['noise']:.1f} times its size, and {lost['lost']:.0%} of the codes would stay as they "
-                         "are. Merge into bf16; or serve 4 bits as in training, the adapter (--adapter) beside the base")
+        raise ValueError(f"--dtype={flags['dtype']}: merging into 4 bits would undo the training: {lost['survives']:.0%} of the update "
+                         f"would survive, under noise of {lost['noise']:.1f} times its size, and {lost['lost']:.0%} of the codes would stay "
+                         "as they are. Merge into bf16; or serve 4 bits as in training, the adapter (--adapter) beside the base")
     bits = wanted_dtype(flags["dtype"], config, flags)
-    try:
-        tolerance = float(flags["tolerance"] or ALLOWED_NATS.get(bits, 0.02))
-    except ValueError:
-        tolerance = math.nan
-    if not tolerance >= 0:
-        raise ValueError(f"--tolerance: must be a number of nats a token, 0 or more, got {flags['tolerance']}")
-
+    tolerance = wanted_tolerance(flags["tolerance"] or ALLOWED_NATS.get(bits, 0.02))
     own = (folder / "tokenizer.json").is_file()  # what was trained with, if the checkpoint has it
     place, revision = (folder, "") if own else (config.model.path, config.model.revision)
     tokenizer = data.load_tokenizer(place, config.data.chat_template, revision)

@@ -35,8 +35,8 @@ def splitting(tokenizer):
     """llama.cpp's name for the way a fast tokenizer splits text. Raises ValueError for one that it would split otherwise."""
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
     if tree["model"]["type"] != "BPE" or (tree.get("decoder") or {}).get("type") == "Metaspace" or not tree["pre_tokenizer"]:
-        raise ValueError(f"--gguf: the tokenizer is {tree['model']['type']} without a byte-level split (SentencePiece's kind), which is not "
-                         f"written here; {ELSEWHERE}")
+        raise ValueError(f"--gguf: the tokenizer is {tree['model']['type']} without a byte-level split (SentencePiece's kind), which is "
+                         f"not written here; {ELSEWHERE}")
     normalizers = (tree["normalizer"] or {"type": "Sequence", "normalizers": []})
     normalizers = [part["type"] for part in normalizers.get("normalizers", [normalizers])]
     steps = tree["pre_tokenizer"].get("pretokenizers", [tree["pre_tokenizer"]])
@@ -66,7 +66,8 @@ def check(source, tokenizer):
     if getattr(config, "sliding_window", None) and (config.model_type == "mistral" or getattr(config, "use_sliding_window", False)):
         raise ValueError(f"{refused}attends through a sliding window of {config.sliding_window}, which llama.cpp leaves out for it; "
                          f"{ELSEWHERE}")
-    if scaled not in ("default", "llama3") or scaled == "llama3" and config.model_type != "llama" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    known = scaled == "default" or scaled == "llama3" and config.model_type == "llama"
+    if not known or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{refused}has the rotary embedding {json.dumps(rope)}; default and llama3 are written here; {ELSEWHERE}")
     names(source)
     splitting(tokenizer)
@@ -133,7 +134,8 @@ def settings(source, tokenizer, end_ids, bits, title):
     config, kinds = source.network.config, gguf.GGUFValueType
     architecture, head = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]], head_width(config)
     entries = [("general.architecture", architecture, kinds.STRING), ("general.name", title, kinds.STRING),
-               ("general.file_type", int(TYPES[bits][1]), kinds.UINT32), ("general.quantization_version", gguf.GGML_QUANT_VERSION, kinds.UINT32)]
+               ("general.file_type", int(TYPES[bits][1]), kinds.UINT32),
+               ("general.quantization_version", gguf.GGML_QUANT_VERSION, kinds.UINT32)]
     whole = {"block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
              "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
              "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
@@ -188,7 +190,8 @@ def write(path, source, tokenizer, end_ids, bits, title):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, tensor, kind, _ in tqdm(tensors(source, bits), total=len(shapes), desc="writing", unit="tensor", dynamic_ncols=True, disable=None):
+    progress = tqdm(tensors(source, bits), total=len(shapes), desc="writing", unit="tensor", dynamic_ncols=True, disable=None)
+    for _, tensor, kind, _ in progress:
         writer.write_tensor_data(quantize(tensor.numpy(), kind))
     writer.close()
     return entries, len(shapes), *compare(path, source, entries, bits)
@@ -214,7 +217,8 @@ def compare(path, source, entries, bits):
         off = (back - tensor).abs()
         beyond = (off - explained(tensor, kind, bits)).max().item()
         if stored.tensor_type != kind or not beyond <= 0:
-            raise ValueError(f"{path.name}: read back, {name} differs from the merge by {beyond:.3g} more than {kind.name} explains; nothing was kept")
+            raise ValueError(f"{path.name}: read back, {name} differs from the merge by {beyond:.3g} more than {kind.name} explains; "
+                             "nothing was kept")
         worst = max(worst, off.max().item())
         told += [sums] if sums is not None else []
     if there:

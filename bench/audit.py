@@ -184,8 +184,8 @@ def check_many(train, evaluation, count, model):
         watcher.join()
     used = os.times()
     print("\n".join(line for line in told.split("\n") if line[:1].strip()))
-    print(f"exit code {command.returncode}; {time.perf_counter() - began:.0f} s, {used.children_user + used.children_system:.0f} s of processor time on "
-          f"{os.cpu_count()} cores, at most {peak[0] / 2**30:.2f} GiB; load of this machine {os.getloadavg()[0]:.1f}")
+    print(f"exit code {command.returncode}; {time.perf_counter() - began:.0f} s, {used.children_user + used.children_system:.0f} s of "
+          f"processor time on {os.cpu_count()} cores, at most {peak[0] / 2**30:.2f} GiB; load of this machine {os.getloadavg()[0]:.1f}")
 
 
 def memory_of(pid):
