@@ -66,7 +66,7 @@ def test_swiglu_kernels_equal_their_twins(dtype):
     gpu_kernels.swiglu(gate_up, out=room[:, :1100])
     assert distance(room[:, :1100], gpu_kernels.swiglu_twin(gate_up)) < CLOSE[dtype] and not room[:, 1100:].any()
     expected, act = gpu_kernels.swiglu_backward_twin(grad[:, :1100].clone(), gate_up)
-    ours = torch.empty(len(gate_up), 2 * 1100 + 64, device="cuda", dtype=gate_up.dtype)[:, :2 * 1100]
+    ours = torch.empty(len(gate_up), 2 * 1100 + 64, device=DEVICE, dtype=gate_up.dtype)[:, :2 * 1100]
     ours_act = gpu_kernels.swiglu_backward(grad[:, :1100], gate_up, ours)
     assert distance(ours, expected) < CLOSE[dtype] and distance(ours_act, act) < CLOSE[dtype]
 
