@@ -109,8 +109,10 @@ def outcome(folder, tests):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)], cwd=folder, env=environment,
                           capture_output=True, text=True, timeout=3600)
-    wrong = next((line[1:].strip() for line in done.stdout.splitlines() if line.startswith("E  ")), done.stdout.strip().splitlines()[-1:])
-    return done.returncode, re.sub(r"\S*/(pytest-\d+|rawlora-controls-\w+)/", "", str(wrong))[:160]
+    lines = done.stdout.strip().splitlines()
+    wrong = next((line[1:].strip() for line in lines if line.startswith("E  ")), lines[-1] if lines else done.stderr[-200:])
+    which = next((line.split("::")[1].split(" - ")[0] + ": " for line in lines if line.startswith("FAILED")), "")
+    return done.returncode, re.sub(r"\S*/(pytest-\d+|rawlora-controls-\w+)/", "", which + wrong)[:250]
 
 
 def main(argv):
@@ -125,7 +127,7 @@ def main(argv):
         copy_of(PROJECT, pathlib.Path(place) / "whole")
         code, wrong = outcome(pathlib.Path(place) / "whole", sorted({control[5] for control in chosen}))
         if code:
-            print(f"the tests fail where nothing is changed: {wrong}")
+            print(f"a test fails where nothing is changed: {wrong}")
             return 1
         for row, what, file, old, new, test in chosen:
             folder = pathlib.Path(place) / "changed"
