@@ -37,7 +37,8 @@ def made(monkeypatch):
 
 
 def same(a, b):
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("ids", "offsets", "supervised")) and list(a.names) == list(b.names) and a.digest == b.digest
+    arrays = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("ids", "offsets", "supervised"))
+    return arrays and list(a.names) == list(b.names) and a.digest == b.digest
 
 
 @pytest.mark.parametrize("place", ["folder", "off"])
@@ -83,15 +84,18 @@ def test_every_setting_that_shapes_tokens_has_tokens_of_its_own(tmp_path, monkey
     before, after = (settings_for(tmp_path, train=train, **changes) for changes in ({}, change))
     first, other = (data.load(cfg, make_tokenizer())[0] for cfg in (before, after))
     assert seen.count("train.arrow") == 2
-    assert same(data.load(before, make_tokenizer())[0], first) and same(data.load(after, make_tokenizer())[0], other) and seen.count("train.arrow") == 2
+    assert same(data.load(before, make_tokenizer())[0], first) and same(data.load(after, make_tokenizer())[0], other)
+    assert seen.count("train.arrow") == 2
 
 
 def test_another_template_tokenizer_or_held_out_part_has_tokens_of_its_own(tmp_path, monkeypatch):
     seen, cfg = made(monkeypatch), settings_for(tmp_path)
-    for tokenizer in (make_tokenizer(), make_tokenizer(CHATML + "{# another #}"), make_tokenizer(merges=[("a", "b")]), make_tokenizer(eos="</s>"), make_tokenizer()):
+    others = make_tokenizer(CHATML + "{# another #}"), make_tokenizer(merges=[("a", "b")]), make_tokenizer(eos="</s>")
+    for tokenizer in (make_tokenizer(), *others, make_tokenizer()):
         data.load(cfg, tokenizer)
     assert seen == ["train.arrow", "eval.arrow"] * 4
-    held = [config.from_dict({"data": {**settings_for(tmp_path, eval="").to_dict()["data"], "eval_rows": n}, "train": {"seed": seed}}) for n, seed in ((5, 0), (6, 0), (5, 1), (5, 0))]
+    tree = settings_for(tmp_path, eval="").to_dict()["data"]
+    held = [config.from_dict({"data": tree | {"eval_rows": n}, "train": {"seed": seed}}) for n, seed in ((5, 0), (6, 0), (5, 1), (5, 0))]
     del seen[:]
     for c in held:
         data.load(c, make_tokenizer())
@@ -112,7 +116,7 @@ def test_what_another_version_of_the_code_made_is_made_anew(tmp_path, monkeypatc
 
 
 def test_every_file_that_makes_tokens_is_in_their_key():
-    """All that data.py imports of the project, and what those import, but for what only reads settings, runs chunks, shows or refuses."""
+    """All that data.py imports, and what that imports, but for what reads settings, runs chunks, shows, shares out or refuses."""
     def own(name):
         tree = ast.parse((PROJECT / f"{name}.py").read_text(encoding="utf-8"))
         named = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
@@ -122,7 +126,7 @@ def test_every_file_that_makes_tokens_is_in_their_key():
     found, left = set(), {"data"}
     while left:
         found |= left
-        left = set().union(*map(own, left)) - found - {"config", "pool", "preview", "trust"}
+        left = set().union(*map(own, left)) - found - {"config", "pool", "preview", "ranks", "trust"}
     assert {f"{name}.py" for name in found} == set(cache.CODE)
 
 
@@ -174,7 +178,8 @@ def test_a_damaged_entry_is_told_and_made_anew(tmp_path, capsys, fault):
         (file.parent / "meta.json").write_text(json.dumps(tree))
     assert same(data.load(cfg, make_tokenizer())[0], good)
     said = capsys.readouterr().err
-    assert "damaged" in said and "made anew" in said and {"meta": "JSONDecodeError", "lacks": "KeyError: 'too_long'"}.get(fault, "train.arrow") in said
+    named = {"meta": "JSONDecodeError", "lacks": "KeyError: 'too_long'"}.get(fault, "train.arrow")
+    assert "damaged" in said and "made anew" in said and named in said
     assert same(data.load(cfg, make_tokenizer())[0], good) and not capsys.readouterr().err
 
 
