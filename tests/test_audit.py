@@ -283,16 +283,24 @@ def test_the_checks_that_can_be_dropped_are_those_that_a_row_can_be_used_without
     assert set(config.DROPS) == set(audit.CHECKS) - {"unreadable"}
 
 
+def write_settings(folder, **changes):
+    """c.json, for the files of `project` and the tokenizer in model/."""
+    tree = {"train": "train.jsonl", "eval": "eval.jsonl", "cache": "off", **changes}
+    write(folder / "c.json", json.dumps({"model": {"path": "model"}, "data": tree}))
+
+
 def test_check_tells_counts_examples_and_reasons_in_80_columns(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_tokenizer().save_pretrained("model")
     rows, evaluation = unlike(20), unlike(4, seed=3)
-    project(tmp_path, [*rows, rows[5], evaluation[1], chat("What does <|im_end|> mean?", ""), chat("Hi there.", "Hello you.", ("user", "And?"))], [*evaluation, chat("What now, and why?", "")])
-    write(tmp_path / "c.json", json.dumps({"model": {"path": "model"}, "data": {"train": "train.jsonl", "eval": "eval.jsonl", "drop": ["duplicate"], "cache": "off"}}))
+    bad = [rows[5], evaluation[1], chat("What does <|im_end|> mean?", ""), chat("Hi there.", "Hello you.", ("user", "And?"))]
+    project(tmp_path, [*rows, *bad], [*evaluation, chat("What now, and why?", "")])
+    write_settings(tmp_path, drop=["duplicate"])
     assert data.main(["c.json", "--check", "--out=out.jsonl"]) == 0
     said = capsys.readouterr().out
-    for piece in ("24 in train.jsonl, 5 to evaluate on in eval.jsonl", "duplicate                1   4.17%  (left out: data.drop)", "train.jsonl:21", "like train.jsonl:6", "like eval.jsonl:2",
-                  "<|im_end|> in a turn of user", "ends with a turn of user", "not found  near_duplicate", "evaluation rows  1 empty", "--data.drop=leak,unanswered,empty,template_tokens"):
+    for piece in ("24 in train.jsonl, 5 to evaluate on in eval.jsonl", "duplicate                1   4.17%  (left out: data.drop)",
+                  "train.jsonl:21", "like train.jsonl:6", "like eval.jsonl:2", "<|im_end|> in a turn of user", "ends with a turn of user",
+                  "not found  near_duplicate", "evaluation rows  1 empty", "--data.drop=leak,unanswered,empty,template_tokens"):
         assert piece in said, piece
     assert max(map(len, said.splitlines())) <= 80
     assert [json.loads(line)["row"] for line in open("out.jsonl", encoding="utf-8")] == ["train.jsonl:21"]
@@ -315,7 +323,7 @@ def test_check_tells_of_rows_too_long_and_of_held_out_rows_with_a_twin(tmp_path,
     make_tokenizer().save_pretrained("model")
     rows = unlike(20, words=8)
     project(tmp_path, [*rows, *rows, chat("Go on.", "and so it went " + sentence(random.Random(1), 90))])
-    write(tmp_path / "c.json", json.dumps({"model": {"path": "model"}, "data": {"train": "train.jsonl", "eval": "", "eval_rows": 8, "cache": "off", "max_length": 400}}))
+    write_settings(tmp_path, eval="", eval_rows=8, max_length=400)
     assert data.main(["c.json", "--check"]) == 0
     said = capsys.readouterr().out
     leaks = data.load(config.read("c.json"), make_tokenizer())[0].audit["leak"]
@@ -328,10 +336,17 @@ def test_rows_that_cannot_be_used_are_reported_before_the_run_refuses_them(tmp_p
     monkeypatch.chdir(tmp_path)
     make_tokenizer().save_pretrained("model")
     project(tmp_path, [*unlike(5), {"messages": "none"}], unlike(3, seed=2))
-    write(tmp_path / "c.json", json.dumps({"model": {"path": "model"}, "data": {"train": "train.jsonl", "eval": "eval.jsonl", "cache": "off"}}))
+    write_settings(tmp_path)
     with pytest.raises(ValueError, match=r"train\.jsonl:6: messages must be a list.*data\.bad_rows=skip"):
         data.main(["c.json", "--check"])
-    assert "unreadable               1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "unreadable               1" in said and "to pass over what cannot be read  --data.bad_rows=skip" in said
+    project(tmp_path, [{"question": "What?", "answer": "That."}] * 4, unlike(3, seed=2))
+    with pytest.raises(ValueError, match="make no row"):
+        data.main(["c.json", "--check"])
+    said = capsys.readouterr().out
+    assert "unreadable               4  100.00%" in said and "bad_rows" not in said  # nothing would be left
+    assert "--data.columns=prompt=question,completion=answer" in said
 
 
 # ------------------------------------------------------------------------------------------------------------ workers
@@ -350,7 +365,8 @@ def test_work_comes_back_in_order_and_only_so_much_is_under_way():
     assert max(ahead) <= 8
 
 
-@pytest.mark.parametrize("fault, message", [("raise", "row 7 is bad"), ("die", "a worker died over the rows .* look at them"), ("hang", "took more than 1 s over the rows row 7 to row 7")])
+@pytest.mark.parametrize("fault, message", [("raise", "row 7 is bad"), ("die", "a worker died over the rows .* look at them"),
+                                            ("hang", "took more than 1 s over the rows row 7 to row 7")])
 def test_a_worker_that_raises_dies_or_hangs_is_told_with_its_rows(monkeypatch, fault, message):
     import os
     import time

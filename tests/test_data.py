@@ -20,8 +20,9 @@ ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + ASKED
 LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
           "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
-THINKING = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning or '' }}</think>{% endif %}"
-            "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # as Qwen3: only the last turn keeps its thoughts
+THINKING = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"  # as Qwen3: only the last turn keeps its thoughts
+            "{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning or '' }}</think>{% endif %}"
+            "{{ m.content }}<|im_end|>\n{% endfor %}") + ASKED
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "Paris."},
         {"role": "user", "content": "And of Peru?"}, {"role": "assistant", "content": "Lima."}]
@@ -35,7 +36,8 @@ def make_tokenizer(template=CHATML, eos="<|im_end|>", bos=None, adds_bos=False, 
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False, rstrip=text in stretched, lstrip=text in reaching) for text in [*SPECIAL, *extra]])
+    added = lambda text: AddedToken(text, special=True, normalized=False, rstrip=text in stretched, lstrip=text in reaching)
+    tokenizer.add_special_tokens(list(map(added, [*SPECIAL, *extra])))
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, chat_template=template)
@@ -162,7 +164,8 @@ def test_no_first_token_is_ever_supervised():
 def test_tool_turns_and_tools_reach_the_template_and_nulls_do_not():
     template = "{% if tools %}{{ tools[0].name }}|{% endif %}{% for m in messages %}{% if m.name is defined %}!{% endif %}{% endfor %}" + CHATML
     tokenizer = make_tokenizer(template)
-    chat = CHAT[1:2] + [{"role": "assistant", "content": None, "tool_calls": [{"name": "map"}]}, {"role": "tool", "content": "Paris", "name": None}, CHAT[2]]
+    called = [{"role": "assistant", "content": None, "tool_calls": [{"name": "map"}]}, {"role": "tool", "content": "Paris", "name": None}]
+    chat = [CHAT[1], *called, CHAT[2]]
     rows = tokenized([{"messages": chat, "tools": [{"name": "map"}]}], tokenizer)
     assert tokenizer.decode(ids_of(rows, 0)).startswith("map|<|im_start|>user")
     assert spans_of(rows, 0, tokenizer) == ["<|im_end|>", "Paris.<|im_end|>"]
@@ -216,13 +219,15 @@ def test_an_end_that_is_not_encoded_as_its_token_is_refused_by_row():
         tokenized(pair, tokenizer)
     assert tokenized(pair, tokenizer, bad_rows="skip").digest == tokenized(pair[:1], tokenizer).digest
     assert tokenized(pair, tokenizer, supervise="all").counts["rows"] == 2
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: the end of an assistant turn"):  # begins before the empty answer, with the prompt's line break
+    # it begins before the empty answer, with the prompt's line break
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: the end of an assistant turn"):
         tokenized([{"prompt": "a", "completion": ""}], make_tokenizer(reaching=["<|im_end|>"]))
 
 
 def test_a_turn_that_ends_otherwise_than_turns_do_is_left_out_and_counted():
     tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", "{{ '</s>' if m.tool_calls else '<|im_end|>' }}"))
-    rows = tokenized([{"messages": CHAT[1:2] + [{"role": "assistant", "content": "Let me look.", "tool_calls": [{}]}, {"role": "tool", "content": "x"}, CHAT[2]]}], tokenizer)
+    called = [{"role": "assistant", "content": "Let me look.", "tool_calls": [{}]}, {"role": "tool", "content": "x"}]
+    rows = tokenized([{"messages": [CHAT[1], *called, CHAT[2]]}], tokenizer)
     assert spans_of(rows, 0, tokenizer) == ["Paris.<|im_end|>"] and rows.counts["turns_unsupervised"] == 1
 
 
@@ -266,7 +271,8 @@ def test_without_a_template_prompts_and_answers_are_joined_as_text():
     assert [spans_of(rows, r, tokenizer) for r in range(2)] == [["2</s>"], ["2</s>"]]
 
 
-TEXTS = [{"prompt": 'say "hi",\nplease', "completion": "hi, there\u2028friend"}, {"prompt": "é;", "completion": " 7"}, {"prompt": "NA", "completion": "null"}]
+TEXTS = [{"prompt": 'say "hi",\nplease', "completion": "hi, there\u2028friend"}, {"prompt": "é;", "completion": " 7"},
+         {"prompt": "NA", "completion": "null"}]
 
 
 def save_as(path, rows):
@@ -594,7 +600,8 @@ MASKS = st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, m
 def test_packing_keeps_every_target_with_exactly_what_stands_before_it(masks, max_tokens, draw):
     rows = rows_of(masks)
     samples = draw.draw(st.lists(st.integers(0, len(masks) - 1), max_size=40))  # a row may come twice: windows straddle epochs
-    expected = sorted((r, i, int(rows.ids[rows.offsets[r] + i])) for r in samples for i in np.flatnonzero(rows.supervised[rows.offsets[r]:rows.offsets[r + 1]]).tolist())
+    targets = lambda r: np.flatnonzero(rows.supervised[rows.offsets[r]:rows.offsets[r + 1]]).tolist()
+    expected = sorted((r, i, int(rows.ids[rows.offsets[r] + i])) for r in samples for i in targets(r))
     found = []
     for batch in data.pack(rows, samples, max_tokens):
         bounds = batch.cu_seqlens.tolist()
@@ -635,7 +642,8 @@ def test_tokens_behind_the_last_prediction_and_rows_without_targets_are_not_comp
 def test_dtypes_are_those_that_the_model_takes_and_to_keeps_everything():
     batch, = data.pack(rows_of([[0, 1, 1]]), [0], 8)
     moved = batch.to("cpu")
-    for name, dtype in dict(input_ids=torch.int64, position_ids=torch.int64, cu_seqlens=torch.int32, rows=torch.int64, targets=torch.int64, document=torch.int64).items():
+    wanted = dict.fromkeys(("input_ids", "position_ids", "rows", "targets", "document"), torch.int64) | {"cu_seqlens": torch.int32}
+    for name, dtype in wanted.items():
         assert getattr(batch, name).dtype == dtype and torch.equal(getattr(batch, name), getattr(moved, name))
     assert (moved.max_seqlen, moved.samples) == (2, [0])
 

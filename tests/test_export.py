@@ -318,7 +318,8 @@ def test_the_model_card_says_where_the_model_came_from_and_names_no_path(plain, 
     (run / "verdict.json").unlink()
     export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'without'}"])
     assert "## Verdict\n\nNone was recorded." in (tmp_path / "without" / "README.md").read_text()
-    failed = {"set": "minimum", "name": "eval loss", "outcome": "FAIL", "threshold": -0.2, "measured": -0.1, "low": -0.2, "high": 0.0, "reason": "too few steps"}
+    failed = {"set": "minimum", "name": "eval loss", "outcome": "FAIL", "threshold": -0.2, "measured": -0.1, "low": -0.2, "high": 0.0,
+              "reason": "too few steps"}
     (run / "verdict.json").write_text(json.dumps({"outcome": "FAIL", "criteria": [failed]}))
     export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'adapter'}"])
     text = (tmp_path / "adapter" / "README.md").read_text()
@@ -329,7 +330,8 @@ def test_the_model_card_says_where_the_model_came_from_and_names_no_path(plain, 
 
 def test_an_adapter_alone_is_the_checkpoints_bit_for_bit_and_peft_loads_it(plain, tiny_inputs, tmp_path):
     assert export.main([f"--ckpt={plain}", f"--adapter={tmp_path / 'out'}"]) == 0
-    assert children(tmp_path / "out") == ["README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert children(tmp_path / "out") == ["README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+                                          "tokenizer.json", "tokenizer_config.json"]
     saved, exported = adapter_of(plain), load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert set(saved) == set(exported) and all(torch.equal(saved[name], exported[name]) for name in saved)
     config, adapter, folder = evaluation.configure(str(tmp_path / "out"), "", [("model.quant", "none"), ("model.compute_dtype", "fp32")])
@@ -698,7 +700,8 @@ def test_lm_eval_scores_base_adapter_and_merge_as_eval_py_does(tiny_inputs, tmp_
 
     of_rows = f"--data={tiny_inputs / 'eval.jsonl'}"
     folder = lambda name: str(tmp_path / name)
-    base, adapter, merge = scored(pretrained=folder("model")), scored(pretrained=folder("model"), peft=folder("adapter")), scored(pretrained=folder("merge"))
+    base, merge = scored(pretrained=folder("model")), scored(pretrained=folder("merge"))
+    adapter = scored(pretrained=folder("model"), peft=folder("adapter"))
     assert base == pytest.approx(loss_of(capsys, f"--model={tmp_path / 'model'}", of_rows, *FP32), abs=1e-4)
     assert adapter == pytest.approx(loss_of(capsys, f"--ckpt={run}", *FP32), abs=1e-4)  # over unquantised weights, as PEFT loads them
     assert merge == pytest.approx(loss_of(capsys, f"--ckpt={run}"), abs=1e-4) and abs(base - merge) > 0.3

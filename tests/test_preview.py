@@ -72,7 +72,8 @@ def test_the_command_shows_the_first_rows_of_the_run_and_the_micro_batches_of_it
     order = data.sample_stream(30, 0, 0, 8)
     assert [int(n) for n in re.findall(r"^train\.jsonl:(\d+): ", said, re.M)] == [order[0] + 1, order[1] + 1]
     tokenizer = make_tokenizer()
-    whole = tokenizer.apply_chat_template([{"role": "user", "content": f"question {order[0]}"}, {"role": "assistant", "content": "yes " * (1 + order[0] % 9)}])["input_ids"]
+    asked, answered = f"question {order[0]}", "yes " * (1 + order[0] % 9)
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])["input_ids"]
     first = said[:said.index("\ntrain.jsonl", said.index("train.jsonl") + 1)]
     numbers = re.findall(r"\d+", " ".join(line for line in first.splitlines() if re.fullmatch(r"  [\d\[\] ]+", line)))
     assert [int(n) for n in numbers] == whole

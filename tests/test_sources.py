@@ -41,7 +41,8 @@ def test_a_sharegpt_conversation_that_opens_with_an_answer_supervises_only_promp
     {"conversations": [{"role": "user", "content": "Weather in Lima?"}, {"role": "assistant", "content": "Dry."}]},
     {"messages": [{"from": "human", "value": "Weather in Lima?"}, {"from": "gpt", "value": "Dry."}]},
     {"conversations": [{"from": "user", "value": "Weather in Lima?", "weight": None}, {"from": "chatgpt", "value": "Dry.", "markdown": None}]},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Weather "}, {"type": "text", "text": "in Lima?"}]}, {"role": "assistant", "content": "Dry."}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Weather "}, {"type": "text", "text": "in Lima?"}]},
+                  {"role": "assistant", "content": "Dry."}]},
     {"messages": json.dumps(TURNS)},
     {"messages": None, "prompt": "Weather in Lima?", "completion": "Dry.", "text": None},
     {"prompt": TURNS[:1], "completion": TURNS[1:], "system": "linux"},
@@ -53,7 +54,8 @@ def test_the_same_chat_in_strangers_words(row):
 
 
 def test_several_assistant_turns_in_a_row_and_tool_calls_are_all_supervised():
-    row = {"messages": [TURNS[0], {"role": "assistant", "content": "One moment."}, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "w", "arguments": "{}"}}]},
+    row = {"messages": [TURNS[0], {"role": "assistant", "content": "One moment."},
+                        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "w", "arguments": "{}"}}]},
                         {"role": "tool", "content": "dry", "tool_call_id": "1"}, TURNS[1]]}
     assert answers(row)[0] == ["One moment.<|im_end|>", "<|im_end|>", "Dry.<|im_end|>"]
 
@@ -117,7 +119,8 @@ def test_zstd_files_are_read_like_plain_ones(tmp_path, name):
     packed = str(tmp_path / (name + ".zst"))
     with pyarrow.CompressedOutputStream(packed, "zstd") as file:
         file.write(open(plain, "rb").read())
-    assert [(where.rpartition(":")[2], row) for where, row in sources.read_rows(packed)] == [(where.rpartition(":")[2], row) for where, row in sources.read_rows(plain)]
+    placed = lambda source: [(where.rpartition(":")[2], row) for where, row in sources.read_rows(source)]
+    assert placed(packed) == placed(plain)
     write(tmp_path / "bad.jsonl.zst", b"not packed")
     with pytest.raises(ValueError, match=r"bad\.jsonl\.zst: cannot be read"):
         sources.read_rows(str(tmp_path / "bad.jsonl.zst"))
@@ -125,7 +128,8 @@ def test_zstd_files_are_read_like_plain_ones(tmp_path, name):
 
 def test_parquet_gzipped_and_with_columns_of_every_kind(tmp_path):
     import datetime
-    table = pyarrow.table({"id": [1, 2], "when": [datetime.datetime(2026, 1, 1)] * 2, "score": [0.5, None], "messages": [TURNS, CHAT], "embedding": [[1.0, 2.0]] * 2, "raw": [b"\xff", None]})
+    table = pyarrow.table({"id": [1, 2], "when": [datetime.datetime(2026, 1, 1)] * 2, "score": [0.5, None], "messages": [TURNS, CHAT],
+                           "embedding": [[1.0, 2.0]] * 2, "raw": [b"\xff", None]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
     packed = write(tmp_path / "a.parquet.gz", gzip.compress((tmp_path / "a.parquet").read_bytes()))
     for path in (str(tmp_path / "a.parquet"), packed):

@@ -81,7 +81,8 @@ def their_loss(peft, documents, supervised):
 @pytest.mark.parametrize("variant", ["plain", "rslora", "some targets"])
 def test_doras_loss_and_gradients_are_pefts(tmp_path, kind, variant):
     some = ["q_proj", "up_proj"]
-    lora, theirs = {"plain": ({}, {}), "rslora": ({"rslora": True}, {"use_rslora": True}), "some targets": ({"targets": some}, {"target_modules": some})}[variant]
+    lora, theirs = {"plain": ({}, {}), "rslora": ({"rslora": True}, {"use_rslora": True}),
+                    "some targets": ({"targets": some}, {"target_modules": some})}[variant]
     reference = make_model(tmp_path, kind)
     ours, peft = model.load(make_config(tmp_path, lora={"dora": True, **lora}), "cpu"), with_peft(reference, **theirs)
     assert ours.fused_layers == 0 and any("magnitude" in name for name in model.adapters(ours))
