@@ -231,15 +231,41 @@ def go_on(folder):
 
 # ---------------------------------------------------------------------------------------------------------------- killed
 
+def noting(path, what=int, *given):
+    """Write down which rows each window takes, and from which sample on; then what(*given)."""
+    real = data.samples
+
+    def samples(rows, seed, start, count):
+        taken = real(rows, seed, start, count)
+        with open(path, "a") as file:
+            file.write(f"{start} {' '.join(map(str, taken))}\n")
+        return taken
+
+    data.samples = samples
+    what(*given)
+
+
+def windows(path):
+    """{first sample: rows} of what `noting` wrote; a window that was taken again was the same."""
+    found = {}
+    for line in path.read_text().splitlines():
+        start, *taken = map(int, line.split())
+        assert found.setdefault(start, taken) == taken, f"the window from sample {start} on was another one after a resume"
+    return found
+
+
 @pytest.mark.parametrize("quant, times", [("nf4", 6), ("int8", 6), ("llm_int8", 2)])
 def test_a_run_killed_six_times_three_of_them_in_one_epoch_has_the_same_curve(run, whole, tmp_path, quant, times):
     options = [*EVERYTHING, f"--model.quant={quant}"]
     faults = [(in_backward, 2, die), (at_sample, 13, die), (at_sample, 17, die),  # the first epoch ends with sample 23
               (at_sample, 23, die), (once, "checkpoint", "save", 1, die), (once, "record.Recorder", "flush", 2, die)]
     for fault in faults[-times:]:
-        assert run("run", *options, *go_on(tmp_path / "run"), fault=fault) == -signal.SIGKILL
-    assert run("run", *options, "--resume") == 0
+        assert run("run", *options, *go_on(tmp_path / "run"), fault=(noting, tmp_path / "ids", *fault)) == -signal.SIGKILL
+    assert run("run", *options, "--resume", fault=(noting, tmp_path / "ids")) == 0
     assert differences(tmp_path / "run", whole(options)) == []
+    taken = windows(tmp_path / "ids")
+    order = [row for start in sorted(taken) for row in taken[start]]
+    assert list(taken)[0] == 0 and len(taken) == 15 and [sorted(order[i:i + 23]) for i in (0, 23, 46)] == [list(range(23))] * 3, "each row once an epoch"
     each_step_stands_once(tmp_path / "run", 15)
     state = newest(whole(options))["state"]
     assert 0 < state["without_improvement"] < 5, "early stopping was not half counted"
