@@ -7,9 +7,8 @@ differently leave a loss that no model can go below, and `floor` computes it. Le
 
     python train.py configs/approach1.json --overfit 8       in runs/approach1-overfit; exit code 0: learnt, 5: not
 
-How train.py uses it: rows and evaluation rows are the first N training records; config = overfit.settings(config, N);
-lowest, contradictions = overfit.floor(rows); the run ends early once overfit.learnt(best evaluation loss, lowest); at the end
-code, text = overfit.judge(record.read_metrics(run), lowest, contradictions).
+The rows are the first N of the training source (of a mixture, of its first source); they are the evaluation rows too, and the
+run ends with the first evaluation that knows them. docs/PROOF.md has an example.
 """
 import collections
 import hashlib
@@ -18,10 +17,27 @@ import statistics
 import textwrap
 
 import config as configuration
+import record
 
 NEAR = 0.1   # nats a token above the floor: each token of the answers has a probability of 0.9, so greedy decoding writes the rows down
 RATE = 1e-3  # at least: with fewer tokens than weights there is nothing to be careful about, and a tenth of it takes ten times the steps
+BY_HEART = ("growing gap", "evaluation worse than before training", "nothing left to learn", "plateau")  # alerts of what is wanted here, or told at the end
 STEPS = 300  # at least, as long as the loss is not down
+
+
+def begin(config, run, flags):
+    """(config.Config, run folder) of --overfit, from those of the run that it checks and train.py's flags.
+
+    Without --out the folder is the run's with "-overfit" behind it, and what an earlier check left there is replaced. Raises ValueError
+    for a number that is none, and for flags that a check has no use for.
+    """
+    text, others = str(flags["overfit"]), [name for name in ("resume", "accept", "preflight") if flags[name]]
+    if others:
+        raise ValueError(f"--overfit is a check by itself, of some minutes; leave out --{others[0]}")
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"--overfit: must be a number of rows above 0, as in --overfit 8, got {text}")
+    flags["overwrite"] = flags["overwrite"] or not flags["out"]
+    return settings(config, int(text)), run if flags["out"] else run.with_name(run.name + "-overfit")
 
 
 def settings(config, rows):
@@ -30,19 +46,19 @@ def settings(config, rows):
     A step takes all rows; the rate is constant after ten steps of warm-up, and at least RATE; no dropout, no decay, no growing
     batches, no clipping that adapts; evaluated is every 20 steps, on the same rows; one checkpoint, the last. The proof stays on.
     """
-    if rows < 1:
-        raise ValueError(f"--overfit: must be a number of rows above 0, got {rows}")
     tree = config.to_dict()
+    tree["data"] |= {"train": config.data.sources[0], "mixture": [], "first_rows": rows, "drop": [], "audit": "off", "eval": config.data.eval or config.data.sources[0]}
     tree["train"] |= {"micro_batch_size": rows, "accumulation": 1, "weight_decay": 0.0, "max_steps": max(STEPS, config.train.max_steps), "epochs": 0.0}
     rate = max(RATE, config.schedule.learning_rate)
     tree["schedule"] |= {"learning_rate": rate, "lr_min": 0.0, "lr_kind": "constant", "lr_warmup_steps": 10, "lr_decay_steps": 0, "lr_points": [], "batch_points": [],
                          "clip_percentile": 0.0}
     tree["lora"] |= {"dropout": 0.0}
-    tree["eval"] |= {"every_steps": 20, "max_rows": 0, "samples": 0, "prompts": "", "patience": 0}
+    tree["eval"] |= {"every_steps": 20, "max_rows": 0, "samples": 0, "prompts": "", "patience": 0, "unquantised": "no"}
     tree["save"] |= {"every_steps": 0, "keep": 1}
-    tree["log"] |= {"every_steps": 20}
-    if "criteria" in tree:
-        tree["criteria"] |= {"enforce": "none"}
+    tree["log"] |= {"every_steps": 20, "report": False}
+    tree["criteria"] |= {"enforce": "none"}
+    tree["forecast"] |= {"acknowledge": sorted({*config.forecast.acknowledge, "many epochs"})}
+    tree["alerts"] |= {"ignore": sorted({*config.alerts.ignore, *BY_HEART})}
     return configuration.from_dict(tree)
 
 
@@ -125,6 +141,13 @@ def judge(lines, lowest, contradictions):
         why = (f"the loss no longer fell, from {before:.3f} to {late:.3f} over its last quarters: raise lora.r or adapt more projections (lora.targets), "
                "and look at what is supervised with python data.py CONFIG --check: labels that do not belong to their inputs take as long as noise does")
     return 5, wrap(f"overfit    NOT LEARNT: loss {start:.3f} -> {best[1]:.3f} at best (step {best[0]:,}), where {target} was asked. Likely reason: {why}.{note}")
+
+
+def conclude(run, rows):
+    """Tell whether the rows of a finished check are known, and why not. Returns the exit code."""
+    code, text = judge(record.read_metrics(run), *floor(rows))
+    print(text)
+    return code
 
 
 def wrap(text):

@@ -21,24 +21,29 @@ How train.py uses it, in short (the docstrings say the rest):
     matrix = proof.due_matrix(applied, looked_at)                                 behind a step; applied: moments["step"], those really taken
     if matrix and proof.telling(window): names = proof.dead(views(flat.grad, adapters), matrix); less proof.asleep(network, names)
 """
+import contextlib
+import itertools
 import math
 import re
 import textwrap
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 import config as settings
 import data
 import model
+import quant
 
-# relative change of the loss foretold for the smallest of three moves (the others are twice and four times as far), and the error
-# that is allowed before anything is measured: of gradients that are themselves rounded. docs/PROOF.md argues for both.
-FIRST_MOVE = {torch.float64: 5e-4, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.06}
+# half the relative change of the loss that is foretold for the first way that is tried, and the error that is allowed before anything
+# is measured: of gradients that are themselves rounded. docs/PROOF.md argues for both.
+FIRST_MOVE = {torch.float64: 1e-3, torch.float32: 3e-3, torch.float16: 0.06, torch.bfloat16: 0.12}
 ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.03}
 SURE = 4          # standard errors of the noise that are added to what is allowed
 USELESS = 0.25    # a tolerance beyond this says nothing; the measurement is told as such and stops no run
+SIZES = 0.71, 0.83, 0.59, 0.93, 0.67, 0.79  # of the loss, at the nodes of a way: no powers of two, so that each backward pass rounds otherwise
 SECONDS = 120     # for finding out which modules are wrong, once it is known that some are
 
 
@@ -150,7 +155,9 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
 
     DoRA's magnitudes take part in 32 bits and more only: 16 round their factor, which is near 1, in steps that no small move crosses.
     Weights, moments, generators and the working copies are as before when it returns, bit for bit, and flat.grad is what it was.
-    Costs one forward and backward pass over the batches, and 6 to 18 forward passes for each direction.
+    Costs a forward and backward pass over the batches and 6 forward passes, then for each direction, three times at most, 2 forward
+    passes and 2 to 6 forward and backward passes. LLM.int8() is measured without the rounding of its activations, whose backward pass
+    pretends that there is none; what training makes with it is compared with that.
     """
     began, memory, device, even, parts = time.perf_counter(), network.adapter_memory, network.device, what != "whole", what == "parts"
     flat, supervised = memory.flat, sum(len(batch.targets) for batch in batches)
@@ -162,11 +169,18 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
     kept_gradient, theta = flat.grad.cpu() if flat.grad.is_cuda else flat.grad.clone(), flat.detach().clone()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), model.rows_held(network):
         try:
+            gradient_now = lambda factor: gradient_of(network, forward_backward, batches, factor * float(scale), supervised, again=True)[1]
             loss, gradient = gradient_of(network, forward_backward, batches, float(scale), supervised)
-            measured = Measurement(network, batches, supervised, theta, gradient)
             gradients = {name: gradient[memory.places[parameter]].view_as(parameter) for name, parameter in zip(names, adapters)}
             with model.rows_held(network):  # DoRA's gradients are those of a loss in which the lengths of rows are constants
-                result = judge(measured, loss, even, parts, places, gradients)
+                measured = Measurement(network, batches, supervised, theta, gradient, gradient_now)
+                losses = loss, measured.loss
+                with unrounded(network) as found:
+                    if found:
+                        measured = Measurement(network, batches, supervised, theta, gradient_now(1.0), gradient_now)
+                    result = judge(measured, losses, even, parts, places, gradients)
+                if found and result.ok:
+                    result = compare(result, gradient, measured.gradient)
         finally:
             with torch.no_grad():
                 flat.copy_(theta)
@@ -176,14 +190,17 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
     return result
 
 
-def gradient_of(network, forward_backward, batches, scale, supervised):
-    """(mean loss, gradient of the mean loss in flat's dtype) by train.py's own function, at the largest of scale, scale/16, ... where it is finite."""
+def gradient_of(network, forward_backward, batches, scale, supervised, again=False):
+    """(mean loss, gradient of the mean loss in flat's dtype) by train.py's own function, at the largest of scale, scale/16, ... where it is finite.
+
+    again: graphs are recorded already, and one pass is enough.
+    """
     flat, replayed = network.adapter_memory.flat, hasattr(forward_backward, "eager")
     if replayed and any(module.dropout for module in network.modules() if isinstance(module, model.AdaptedLinear) and module.r):
         forward_backward, replayed = forward_backward.eager, False
     while True:
         weight = torch.tensor(scale / supervised, device=flat.device)
-        for _ in range(1 + replayed):  # the first time, what is not recorded yet runs eagerly
+        for _ in range(2 if replayed and not again else 1):  # the first time, what is not recorded yet runs eagerly
             flat.grad.zero_()
             loss = torch.zeros((), device=flat.device, dtype=torch.float64)
             for i, batch in enumerate(batches):
@@ -195,14 +212,31 @@ def gradient_of(network, forward_backward, batches, scale, supervised):
         scale = max(1.0, scale / 16)
 
 
-class Measurement:
-    """How the loss of some micro-batches goes with the adapters, by forward passes alone."""
+@contextlib.contextmanager
+def unrounded(network):
+    """LLM.int8() without the rounding of activations: a forward pass that its backward pass is the derivative of. Nothing for other weights."""
+    weights = [module for module in network.modules() if isinstance(module, quant.LLMInt8Weight)]
+    for weight in weights:
+        weight.rounds = False
+    try:
+        yield weights
+    finally:
+        for weight in weights:
+            weight.rounds = True
 
-    def __init__(self, network, batches, supervised, theta, gradient):
-        self.network, self.supervised, self.theta, self.gradient = network, supervised, theta, gradient
+
+class Measurement:
+    """The loss of some micro-batches as the adapters move: how far it goes, by forward passes alone, and how far gradients say that it goes.
+
+    gradient: of the mean loss at `theta`, for directions; gradient_now(factor): the same at the weights as they are, made with a loss that is
+    `factor` times as large. A backward pass is linear in it, but for its rounding.
+    """
+
+    def __init__(self, network, batches, supervised, theta, gradient, gradient_now):
+        self.network, self.supervised, self.theta, self.gradient, self.gradient_now = network, supervised, theta, gradient, gradient_now
         self.batches = [batch.to(network.device) for batch in batches]
         self.dtype = network.adapter_memory.working.dtype
-        self.loss, self.left = self.loss_now(), {}
+        self.loss, self.spread, self.rounding = self.loss_now(), None, None
 
     @torch.no_grad()
     def loss_now(self):
@@ -214,73 +248,90 @@ class Measurement:
         return total.item() / self.supervised
 
     @torch.no_grad()
-    def moved(self, direction, step):
-        """(half the difference of the loss at both ends of a move, what it gains there on average, what g foretells of half the difference).
+    def put(self, direction, step):
+        """Move the weights to theta + step x factor x g in each (slice, factor) of a direction."""
+        for place, factor in direction:
+            torch.add(self.theta[place], self.gradient[place], alpha=step * factor, out=self.network.adapter_memory.flat.data[place])
 
-        direction: [(slice of flat, factor)]; the ends are theta +- step x factor x g there. The network sees the weights rounded to the
-        compute dtype, so what is foretold is g times the move as rounded.
+    def foretold(self, gradient, way):
+        """Half the change of the loss that a gradient foretells for a way [(slice, both ends' difference)]."""
+        total = torch.zeros((), device=gradient.device, dtype=torch.float64)
+        for place, whole in way:
+            for g, part in zip(gradient[place].split(1 << 22), whole.split(1 << 22)):
+                total += torch.dot(g.double(), part.double())
+        return total.item() / 2
+
+    def walk(self, direction, step, allowed):
+        """(half the change of the loss between theta - step g and theta + step g, what gradients foretell of it, by how much that may be wrong).
+
+        The change is the integral of the gradient along the way, however the loss bends: by one Gauss node (the middle), two, and, where
+        these two differ by more than 2 x `allowed`, four. The last but one says how much the last may be wrong. The gradient at each node is
+        made with a loss of another size, so that what is rounding in it is another at each. The network sees weights in the compute dtype,
+        so the way is the one between the ends as rounded.
         """
-        flat, ends, losses = self.network.adapter_memory.flat, [], []
+        ends, losses = [], []
         for sign in (1, -1):
-            for place, factor in direction:
-                torch.add(self.theta[place], self.gradient[place], alpha=sign * step * factor, out=flat.data[place])
+            self.put(direction, sign * step)
             losses.append(self.loss_now())
-            ends.append([flat[place].to(self.dtype, copy=True) for place, _ in direction])
-        for place, _ in direction:
-            flat[place] = self.theta[place]
-        foretold = torch.zeros((), device=flat.device, dtype=torch.float64)
-        for (place, _), plus, minus in zip(direction, *ends):
-            for g, p, m in zip(*(part.split(1 << 22) for part in (self.gradient[place], plus, minus))):
-                foretold += torch.dot(g.double(), p.double() - m.double())
-        return (losses[0] - losses[1]) / 2, (losses[0] + losses[1]) / 2 - self.loss, foretold.item() / 2
+            ends.append([self.network.adapter_memory.flat.data[place].to(self.dtype, copy=True) for place, _ in direction])
+        way = [(place, plus.to(self.theta.dtype) - minus.to(self.theta.dtype)) for (place, _), plus, minus in zip(direction, *ends)]
+        rules, sizes = [self.foretold(self.gradient, way)], itertools.cycle(SIZES)
+        for nodes in (2, 4):
+            total = 0.0
+            for node, weight in zip(*np.polynomial.legendre.leggauss(nodes)):
+                self.put(direction, step * float(node))
+                total += weight / 2 * self.foretold(self.gradient_now(next(sizes)), way)
+            rules.append(total)
+            if abs(rules[-1] - rules[-2]) <= 2 * allowed * abs(rules[-1]):
+                break
+        self.put(direction, 0.0)
+        return (losses[0] - losses[1]) / 2, rules[-1], abs(rules[-1] - rules[-2])
 
-    def ratio(self, direction, first_move, allowed, rounds=3):
-        """(change of the loss measured / foretold, how uncertain that is) along a direction as in `moved`; (nan, inf) if there is no telling.
+    def ratio(self, direction, move, allowed, rounds=3):
+        """(change of the loss measured / foretold, how uncertain that is, what is foretold, the way's length in relative loss) along a direction
+        as in `put`; (nan, inf, 0, 0) if there is no telling.
 
-        Rounds of three moves, the second twice and the third four times as long as the first. Half the difference of the loss at the
-        two ends of a move is ratio x + c x^3 + noise, x being what is foretold, and both are fitted to all moves so far. Uncertain it is
-        by SURE standard errors of the noise, and by the orders beyond the third: 0.3 of what the third does to the longest move, less
-        where that is under a twentieth. Moves are made longer where noise matters more and shorter where bending does, until the two
-        come to 2.5 times what is `allowed`, `rounds` times at most.
-        Too long for such a fit are moves that it does not fit, whose ratios differ by a half, or at whose ends the loss lies further
-        above its middle than they are said to lie apart: these are forgotten.
+        Uncertain it is by SURE standard errors of the loss's noise and by how much the integral may be wrong. The way is made longer where
+        the first is larger and shorter where the second is, until they come to 2.5 times what is `allowed`, `rounds` times at most.
         """
         squared = sum(factor * self.gradient[place].double().square().sum().item() for place, factor in direction)
-        best, move, kept, key = (math.nan, math.inf), first_move, [], tuple((place.start, place.stop) for place, _ in direction)
-        for _ in range(rounds):
-            step = move * self.loss / squared if squared else 0.0
-            points = [self.moved(direction, step * factor) for factor in (1, 2, 4)]  # (half difference, gain, foretold)
-            usable = all(x > 0 and math.isfinite(change) and math.isfinite(gain) for change, gain, x in points)
-            bend, noise, too_long = math.inf, 0.0, True
-            if usable:
-                spread, longest = self.noise(), points[-1][2]
-                _, _, _, left = fit(points)
-                secants = [change / x for change, _, x in points]
-                too_long = left > 4 * spread or points[-1][1] > max(1.0, abs(secants[-1])) * longest + 4 * spread \
-                    or abs(secants[0] - secants[-1]) > max(0.5 * max(map(abs, secants)), 4 * spread / points[0][2])
-                bend = 1.0
-            if not too_long:
-                kept += points
-                ratio, bend, leverage, left = fit(kept)
-                self.left[key] = left**2, len(kept) - 2
-                bend, noise = abs(bend) / max(1.0, abs(ratio)), self.noise() * leverage / max(1.0, abs(ratio))
-                doubt = SURE * noise + 0.3 * bend * min(1.0, bend / 0.05)
-                best = min(best, (ratio, doubt * max(1.0, abs(ratio))), key=lambda pair: pair[1])
-                if doubt <= 2.5 * allowed:
-                    break
-            move *= (0.3 if math.isfinite(bend) else 1 / 16) if too_long else min(4.0, max(0.3, math.sqrt(SURE * noise / (0.3 * bend)))) if bend * noise else 1.5
+        best = math.nan, math.inf, 0.0, 0.0
+        for _ in range(rounds if squared > 0 else 0):
+            change, foretold, bend = self.walk(direction, move * self.loss / squared, allowed)
+            if not (math.isfinite(change) and foretold > bend):
+                move /= 8
+                continue
+            ratio, noise, bend = change / foretold, SURE * self.noise() / foretold, bend / foretold
+            doubt = noise + bend * abs(ratio)
+            best = min(best, (ratio, doubt, foretold, move), key=lambda found: found[1] / max(1.0, abs(found[0])))
+            if doubt <= 2.5 * allowed * max(1.0, abs(ratio)):
+                break
+            move *= min(4.0, max(0.25, (noise / max(bend, 1e-9)) ** (1 / 3)))
         return best
 
-    def verdict(self, direction, move, allowed):
-        """(ratio, tolerance, ok) along a direction; ok None where it cannot be told. What is wrong is measured twice, with other moves and so other rounding."""
-        for factor in (1.0, 0.7):
-            ratio, doubt = self.ratio(direction, move * factor, allowed)
+    def verdict(self, direction, move, allowed, lengths=(1.0, 0.6, 1.6)):
+        """(ratio, tolerance, ok) along a direction; ok None where it cannot be told.
+
+        What is wrong must be wrong by more than its tolerance on ways of different lengths, by more than gradients are rounding, and must be
+        so in what the longest way has beyond the shortest: in a saturated network gradients are mostly rounding, and its loss has steps that
+        no gradient knows of.
+        """
+        seen, surely = [], self.rounding or 0.0
+        for factor in lengths:
+            ratio, doubt, foretold, length = self.ratio(direction, (seen[0][3] if seen else move) * factor, allowed, 1 if seen else 3)
             tolerance = allowed * max(1.0, abs(ratio)) + doubt
             if not math.isfinite(ratio) or not tolerance <= USELESS * max(1.0, abs(ratio)):
                 return ratio, tolerance, None
-            if abs(ratio - 1) <= tolerance:
-                return ratio, tolerance, True
-        return ratio, tolerance, False
+            if abs(ratio - 1) <= tolerance + surely:
+                return ratio, tolerance + surely, True if tolerance + surely <= USELESS else None
+            seen.append((ratio, tolerance, foretold, length))
+            surely = self.irreproducible() * max(1.0, abs(ratio))
+        if len(seen) > 1:
+            (short, error, inner, _), (long, larger, outer, _) = min(seen, key=lambda way: way[3]), max(seen, key=lambda way: way[3])
+            if abs((long - 1) * outer - (short - 1) * inner) <= larger * outer + error * inner + surely * (outer - inner):
+                return (*seen[0][:2], None)
+        ratio, tolerance, _, _ = seen[0]
+        return ratio, tolerance + surely, False
 
     def evenly(self, places):
         """The direction in which each adapter matrix goes equally far along its own gradient: in g itself a few large ones outvote the others."""
@@ -290,49 +341,70 @@ class Measurement:
     def noise(self):
         """Standard deviation of half a difference of the mean loss, in nats, through rounding that is another in every pass.
 
-        From five passes with all weights moved a little at random, what the fits so far have left, and two degrees of freedom's worth
-        of what is usual, 0.15 machine epsilons of the loss. Rounding is not independent from token to token (documents begin with the
-        same words), so nothing but passes tells how much it is.
+        From four pairs of passes with all weights moved a little at random, to and fro, so that no gradient is in it, and two degrees of
+        freedom's worth of what is usual, 0.15 machine epsilons of the loss. Rounding is not independent from token to token (documents begin
+        with the same words), so nothing but passes tells how much it is.
         """
-        if not self.left:
-            losses = [self.at_random(seed) for seed in range(5)]
-            middle = sum(losses) / len(losses)
-            self.left["usual"] = 2 * (0.15 * torch.finfo(self.dtype).eps * self.loss) ** 2, 2
-            self.left["random"] = sum((loss - middle) ** 2 for loss in losses) / 2, len(losses) - 1
-        left, freedom = map(sum, zip(*self.left.values()))
-        return math.sqrt(left / freedom)
+        if self.spread is None:
+            pairs = [(self.at_random(seed, 1) + self.at_random(seed, -1)) / 2 for seed in range(4)]
+            middle, usual = sum(pairs) / len(pairs), (0.15 * torch.finfo(self.dtype).eps * self.loss) ** 2
+            self.spread = math.sqrt((2 * usual + sum((pair - middle) ** 2 for pair in pairs)) / (2 + len(pairs) - 1))
+        return self.spread
 
     @torch.no_grad()
-    def at_random(self, seed):
-        """The loss a quarter of a first move away in a random direction, less what g foretells of it (next to nothing: all the rest lies across it)."""
+    def at_random(self, seed, sign):
+        """The loss at weights that lie a twelfth of a first move away in a random direction."""
         flat, norm = self.network.adapter_memory.flat, self.gradient.double().norm().item()
         draw = torch.randn(flat.shape, generator=torch.Generator(flat.device).manual_seed(seed), device=flat.device, dtype=flat.dtype)
-        length = 0.25 * FIRST_MOVE[self.dtype] * self.loss / norm / math.sqrt(flat.numel())
-        torch.add(self.theta, draw, alpha=length, out=flat.data)
-        loss = self.loss_now() - length * torch.dot(draw, self.gradient).item()
+        torch.add(self.theta, draw, alpha=sign * FIRST_MOVE[self.dtype] * self.loss / norm / math.sqrt(flat.numel()) / 12, out=flat.data)
+        loss = self.loss_now()
         flat.copy_(self.theta)
         return loss
 
+    @torch.no_grad()
+    def reacts(self, direction):
+        """Whether the loss moves when the weights in a direction [(slice, share)] grow and shrink by that share of themselves, beyond its noise and in
+        proportion, and not by a step; where some of them are all zero there is no telling, and True."""
+        flat, changes = self.network.adapter_memory.flat, []
+        if not direction or not all(bool(self.theta[place].any()) for place, _ in direction):
+            return True
+        for part in (1.0, 0.5):
+            losses = []
+            for sign in (1, -1):
+                for place, share in direction:
+                    torch.mul(self.theta[place], 1 + sign * part * share, out=flat.data[place])
+                losses.append(self.loss_now())
+            changes.append((losses[0] - losses[1]) / 2)
+        flat.copy_(self.theta)
+        return abs(changes[1]) > SURE * self.noise() and 1.3 < changes[0] / changes[1] < 3
 
-def fit(points):
-    """(ratio, third order's share in the longest move, standard error of the ratio for noise of 1, root of the squares left) of moves along one direction.
+    @torch.no_grad()
+    def irreproducible(self):
+        """|g' - g| / |g|, the largest of three g' made with weights that differ in their last digits, from a loss of another size: how much of g
+        is rounding. By Cauchy and Schwarz it foretells no change of the loss worse than by this share of |g|^2."""
+        if self.rounding is None:
+            flat, size, self.rounding = self.network.adapter_memory.flat, self.gradient.double().norm(), 0.0
+            for seed in range(3):
+                draw = torch.randn(flat.shape, generator=torch.Generator(flat.device).manual_seed(seed), device=flat.device, dtype=flat.dtype)
+                torch.addcmul(self.theta, self.theta, draw, value=torch.finfo(self.dtype).eps, out=flat.data)
+                with torch.enable_grad():
+                    again = self.gradient_now(SIZES[seed])
+                self.rounding = max(self.rounding, ((again - self.gradient).double().norm() / size).item())
+            flat.copy_(self.theta)
+        return self.rounding if math.isfinite(self.rounding) else math.inf
 
-    points: [(half difference, _, foretold x), ...]; least squares for half difference = ratio x + c x^3.
-    """
-    changes, x = (torch.tensor(values, dtype=torch.float64) for values in list(zip(*points))[::2])
-    design = torch.stack((x / x.max(), (x / x.max()) ** 3), dim=1)  # (moves, 2)
-    inverse = torch.linalg.inv(design.T @ design)
-    solution = inverse @ design.T @ changes
-    return (solution[0] / x.max()).item(), (solution[1] / x.max()).item(), (inverse[0, 0].sqrt() / x.max()).item(), (changes - design @ solution).norm().item()
 
-
-def judge(measured, loss, even, parts, places, gradients):
-    """The Result of a Measurement: loss is what the training pass said, gradients and places are by PEFT's name."""
-    dtype = measured.dtype
+def judge(measured, losses, even, parts, places, gradients):
+    """The Result of a Measurement. losses: of the training pass and of a forward pass alone; gradients, places: by PEFT's name."""
+    dtype, (loss, forward) = measured.dtype, losses
     move, allowed = FIRST_MOVE[dtype], ALLOWED[dtype]
     lacking = dead(gradients, "lora_B")
     lacking += [name for name in dead(gradients, "lora_A") if name not in asleep(measured.network, [name])] if not lacking else []
     norm = measured.gradient.double().norm().item()
+    zero = [name for name in lacking if not gradients[name].any()]
+    if zero and zero == lacking and len(zero) < len(gradients) and math.isfinite(norm) and not measured.reacts([(places[name], 0.1) for name in zero if name in places]):
+        return Result(math.nan, math.nan, None, wrap(f"gradients  not proved: {len(zero)} of {len(gradients)} adapter matrices have a gradient of exactly 0, and rightly: they hold something, "
+                      f"and the loss stays when they are moved by a tenth. The network is saturated there (by too high a rate, say): {some(zero)}."), loss=loss)
     if lacking or not math.isfinite(norm):
         return Result(math.nan, math.nan, False, wrap(f"gradients  DEAD: {len(lacking)} of {len(gradients)} adapter matrices have a gradient that is zero or not finite: {some(lacking)}. "
                       + ("Nothing reaches the adapters: the graph is cut between the loss and all of them." if len(lacking) == len([name for name in gradients if ".lora_B." in name]) else
@@ -343,7 +415,7 @@ def judge(measured, loss, even, parts, places, gradients):
     if evenly and evenly[2] is False:
         ratio, tolerance, ok = evenly
     result = Result(ratio, tolerance, ok, "", loss=loss)
-    apart = abs(loss - measured.loss) > {8: 1e-9, 4: 1e-4, 2: 0.02}[dtype.itemsize] * max(measured.loss, 0.05)
+    apart = abs(loss - forward) > max({8: 1e-9, 4: 1e-4, 2: 0.02}[dtype.itemsize] * max(forward, 0.05), 2 * SURE * measured.noise())
     if ok and parts and not apart:
         for kind, direction in grouped(places, kind_of).items():
             result.parts[kind] = measured.verdict(direction, move, allowed)
@@ -352,7 +424,7 @@ def judge(measured, loss, even, parts, places, gradients):
         result.wrong, note = locate(measured, places, move, allowed)
     if apart:
         result.ok = False
-        result.text = wrap(f"gradients  STALE: the training pass computes a loss of {loss:.5g}, a forward pass over the same rows with the same weights {measured.loss:.5g}. "
+        result.text = wrap(f"gradients  STALE: the training pass computes a loss of {loss:.5g}, a forward pass over the same rows with the same weights {forward:.5g}. "
                            "One of them works on old copies of the weights, or in another mode.")
     elif ok is False and abs(ratio) < tolerance:
         result.text = wrap(f"gradients  WRONG: the loss does not go with the adapters ({ratio:.3f} of what the gradient foretells, tolerance {tolerance:.3f}): "
@@ -364,11 +436,31 @@ def judge(measured, loss, even, parts, places, gradients):
         listed = ", ".join(f"{kind} {result.parts[kind][0]:.3f} +- {result.parts[kind][1]:.3f}" for kind in result.wrong)
         result.text = wrap(f"gradients  WRONG in a part: the whole gradient foretells the loss ({ratio:.3f} +- {tolerance:.3f}), that of these projections does not: {listed}.")
     elif ok is None:
-        result.text = wrap(f"gradients  alive; not proved, since the loss is too noisy or too curved here to measure (ratio {ratio:.3f} +- {tolerance:.3f}).")
+        rounding = measured.irreproducible()
+        why = (f"much of the gradients is rounding: made again from weights that differ in their last digits they differ by {rounding:.1%}, as where a network is saturated (by too high a rate, say)"
+               if rounding > max(0.05, allowed) else "the loss is too noisy here, or too rough, for this precision")
+        result.text = wrap(f"gradients  alive, not proved: {why}. Measured was " + (f"{ratio:.3f} +- {tolerance:.3f} of what they foretell." if math.isfinite(ratio) else "nothing that fits them."))
     else:
         judged = [kind for kind, (_, _, fine) in result.parts.items() if fine]
         result.text = wrap(f"gradients  proved: the loss changes {ratio:.4f} times as much as they foretell (1 +- {tolerance:.4f} is right)"
                            + (f"; so it does for each of {', '.join(judged)}" if judged else "") + ".")
+    return result
+
+
+def compare(result, gradient, exact):
+    """`result` of LLM.int8() without rounded activations, told and judged for the gradient that training makes with them.
+
+    gradient = p exact + rest, the rest across. Rounding changes the gradient in all directions alike, so that p may be off 1 by no more than
+    the rest is large: what doubles, halves or loses the gradient only where activations are rounded is found.
+    """
+    along = (torch.dot(gradient.double(), exact.double()) / exact.double().square().sum()).item()
+    rest = ((gradient.double() - along * exact.double()).norm() / exact.double().norm()).item()
+    told = f"those of training, where they are rounded to 8 bits, are {along:.3f} times these and {rest:.0%} of something else"
+    if abs(along - 1) > 0.1 + rest:
+        result.ok, result.text = False, wrap(f"gradients  WRONG: with activations as they are they foretell the loss ({result.ratio:.3f} +- {result.tolerance:.3f}), but {told}, "
+                                             "more than rounding explains.")
+    else:
+        result.text = wrap(" ".join(result.text.split()).replace("proved:", "proved with activations as they are:", 1).removesuffix(".").replace("gradients ", "gradients  ", 1) + f"; {told}.")
     return result
 
 
@@ -380,12 +472,12 @@ def locate(measured, places, move, allowed):
         if time.perf_counter() > deadline:
             break
         tried += 1
-        if measured.verdict(layers[layer], move, allowed)[2] is False:
+        if measured.verdict(layers[layer], move, allowed, (1.0,))[2] is False:
             wrong_layers.append(layer)
     if not wrong_layers:
         return [], "No layer is wrong by itself as far as can be measured."
     inside = {name: direction for name, direction in grouped(places, module_of).items() if layer_of(name + ".") == wrong_layers[0]}
-    wrong = [name for name, direction in inside.items() if measured.verdict(direction, move, allowed)[2] is False]
+    wrong = [name for name, direction in inside.items() if measured.verdict(direction, move, allowed, (1.0,))[2] is False]
     where = f"Seen from the loss, {wrong_layers[0]} is the first of {len(wrong_layers)} wrong layers" + (f" (of {tried} tried)" if tried < len(layers) else f" (of {len(layers)})")
     return (wrong or wrong_layers[:1]), where + (f", there in {some([name.removeprefix(wrong_layers[0] + '.') for name in wrong])}: look at the backward pass there and just behind it." if wrong else ".")
 

@@ -119,12 +119,14 @@ class LLMInt8Weight(FrozenWeight):
         import bitsandbytes.functional  # noqa: F401  (registers the operators)
         q, row_max, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight.half())
         self.store(q=q, row_max=row_max)  # (out, in) int8, (out,) fp32: W = q * row_max / 127
-        self.threshold = threshold
+        self.threshold, self.rounds = threshold, True
 
     def _dequantize(self, out):
         out.copy_(self.q.to(torch.float32) * (self.row_max / 127)[:, None])
 
     def matmul(self, x):
+        if not self.rounds:  # what the backward pass is the derivative of
+            return super().matmul(x)
         x_td = x.reshape(-1, self.in_features)
         codes, row_max, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(x_td.half(), threshold=self.threshold)
         out, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x_td, codes, self.q, row_max, self.row_max, outliers)

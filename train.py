@@ -7,6 +7,7 @@
     python train.py CONFIG --resume --accept=NAME,...  go on though NAME changed
     python train.py CONFIG --overwrite                 replace an earlier run
     python train.py CONFIG --preflight                 only the forecast: what the run would see, need and take
+    python train.py CONFIG --overfit 8                 learn the first 8 rows by heart, or say why not (overfit.py)
     python train.py --help                             every key and its default
     torchrun --standalone --nproc-per-node=2 train.py CONFIG    the same run on two GPUs, which share each window (ranks.py)
 
@@ -44,6 +45,7 @@ import forecast
 import graphs
 import memory
 import model
+import overfit
 import proof
 import quant
 import ranks
@@ -55,16 +57,18 @@ import telemetry
 PATIENCE = 10  # seconds that a window may go on after a signal; then it is given up, to be done by the resumed run
 
 
-def train(config, device, run, guard, resume, accept, preflight):
+def train(config, device, run, guard, resume, accept, preflight, by_heart=False):
     """Train as `config` says, in the run folder `run`. Returns the exit code.
 
     guard: the lock on the folder, None where there is no such folder yet: it is made when settings, data and model are
     accepted. resume: the checkpoint to go on from, or None. accept: names of differences to it that are accepted.
-    preflight: end with the forecast. Every rank runs all of this; the first alone reads and writes the run folder.
+    preflight: end with the forecast. by_heart: --overfit, so evaluate on the training rows, and end once they are known. Every rank runs
+    all of this; the first alone reads and writes the run folder.
     """
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     with ranks.one_first():
         rows, eval_rows = data.load(config, tokenizer)
+    eval_rows, lowest = (rows, overfit.floor(rows)[0]) if by_heart else (eval_rows, 0.0)
     prompts, end_ids = data.prompts(config, tokenizer), data.end_of_turn(tokenizer)
     saved = continuation.load_checkpoint(resume) if resume and ranks.FIRST else None
     before = json.loads(ranks.same(json.dumps(saved["state"] if saved else {})))
@@ -102,9 +106,10 @@ def train(config, device, run, guard, resume, accept, preflight):
     ranks.from_first([flat, *moments.values(), *scaler.values()])
     fatal, too_large = [], []  # alerts that end the run; a row that does not fit into memory even alone, told with its name
     stopped = lambda: state["nonfinite"] == config.train.nonfinite_limit or bool(fatal)
-    stopped_early = lambda: 0 < config.eval.patience <= state["without_improvement"]
+    stopped_early = lambda: 0 < config.eval.patience <= state["without_improvement"] or by_heart and overfit.learnt(state["best_loss"], lowest)
     finished = lambda: stopped_early() or state["evaluated"] == max_steps  # which is the last thing that a run does
-    concluded = lambda: int(ranks.same(str(console.conclude(run, config, state, max_steps)) if ranks.FIRST else ""))
+    conclude = lambda: overfit.conclude(run, rows) if by_heart else console.conclude(run, config, state, max_steps)
+    concluded = lambda: int(ranks.same(str(conclude()) if ranks.FIRST else ""))
     if finished():
         print(f"finished already: {resume} is the end of the run")
         return concluded()
@@ -477,7 +482,7 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__ + settings.describe())
         return 0
-    words, flags, overrides = settings.command_line(argv, {"out": "", "resume": None, "accept": "", "overwrite": False, "preflight": False})
+    words, flags, overrides = settings.command_line(argv, {"out": "", "resume": None, "accept": "", "overwrite": False, "preflight": False, "overfit": ""})
     if len(words) != 1:
         raise ValueError(f"give one configuration, as in: python train.py configs/approach1.json (got {' '.join(words) or 'none'})")
     if flags["preflight"] and (flags["resume"] or flags["overwrite"] or flags["accept"]):
@@ -487,6 +492,8 @@ def main(argv):
     path = pathlib.Path(settings.find(words[0]))
     config = settings.located(settings.read(path, overrides))
     run = pathlib.Path(flags["out"] or f"runs/{path.stem}")
+    if flags["overfit"]:
+        config, run = overfit.begin(config, run, flags)
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run}: is a file; name a folder for the run with --out=")
     if config.train.deterministic and torch.cuda.is_available():
@@ -502,7 +509,7 @@ def main(argv):
         raise ValueError(f"{run}: holds the checkpoints of an earlier run; go on with --resume, choose another folder with --out=, or replace it with --overwrite")
     for problem in problems:
         print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
-    return train(config, device, run, guard, resume, flags["accept"].split(",") if flags["accept"] else [], flags["preflight"])
+    return train(config, device, run, guard, resume, flags["accept"].split(",") if flags["accept"] else [], flags["preflight"], bool(flags["overfit"]))
 
 
 if __name__ == "__main__":

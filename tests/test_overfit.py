@@ -1,5 +1,6 @@
 """--overfit: which settings it takes, the loss that contradictory rows leave, and the reason where rows are not learnt."""
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -34,9 +35,26 @@ def test_all_settings_but_those_named_stay():
     assert overfit.settings(config.from_dict({"train": {"max_steps": 0, "epochs": 1.0}}), 2).train.max_steps == overfit.STEPS
 
 
-def test_no_rows_are_refused():
-    with pytest.raises(ValueError, match="--overfit.*above 0"):
-        overfit.settings(config.from_dict({}), 0)
+FLAGS = {"out": "", "resume": None, "accept": "", "overwrite": False, "preflight": False, "overfit": "8"}
+
+
+@pytest.mark.parametrize("flags, words", [({"overfit": "0"}, "above 0, .*got 0"), ({"overfit": "-3"}, "got -3"), ({"overfit": "eight"}, "got eight"),
+                                          ({"resume": True}, "leave out --resume"), ({"preflight": True}, "leave out --preflight")])
+def test_what_is_no_number_of_rows_and_flags_that_make_no_sense_are_refused(flags, words):
+    with pytest.raises(ValueError, match=f"--overfit.*{words}"):
+        overfit.begin(config.from_dict({}), pathlib.Path("runs/a"), FLAGS | flags)
+
+
+def test_a_check_replaces_an_earlier_check_and_nothing_else():
+    flags = dict(FLAGS)
+    assert overfit.begin(config.from_dict({}), pathlib.Path("runs/a"), flags)[1] == pathlib.Path("runs/a-overfit") and flags["overwrite"]
+    flags = FLAGS | {"out": "runs/b"}
+    assert overfit.begin(config.from_dict({}), pathlib.Path("runs/b"), flags)[1] == pathlib.Path("runs/b") and not flags["overwrite"]
+
+
+def test_the_rows_are_the_first_of_the_first_source():
+    after = overfit.settings(config.from_dict({"data": {"mixture": [["a.jsonl", 3], ["b.jsonl", 1]], "eval": "", "drop": ["leak"]}}), 4)
+    assert (after.data.train, after.data.mixture, after.data.first_rows, after.data.eval, after.data.drop) == ("a.jsonl", [], 4, "a.jsonl", [])
 
 
 # ---------------------------------------------------------------------------------------------------------- the floor
