@@ -218,9 +218,6 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         values["eval/adapter_digest"] = hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()[:12]
         keep = evaluation.keep if ranks.FIRST else lambda *_: None
         keep(run, f"step-{step:06d}", by_row, step, eval_rows, tokenizer, network)
-        if step == 0 and not initial:
-            norms = [matrix.norm().item() for name, matrix in adapters.items() if ".lora_B." in name]
-            values["adapters/lora_B_norm"] = sum(norms) / len(norms)
         if unquantised and step == 0:
             values |= {f"eval/unquantised_{name}": unquantised[0][name] for name in ("loss", "token_accuracy")}
             keep(run, "unquantised", unquantised[1], 0, eval_rows, tokenizer, network)
