@@ -31,6 +31,9 @@ ADVICE = {  # name: (cause, remedy)
     "steps not applied": (
         "Their loss or gradient was not finite, or their windows held no supervised token.",
         "The rows of such steps are named on the console; mend or drop them, compute in bf16, or lower the rate."),
+    "no step applied": (
+        "No token is supervised: answers are cut off by the maximum length, are not found by the chat template, or all labels are masked.",
+        "Look at some rows: python data.py CONFIG --preview 3 marks what is supervised. Then data.max_length and data.chat_template."),
     "non-finite": (
         "Overflow in fp16, a rate that is far too high, or a row without a supervised token (0/0).",
         "Compute in bf16, lower the rate, clip at 1.0, and look at the rows of the first bad step."),

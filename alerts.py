@@ -27,7 +27,7 @@ class Alerts:
 
     def __init__(self, config, max_steps, rows):
         self.alerts, self.max_steps, self.rows = config.alerts, max_steps, rows
-        self.initial = bool(config.lora.init_from)
+        self.initial = bool(config.lora.init_from) or config.lora.init != "zero"
         self.ignored = {*config.alerts.ignore, *config.forecast.acknowledge}  # what the forecast told and was accepted is not told again
         stride = max(1, max_steps // 500)  # the planned sum of the rates, from 500 of them
         planned = [schedule.learning_rate(step, config.schedule, max_steps) for step in range(1, max_steps + 1, stride)]
@@ -36,7 +36,7 @@ class Alerts:
         self.zeros, self.zero_steps, self.nothing = 0, [], False
         self.bad = {"training loss": [0, 0], "gradient norm": [0, 0]}  # steps in a row, and in all
         self.zero_losses = 0
-        self.searching, self.dropped, self.clipped = deque(maxlen=LONG), deque(maxlen=LONG), deque(maxlen=LONG)
+        self.searching, self.dropped, self.clipped, self.empty = (deque(maxlen=LONG) for _ in range(4))
         self.ever_clipped, self.noise_scales = False, deque(maxlen=20)
         self.spikes = {name: rules.Spikes(what, self.alerts) for name, what in (("loss", "training loss"), ("grad_norm", "gradient norm"))}
         self.recent, self.now, self.blocks = deque(maxlen=LONG), [], []
@@ -56,8 +56,8 @@ class Alerts:
         found += self.adapters(line)
         if "eval_loss" in line:
             found += self.evaluation(line)
-        if "proof" in line:
-            found += self.judged(["wrong gradients"], rules.proved(line["proof"], line.get("proof_tolerance", 0.1), self.step))
+        if "proof" in line or "proof_outcome" in line:
+            found += self.judged(["wrong gradients"], rules.proved(line))
         return [one for one in found if one.name not in self.ignored]
 
     def fatal(self, findings):
@@ -85,8 +85,9 @@ class Alerts:
         """Norms of zero, figures that are not finite, steps not applied, clipping, spikes of the norm."""
         norm, loss = line.get("grad_norm", math.nan), line.get("loss", math.nan)
         if line.get("supervised") == 0:  # nothing to learn in this window: not the gradient's fault
-            self.dropped.append(True)
-            return self.not_applied("hold no supervised token")
+            self.empty.append(True)
+            return self.judged([], rules.empty(list(self.empty), self.step), "steps")
+        self.empty.append(False)
         searching = line.get("scale", 1) > 1 and math.isfinite(loss) and not math.isfinite(norm)  # how fp16 finds its loss scale
         found = []
         for what, value in (("training loss", line.get("loss", 0.0)), ("gradient norm", line.get("grad_norm", 0.0))):
@@ -100,7 +101,7 @@ class Alerts:
         self.searching.append(searching)
         self.dropped.append(line.get("skipped", 0) > 0 and not searching)
         if self.dropped[-1]:
-            found += self.not_applied("are not finite")
+            found += self.not_applied()
         if sum(self.searching) > LONG // 4:
             share = f"{sum(self.searching)} of the last {LONG} steps overflowed in fp16, at a loss scale of {line.get('scale', 1):g}."
             found += self.judged([], [finding("warning", "steps not applied", share)])
@@ -114,11 +115,11 @@ class Alerts:
             found += self.judged([], self.spikes["grad_norm"].found(), "spikes")
         return found
 
-    def not_applied(self, why):
+    def not_applied(self):
         count = sum(self.dropped)
         if count < max(3, len(self.dropped) // 10):
             return []
-        told = f"{count} of the last {len(self.dropped)} steps; those of step {self.step:,} {why}."
+        told = f"{count} of the last {len(self.dropped)} steps; those of step {self.step:,} are not finite."
         return self.judged([], [finding("warning", "steps not applied", told)])
 
     def zero(self, norm, loss):

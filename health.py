@@ -189,10 +189,19 @@ def evaluation(record):
 
 
 def proof(record):
-    """What our own gradient proof measured: the change of the loss along the gradient against the predicted one."""
+    """What our own gradient proof found, and where it could tell nothing."""
     for line in record.steps:
-        if "proof" in line:
-            yield from rules.proved(line["proof"], line.get("proof_tolerance", 0.1), line["step"])
+        if "proof" in line or "proof_outcome" in line:
+            yield from rules.proved(line)
+        if line.get("proof_outcome", "").startswith("open"):
+            yield unjudged(f"gradients of step {line['step']:,}", line["proof_outcome"].partition(": ")[2])
+
+
+def empty_steps(record):
+    """Steps without a supervised token, where the record counts them: they were not applied, and a run of nothing else learns nothing."""
+    counts = record.series("supervised")
+    if counts:
+        yield from rules.empty([count == 0 for _, count in counts], counts[-1][0])
 
 
 def still_adapters(record):
@@ -325,7 +334,7 @@ def left_open(record):
         yield unjudged(name, lacking)
 
 
-RULES = (dead_gradients, proof, nonfinite, zero_loss, evaluation, still_adapters, training_loss, data_coverage, learning_rate, spikes,
+RULES = (dead_gradients, proof, empty_steps, nonfinite, zero_loss, evaluation, still_adapters, training_loss, data_coverage, learning_rate, spikes,
          clipping, left_open)
 
 
@@ -364,6 +373,9 @@ def headline(record, findings):
     if not record.steps:
         return "The record is empty: nothing can be judged. Did the run reach its first logged step?"
     if "dead gradients" in faults:
+        if dead_from(record) is None and record.series("grad_norm"):
+            return ("Dead gradients in a part of the adapters, which learn nothing, at any rate, batch size or number of bits. Repair the gradients "
+                    "first; the evidence below names them.")
         since = "This run" if all(norm == 0 for _, norm in record.series("grad_norm")) else f"From step {dead_from(record):,} on this run"
         later = [name for name in warnings if name in ("coverage below one epoch", "rate ends at nothing", "training loss flat")]
         rest = f"; only then look at the rest ({', '.join(later)})" if later else ""

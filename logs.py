@@ -19,9 +19,9 @@ NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_r
          "eval/stop_rate": "stop_rate",
          "eval/token_accuracy": "accuracy", "eval/repetition": "repetition", "eval/overlap": "overlap", "eval/samples": "written", "adapters/lora_A_norm": "lora_A norm",
          "adapters/lora_B_norm": "lora_B norm", "adapters/delta_ratio": "delta_ratio", "adapters/modules": "modules",
-         "proof/ratio": "proof", "proof/tolerance": "proof_tolerance", "train/noise_scale": "noise_scale",
+         "proof/ratio": "proof", "proof/tolerance": "proof_tolerance", "proof/outcome": "proof_outcome", "train/noise_scale": "noise_scale",
          "loss": "loss", "grad_norm": "grad_norm", "learning_rate": "rate", "lr": "rate", "epoch": "epoch", "eval_loss": "eval_loss"}
-TEXTS = ("digest", "written", "modules")
+TEXTS = ("digest", "written", "modules", "proof_outcome")
 STEPS = ("step", "current_steps", "global_step", "global_step/max_steps")  # ours and the Trainer's; LLaMA-Factory's; others'; ms-swift's
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "infinity": math.inf, "-infinity": -math.inf}
 ENDLESS = 1e9  # the Trainer writes 2^63 - 1 epochs where it does not know how many rows there are

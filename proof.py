@@ -36,6 +36,7 @@ import config as settings
 import data
 import model
 import quant
+import ranks
 
 # half the relative change of the loss that is foretold for the first way that is tried, and the error that is allowed before anything
 # is measured: of gradients that are themselves rounded. docs/PROOF.md argues for both.
@@ -61,8 +62,11 @@ class Result:
 
     @property
     def values(self):
-        """What goes into the record."""
-        return {"proof/ratio": self.ratio, "proof/tolerance": self.tolerance}
+        """What goes into the record: the figures, where there are any, and proof/outcome: "proved", "open", "wrong", "stale" or "dead", with the text."""
+        told = " ".join(self.text.split()).removeprefix("gradients ")
+        outcome = "proved" if self.ok else "open" if self.ok is None else next((word for word in ("DEAD", "STALE") if told.startswith(word)), "wrong").lower()
+        figures = {"proof/ratio": self.ratio, "proof/tolerance": self.tolerance}
+        return {tag: value for tag, value in figures.items() if math.isfinite(value)} | {"proof/outcome": f"{outcome}: {told}"}
 
 
 # ------------------------------------------------------------------------------------------------------------- alive
@@ -207,8 +211,8 @@ def gradient_of(network, forward_backward, batches, scale, supervised, again=Fal
                 torch.manual_seed(i)
                 loss += forward_backward(batch, weight)
         gradient = flat.grad / scale
-        if scale <= 1 or bool(torch.isfinite(gradient).all()):
-            return loss.item() / supervised, gradient
+        if scale <= 1 or agreed(bool(torch.isfinite(gradient).all())):
+            return agreed(loss.item() / supervised), gradient
         scale = max(1.0, scale / 16)
 
 
@@ -223,6 +227,13 @@ def unrounded(network):
     finally:
         for weight in weights:
             weight.rounds = True
+
+
+def agreed(number):
+    """The first rank's number, on every rank: each pass of a sharded network is made by all of them, so all must decide alike."""
+    told = torch.tensor(number, dtype=torch.float64)
+    ranks.from_first([told])
+    return told.item()
 
 
 class Measurement:
@@ -245,7 +256,7 @@ class Measurement:
         for i, batch in enumerate(self.batches):
             torch.manual_seed(i)
             total += model.summed_loss(self.network, batch)[1].double().sum()
-        return total.item() / self.supervised
+        return agreed(total.item() / self.supervised)
 
     @torch.no_grad()
     def put(self, direction, step):
@@ -259,7 +270,7 @@ class Measurement:
         for place, whole in way:
             for g, part in zip(gradient[place].split(1 << 22), whole.split(1 << 22)):
                 total += torch.dot(g.double(), part.double())
-        return total.item() / 2
+        return agreed(total.item() / 2)
 
     def walk(self, direction, step, allowed):
         """(half the change of the loss between theta - step g and theta + step g, what gradients foretell of it, by how much that may be wrong).
@@ -294,7 +305,7 @@ class Measurement:
         Uncertain it is by SURE standard errors of the loss's noise and by how much the integral may be wrong. The way is made longer where
         the first is larger and shorter where the second is, until they come to 2.5 times what is `allowed`, `rounds` times at most.
         """
-        squared = sum(factor * self.gradient[place].double().square().sum().item() for place, factor in direction)
+        squared = agreed(sum(factor * self.gradient[place].double().square().sum().item() for place, factor in direction))
         best = math.nan, math.inf, 0.0, 0.0
         for _ in range(rounds if squared > 0 else 0):
             change, foretold, bend = self.walk(direction, move * self.loss / squared, allowed)
@@ -389,7 +400,7 @@ class Measurement:
                 torch.addcmul(self.theta, self.theta, draw, value=torch.finfo(self.dtype).eps, out=flat.data)
                 with torch.enable_grad():
                     again = self.gradient_now(SIZES[seed])
-                self.rounding = max(self.rounding, ((again - self.gradient).double().norm() / size).item())
+                self.rounding = max(self.rounding, agreed(((again - self.gradient).double().norm() / size).item()))
             flat.copy_(self.theta)
         return self.rounding if math.isfinite(self.rounding) else math.inf
 
@@ -469,7 +480,7 @@ def locate(measured, places, move, allowed):
     deadline, wrong_layers, tried = time.perf_counter() + SECONDS, [], 0
     layers = grouped(places, layer_of)
     for layer in reversed(layers):
-        if time.perf_counter() > deadline:
+        if agreed(time.perf_counter() > deadline):
             break
         tried += 1
         if measured.verdict(layers[layer], move, allowed, (1.0,))[2] is False:

@@ -470,11 +470,12 @@ def proof(found):
     rows = []
     for line in [line for line in found["metrics"] if is_number(line.get("proof/ratio"))][:12]:
         ratio, tolerance = line["proof/ratio"], line.get("proof/tolerance")
-        agrees = "–" if not is_number(tolerance) else "yes" if abs(ratio - 1) <= tolerance else "**no**"
+        told = str(line.get("proof/outcome", "")).startswith
+        agrees = "cannot be told" if told("open") else "–" if not is_number(tolerance) else "yes" if abs(ratio - 1) <= tolerance and not told(("wrong", "stale")) else "**no**"
         rows.append([f"{line['step']:,}", number(ratio, ".4f"), number(tolerance, ".4f") if is_number(tolerance) else "–", agrees])
-    return paragraphs(prose("Two forward passes, a little to either side along the gradient, measure how the loss changes, and the "
-                            "gradient predicts it: their ratio must be 1 within the tolerance of the precision, or the gradient is not "
-                            "that of this loss."),
+    return paragraphs(prose("Forward passes on either side along the gradient measure how the loss changes, and gradients on the way "
+                            "predict it: the ratio must be 1 within the tolerance of the precision, or the gradient is not that of this "
+                            "loss."),
                       table(["after step", "measured / predicted", "tolerance", "agrees"], rows)) if rows else ""
 
 

@@ -349,11 +349,32 @@ def coherence(evals, alerts):
         yield finding("warning", "samples do not follow the loss", told, overlap=overlap)
 
 
-def proved(ratio, tolerance, step):
-    """The measured change of the loss along the gradient over the predicted one is 1, up to the rounding that the tolerance states."""
-    if not math.isfinite(ratio) or abs(ratio - 1) > tolerance:
-        told = f"At step {step:,} the loss changes along the gradient by {ratio:.3f} times what it predicts (1 +- {tolerance:.2g})."
+def proved(line):
+    """What the gradient proof found at the step of a line with the names of logs.NAMES: "dead" or "wrong" gradients, by its own word where that is recorded.
+
+    Else by its figures: the measured change of the loss along the gradient over the predicted one is 1, up to the stated tolerance.
+    """
+    outcome, _, told = line.get("proof_outcome", "").partition(": ")
+    ratio, tolerance = line.get("proof", math.nan), line.get("proof_tolerance", 0.1)
+    if outcome == "dead":
+        yield finding("fault", "dead gradients", f"The gradient proof at step {line['step']:,}: {told}")
+    elif outcome in ("wrong", "stale"):
+        yield finding("fault", "wrong gradients", f"The gradient proof at step {line['step']:,}: {told}", ratio=ratio)
+    elif not outcome and not abs(ratio - 1) <= tolerance:
+        told = f"At step {line['step']:,} the loss changes along the gradient by {ratio:.3f} times what it predicts (1 +- {tolerance:.2g})."
         yield finding("fault", "wrong gradients", told, ratio=ratio)
+
+
+def empty(windows, step):
+    """Steps whose windows hold no supervised token are not applied. windows: [bool] of steps up to `step` in a row.
+
+    Ten in a row, or all of three and more that there are: nothing is supervised at all. Three, and a tenth: rows without an answer.
+    """
+    count, row = sum(windows), next((i for i, none in enumerate(reversed(windows)) if not none), len(windows))
+    if row >= 10 or row == len(windows) > 2:
+        yield finding("fault", "steps not applied", f"None of the last {row:,} steps, up to step {step:,}, held a supervised token.", "no step applied", steps=row)
+    elif count >= max(3, len(windows) // 10):
+        yield finding("warning", "steps not applied", f"{count:,} of {len(windows):,} steps, up to step {step:,}, held no supervised token.", steps=count)
 
 
 def evaluation_entry(line):

@@ -9,7 +9,7 @@
     python train.py CONFIG --preflight                 only the forecast: what the run would see, need and take
     python train.py CONFIG --overfit 8                 learn the first 8 rows by heart, or say why not (overfit.py)
     python train.py --help                             every key and its default
-    torchrun --standalone --nproc-per-node=2 train.py CONFIG    the same run on two GPUs, which share each window (ranks.py)
+    torchrun --standalone --nproc-per-node=2 train.py CONFIG    the same run on two GPUs (ranks.py)
 
 A step consumes micro_batch_size x accumulation samples. Their loss is summed over all supervised tokens of the window
 and divided once, so how the window is cut into micro-batches changes nothing but rounding (and which elements adapter
@@ -246,7 +246,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         if step >= first or owed:  # the line of an earlier step is closed
             recorder.write(step, result.values)
         if result.ok is False:
-            fatal.append("wrong gradients")
+            fatal.append("dead gradients" if result.dead else "wrong gradients")
 
     def save(step):
         """A checkpoint of this step boundary, written by the first rank. Returns where it is."""

@@ -471,6 +471,26 @@ def test_samples_that_do_not_follow_the_loss_are_told():
     assert told(**{"eval/overlap": 0.0, "eval/token_accuracy": 0.8, "eval/samples": one_sample}) == []  # one may be bad luck
 
 
+def test_what_the_gradient_proof_says_by_its_own_word_counts_before_its_figures():
+    s = setup()
+    proof = lambda outcome, **figures: [healthy(s)[0] | {"proof/outcome": outcome, **figures}]
+    dead = first(s, proof("dead: 14 of 28 adapter matrices"), "dead gradients")[1]
+    assert dead.severity == "fault" and "14 of 28" in dead.evidence
+    assert first(s, proof("wrong: WRONG in a part", **{"proof/ratio": 1.0, "proof/tolerance": 0.1}), "wrong gradients")
+    assert raised(s, proof("open: too rough", **{"proof/ratio": 0.2, "proof/tolerance": 0.1})) == []
+    assert raised(s, proof("proved: all", **{"proof/ratio": 1.0, "proof/tolerance": 0.1})) == []
+
+
+def test_a_run_without_a_supervised_token_is_a_fault_and_some_such_steps_a_warning():
+    s = setup()
+    lines = lambda empty: [line | ({"train/supervised_tokens": 0, "train/skipped": 1.0, "train/grad_norm": 0.0, "train/loss": 0.0} if empty(line["step"]) else {})
+                           for line in healthy(s)]
+    step, fault = first(s, lines(lambda step: step > 0), "steps not applied")
+    assert step == 3 and fault.severity == "fault" and "--preview" in fault.remedy
+    assert first(s, lines(lambda step: step % 5 == 0), "steps not applied")[1].severity == "warning"
+    assert not any(one.name == "steps not applied" for _, one in raised(s, lines(lambda step: step in (7, 30))))
+
+
 def test_a_gradient_proof_outside_its_tolerance_is_a_fault():
     s = setup()
     proof = lambda ratio: [healthy(s)[0] | {"proof/ratio": ratio, "proof/tolerance": 0.05}]

@@ -551,6 +551,12 @@ def test_the_trainers_filtered_nan_is_recognised():
 
 
 def test_what_a_run_of_ours_adds_to_its_record_is_judged():
+    named = healthy(1)
+    named[0] |= {"proof/outcome": "dead: 2 of 28 adapter matrices", "train/grad_norm": 1.0}
+    assert "2 of 28" in found(named)["dead gradients"].evidence
+    assert "in a part" in health.headline(health.to_record("x", named), health.diagnose(health.to_record("x", named)))
+    empty = [line | {"train/supervised_tokens": 0, "train/skipped": 1.0} for line in healthy(12)]
+    assert found(empty)["steps not applied"].severity == "fault"
     proof = healthy(1)
     proof[0] |= {"proof/ratio": 0.31, "proof/tolerance": 0.04}
     assert found(proof)["wrong gradients"].severity == "fault" and "wrong gradients" not in found(
