@@ -423,10 +423,11 @@ def card(title, config, folder, facts):
     lines += table((name, json.dumps(value)) for name, value in told.items()) + ["## Verdict", ""]
     if run and (run / "verdict.json").is_file():
         verdict = trust.read_json(run / "verdict.json")
-        lines += [f"**{verdict['outcome']}**", "", "| criterion | outcome | measured | threshold | |", "| --- | --- | --- | --- | --- |"]
+        lines += [f"**{verdict['outcome']}**", "", "| criterion | outcome | measured | threshold | reason |", "| --- | --- | --- | --- | --- |"]
         for criterion in verdict["criteria"]:
             told = [f"{criterion.get('set', '')} {criterion['name']}", *map(criterion.get, ("outcome", "measured", "threshold", "reason"))]
-            lines += ["| " + " | ".join("" if text is None else str(text) for text in told) + " |"]
+            shortened = ("" if text is None else f"{text:.4g}" if isinstance(text, float) else str(text) for text in told)
+            lines += ["| " + " | ".join(shortened) + " |"]
     else:
         lines += ["None was recorded."]
     return "\n".join(lines) + "\n"
@@ -496,7 +497,7 @@ def merge_into(out, source, folder, tokenizer, end_ids, rows, dtype, tolerance):
             print(f"error: {why}", file=sys.stderr)
             return 5
         facts = [("adapter", f"{kind_of(config.lora)}, merged into the weights"), ("base", onto), ("stored in", bits),
-                 ("update", " ".join(update)), ("evaluation rows", counted), *((f"loss {how}", value) for value, how in losses),
+                 ("update", "; ".join(line.rstrip(",") for line in update)), ("evaluation rows", counted), *((f"loss {how}", value) for value, how in losses),
                  ("logits, merge and adapter", compared)]
         (work / "README.md").write_text(card("merged model", config, folder, facts), encoding="utf-8")
         publish(work, out)

@@ -318,7 +318,7 @@ def test_the_model_card_says_where_the_model_came_from_and_names_no_path(plain, 
     (run / "verdict.json").unlink()
     export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'without'}"])
     assert "## Verdict\n\nNone was recorded." in (tmp_path / "without" / "README.md").read_text()
-    failed = {"set": "minimum", "name": "eval loss", "outcome": "FAIL", "threshold": -0.2, "measured": -0.1, "low": -0.2, "high": 0.0,
+    failed = {"set": "minimum", "name": "eval loss", "outcome": "FAIL", "threshold": -0.2, "measured": -0.10000001, "low": -0.2, "high": 0.0,
               "reason": "too few steps"}
     (run / "verdict.json").write_text(json.dumps({"outcome": "FAIL", "criteria": [failed]}))
     export.main([f"--ckpt={run}", f"--adapter={tmp_path / 'adapter'}"])
