@@ -129,6 +129,11 @@ def send(*numbers):
         os.kill(os.getpid(), number)
 
 
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.02)
+
+
 def once(owner, name, number, what, *given):
     """Do what(*given) when OWNER.NAME (module, or module.Class) is called for the number-th time, before the call itself."""
     owner = pkgutil.resolve_name(owner)
@@ -404,18 +409,18 @@ def test_told_three_times_a_run_ends_at_once_and_what_was_saved_before_stays(run
 
 
 def slow_micro_batches(sample):
-    """Micro-batches of a fifth of a second, SIGTERM in a window of several, and patience for half a second only."""
+    """SIGTERM in a window of several micro-batches, of a fifth of a second each from there on, and patience for half a second only."""
     once_trained(lambda: slow_down(sample))
 
 
 def slow_down(sample):
     import train
     train.PATIENCE = 0.5
-    at_sample(sample, send, signal.SIGTERM)
-    real = model.summed_loss
+    real, slow = model.summed_loss, []
+    at_sample(sample, lambda: (send(signal.SIGTERM), slow.append(1)))
 
     def loss_of(network, batch):
-        time.sleep(0.2 * torch.is_grad_enabled())
+        time.sleep(0.2 * bool(slow))
         return real(network, batch)
 
     model.summed_loss = loss_of
@@ -457,12 +462,13 @@ def test_a_signal_ends_generation_after_the_next_token(run, whole, tiny_inputs, 
 
 
 def test_a_second_process_is_refused_while_the_first_trains_and_does_not_disturb_it(start, run, whole, tmp_path):
-    first = start("run", fault=(at_sample, 8, time.sleep, 8))
+    first = start("run", fault=(at_sample, 8, wait_for, tmp_path / "go on"))
     while not (tmp_path / "run/metrics.jsonl").exists():
         time.sleep(0.05)
         assert first.is_alive()
     for options in ([], ["--resume"], ["--overwrite"]):
         assert run("run", *options) == 2
+    (tmp_path / "go on").touch()
     first.join(60)
     told = (tmp_path / "run.log").read_text()
     assert first.exitcode == 0 and told.count(f"error: {tmp_path / 'run'}: another training process (pid {first.pid})") == 3
