@@ -32,10 +32,12 @@ def test_every_row_of_the_faults_has_a_guard_whose_absence_its_test_was_seen_to_
     """bench/controls.py takes them away, which takes many minutes; here: it could still do so, and did so with these."""
     sys.path.insert(0, str(PROJECT / "bench"))
     from controls import CONTROLS
-    seen = {(entry["row"], entry["wrong"], entry["file"], entry["test"]): entry["noticed"] for entry in json.loads((PROJECT / "bench/results/controls.json").read_text(encoding="utf-8"))}
+    entries = json.loads((PROJECT / "bench/results/controls.json").read_text(encoding="utf-8"))
+    seen = {(entry["row"], entry["wrong"], entry["file"], entry["test"]): entry["noticed"] for entry in entries}
     assert sorted({row for row, *_ in CONTROLS}) == list(range(1, 26))
     for row, wrong, file, old, new, test in CONTROLS:
         name, _, function = test.partition("::")
         assert function.partition("[")[0] in functions_of(name), test
-        assert (PROJECT / file).read_text(encoding="utf-8").count(old) == 1 and old != new, f"bench/controls.py, row {row}, {wrong}: {old!r} must stand once in {file}; bring it up to date"
+        stands = (PROJECT / file).read_text(encoding="utf-8").count(old)
+        assert stands == 1 and old != new, f"bench/controls.py, row {row}, {wrong}: {old!r} must stand once in {file}; bring it up to date"
         assert seen.get((row, wrong, file, test)), f"row {row}, {wrong}: run bench/controls.py --json=bench/results/controls.json"
