@@ -102,7 +102,7 @@ def judge(lines, lowest, contradictions):
     losses = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
     evals = [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
     known = [(step, loss) for step, loss in evals + losses if math.isfinite(loss)]
-    if not losses or not known:
+    if not known or not losses and not learnt(known[0][1], lowest):
         return 5, wrap("overfit    no verdict: the record holds no step with a finite loss; see the messages above")
     start, best = min(known)[1], min(known, key=lambda pair: pair[1])
     finite = [loss for _, loss in losses if math.isfinite(loss)]

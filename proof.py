@@ -66,7 +66,7 @@ class Result:
         told = " ".join(self.text.split()).removeprefix("gradients ")
         outcome = "proved" if self.ok else "open" if self.ok is None else next((word for word in ("DEAD", "STALE") if told.startswith(word)), "wrong").lower()
         figures = {"proof/ratio": self.ratio, "proof/tolerance": self.tolerance}
-        return {tag: value for tag, value in figures.items() if math.isfinite(value)} | {"proof/outcome": f"{outcome}: {told}"}
+        return {tag: value for tag, value in figures.items() if math.isfinite(value)} | {"proof/outcome": told if told.startswith(f"{outcome}: ") else f"{outcome}: {told.removeprefix(outcome.upper() + ': ')}"}
 
 
 # ------------------------------------------------------------------------------------------------------------- alive
@@ -320,21 +320,25 @@ class Measurement:
             move *= min(4.0, max(0.25, (noise / max(bend, 1e-9)) ** (1 / 3)))
         return best
 
-    def verdict(self, direction, move, allowed, lengths=(1.0, 0.6, 1.6)):
+    def verdict(self, direction, move, allowed, ways=3):
         """(ratio, tolerance, ok) along a direction; ok None where it cannot be told.
 
-        What is wrong must be wrong by more than its tolerance on ways of different lengths, by more than gradients are rounding, and must be
-        so in what the longest way has beyond the shortest: in a saturated network gradients are mostly rounding, and its loss has steps that
-        no gradient knows of.
+        What is wrong must be wrong by more than its tolerance and than gradients are rounding, also on the shortest way on which the noise
+        lets it be seen, on one that is longer by 1.6, and in what the longest has beyond the shortest: in a saturated network gradients are
+        mostly rounding, and its loss is rough and has steps that no gradient knows of.
         """
         seen, surely = [], self.rounding or 0.0
-        for factor in lengths:
-            ratio, doubt, foretold, length = self.ratio(direction, (seen[0][3] if seen else move) * factor, allowed, 1 if seen else 3)
+        for way in range(ways):
+            if way == 1:
+                ratio, _, foretold, move = seen[0]
+                visible = 4 * SURE * self.noise() / (foretold * min(0.5, abs(ratio - 1)))  # so much shorter, a way has noise of a quarter of what is wrong
+            factor = (1.0, min(0.6, max(1e-3, visible)) if seen else 1.0, 1.6)[way]
+            ratio, doubt, foretold, length = self.ratio(direction, move * factor, allowed, 1 if seen else 3)
             tolerance = allowed * max(1.0, abs(ratio)) + doubt
             if not math.isfinite(ratio) or not tolerance <= USELESS * max(1.0, abs(ratio)):
                 return ratio, tolerance, None
-            if abs(ratio - 1) <= tolerance + surely:
-                return ratio, tolerance + surely, True if tolerance + surely <= USELESS else None
+            if abs(ratio - 1) <= tolerance + surely:  # and where a way before did not fit, there is no telling
+                return ratio, tolerance + surely, True if tolerance + surely <= USELESS and not seen else None
             seen.append((ratio, tolerance, foretold, length))
             surely = self.irreproducible() * max(1.0, abs(ratio))
         if len(seen) > 1:
@@ -342,7 +346,8 @@ class Measurement:
             if abs((long - 1) * outer - (short - 1) * inner) <= larger * outer + error * inner + surely * (outer - inner):
                 return (*seen[0][:2], None)
         ratio, tolerance, _, _ = seen[0]
-        return ratio, tolerance + surely, False
+        lost = self.dtype.itemsize == 2 and not self.network.fused_layers and 0.3 < ratio < 1  # see judge
+        return ratio, tolerance + surely, None if lost else False
 
     def evenly(self, places):
         """The direction in which each adapter matrix goes equally far along its own gradient: in g itself a few large ones outvote the others."""
@@ -449,7 +454,8 @@ def judge(measured, losses, even, parts, places, gradients):
     elif ok is None:
         rounding = measured.irreproducible()
         why = (f"much of the gradients is rounding: made again from weights that differ in their last digits they differ by {rounding:.1%}, as where a network is saturated (by too high a rate, say)"
-               if rounding > max(0.05, allowed) else "the loss is too noisy here, or too rough, for this precision")
+               if rounding > max(0.05, allowed) else "layers that are not fused add an update to a product that is rounded already, and in 16 bits lose what is smaller than its last digit"
+               if not measured.network.fused_layers and dtype.itemsize == 2 and ratio < 1 else "the loss is too noisy here, or too rough, for this precision")
         result.text = wrap(f"gradients  alive, not proved: {why}. Measured was " + (f"{ratio:.3f} +- {tolerance:.3f} of what they foretell." if math.isfinite(ratio) else "nothing that fits them."))
     else:
         judged = [kind for kind, (_, _, fine) in result.parts.items() if fine]
@@ -483,12 +489,12 @@ def locate(measured, places, move, allowed):
         if agreed(time.perf_counter() > deadline):
             break
         tried += 1
-        if measured.verdict(layers[layer], move, allowed, (1.0,))[2] is False:
+        if measured.verdict(layers[layer], move, allowed, 1)[2] is False:
             wrong_layers.append(layer)
     if not wrong_layers:
         return [], "No layer is wrong by itself as far as can be measured."
     inside = {name: direction for name, direction in grouped(places, module_of).items() if layer_of(name + ".") == wrong_layers[0]}
-    wrong = [name for name, direction in inside.items() if measured.verdict(direction, move, allowed, (1.0,))[2] is False]
+    wrong = [name for name, direction in inside.items() if measured.verdict(direction, move, allowed, 1)[2] is False]
     where = f"Seen from the loss, {wrong_layers[0]} is the first of {len(wrong_layers)} wrong layers" + (f" (of {tried} tried)" if tried < len(layers) else f" (of {len(layers)})")
     return (wrong or wrong_layers[:1]), where + (f", there in {some([name.removeprefix(wrong_layers[0] + '.') for name in wrong])}: look at the backward pass there and just behind it." if wrong else ".")
 

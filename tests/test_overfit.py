@@ -11,6 +11,7 @@ import config
 import data
 import model
 import overfit
+import record
 
 
 def rows_of(*texts, supervised_from=1):
@@ -147,3 +148,37 @@ def test_a_tiny_model_learns_rows_by_heart_down_to_what_contradictions_leave(tmp
                 reached = step
                 break
         assert reached and loss.item() >= lowest, (texts, loss.item(), lowest)
+
+
+@pytest.fixture
+def check(tiny_inputs, tmp_path, monkeypatch):
+    """check(*options): train.py's main with --overfit 3 over tiny inputs, 20 steps of it."""
+    import train
+    from conftest import settings_of
+    monkeypatch.setattr(overfit, "STEPS", 20)
+    monkeypatch.setattr(train, "catch_signals", list)
+    monkeypatch.chdir(tmp_path)
+    path = settings_of(tiny_inputs, tmp_path / "tiny.json")
+    return lambda *options: train.main([str(path), "--overfit", "3", *options])
+
+
+def test_a_check_evaluates_on_the_rows_it_trains_on_and_ends_with_its_reason(check, tmp_path, capsys):
+    assert check() == 5
+    told = capsys.readouterr().out
+    assert "3 to train on, 3 to evaluate on" in told and "overfit    NOT LEARNT" in told and "verdict" not in told
+    lines = record.read_metrics(tmp_path / "runs/tiny-overfit")
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 20]
+    assert check() == 5, "the next check replaces it"
+
+
+def test_a_check_ends_once_the_rows_are_known(check, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(overfit, "NEAR", 9.0)
+    code, told = check(), capsys.readouterr().out
+    assert code == 0 and "overfit    LEARNT" in told, told
+    assert record.read_metrics(tmp_path / "runs/tiny-overfit")[-1]["step"] == 0
+
+
+def test_a_check_over_a_cut_graph_stops_with_the_proofs_word(check, capsys, monkeypatch):
+    real = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda *a: real(*a).detach().requires_grad_() if torch.is_grad_enabled() else real(*a))
+    assert check("--proof.enabled=true") == 4 and "gradients  DEAD" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import data
 import fused
 import model
 import proof
+import quant
 
 RNG = np.random.default_rng(0)
 
@@ -111,6 +112,68 @@ def test_nothing_is_changed_by_the_proof(folder):
     assert proof.check(network, forward_backward, batches(), what="even").ok
     assert all(torch.equal(a, b) for a, b in zip(before, everything())) and network.training
     assert all(p.data_ptr() == memory.flat.data_ptr() + 4 * memory.places[p].start for p in model.adapters(network).values())
+
+
+def test_a_loss_that_bends_within_the_way_is_followed_by_gradients_on_it(folder):
+    """Where a straight line is off by a third, and was once taken for a wrong gradient."""
+    network, forward_backward = loaded(folder, "none", "fp32", 0.1)
+    flat, supervised = network.adapter_memory.flat, sum(len(batch.targets) for batch in batches())
+    gradient_now = lambda size: proof.gradient_of(network, forward_backward, batches(), size, supervised)[1]
+    measured = proof.Measurement(network, batches(), supervised, flat.detach().clone(), gradient_now(1.0), gradient_now)
+    everything = [(slice(0, len(flat)), 1.0)]
+    step = 0.06 * measured.loss / measured.gradient.double().square().sum().item()
+    change, foretold, doubt = measured.walk(everything, step, 0.0)
+    straight = 0.06 * measured.loss
+    assert abs(change / straight - 1) > 0.1 and abs(change / foretold - 1) < 0.02 and abs(change - foretold) <= doubt
+
+
+def test_a_saturated_network_is_neither_proved_nor_called_wrong(folder):
+    """As a rate far too high leaves it: what its gradients are is rounding, and its loss has steps."""
+    for size in (3.0, 30.0):
+        result = checked(folder, "none", "fp32", size, what="even")
+        assert result.ok is not False, result
+    assert result.ok is None and result.values["proof/outcome"].startswith("open: ") and max(map(len, result.text.splitlines())) <= 80, result
+
+
+def test_a_gradient_of_zero_is_no_dead_one_where_the_loss_does_not_move_either(folder):
+    """q and k of a layer whose attention sees one thing only."""
+    network, forward_backward = loaded(folder)
+    memory, named = network.adapter_memory, model.adapters(network)
+    places = [memory.places[parameter] for name, parameter in named.items() if "layers.0.self_attn.q_proj" in name]
+
+    def without_queries(batch, weight):
+        loss = forward_backward(batch, weight)
+        for place in places:
+            memory.flat.grad[place] = 0
+        return loss
+
+    assert proof.check(network, without_queries, batches(), what="whole").ok is False, "the loss moves, so these are dead"
+    real = model.AdaptedLinear.forward
+    query = network.get_decoder().layers[0].self_attn.q_proj
+    network, forward_backward = loaded(folder, memory={"fused": False})
+    memory, named = network.adapter_memory, model.adapters(network)
+    query = network.get_decoder().layers[0].self_attn.q_proj
+    query.forward = lambda x: real(query, x) * 0.0
+    result = proof.check(network, forward_backward, batches(), what="whole")
+    assert result.ok is None and "rightly" in result.text and not result.dead, result
+
+
+@pytest.mark.parametrize("factor, ok", [(1.0, True), (2.0, False), (0.5, False), (-1.0, False)])
+def test_a_gradient_that_is_another_only_where_activations_are_rounded_is_found(folder, factor, ok):
+    network, forward_backward = loaded(folder, "llm_int8", "bf16")
+    weights = [module for module in network.modules() if isinstance(module, quant.LLMInt8Weight)]
+    rounded = lambda batch, weight: forward_backward(batch, weight * (factor if weights[0].rounds else 1.0))
+    result = proof.check(network, rounded, batches(), what="whole")
+    assert result.ok is ok and "8 bits" in result.text and all(weight.rounds for weight in weights), result
+    assert max(map(len, result.text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("text, ok, outcome", [
+    ("gradients  proved: all", True, "proved: all"), ("gradients  alive, not proved: too rough", None, "open: alive, not proved: too rough"),
+    ("gradients  DEAD: 14 of 28", False, "dead: 14 of 28"), ("gradients  STALE: old", False, "stale: old"),
+    ("gradients  WRONG in a part: k", False, "wrong: WRONG in a part: k")])
+def test_the_record_holds_the_outcome_in_a_word(text, ok, outcome):
+    assert proof.Result(math.nan, 0.1, ok, text).values == {"proof/tolerance": 0.1, "proof/outcome": outcome}
 
 
 def test_an_fp16_scale_that_overflows_is_lowered_until_the_gradients_are_finite(folder):
