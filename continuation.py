@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 import checkpoint
-import model
+import lora_layers
 import ranks
 
 
 def load_initial(config):
     """The matrices of the adapter that lora.init_from names. Raises ValueError where its scale or rank is not the configuration's."""
     folder = checkpoint.find(config.lora.init_from)
-    lora, tensors, _ = model.read_adapter(folder)
+    lora, tensors, _ = lora_layers.read_adapter(folder)
     wrong = [f"--lora.{name}={json.dumps(getattr(lora, name))}" for name in ("r", "alpha", "rslora") if getattr(lora, name) != getattr(config.lora, name)]
     if wrong:
         raise ValueError(f"lora.init_from: the adapter in {folder} was trained with other settings; start from it with {' '.join(wrong)}")
@@ -137,7 +137,7 @@ def put_back(saved, path, accept, fresh, adapters, moments, scaler, device):
     if shapes != ({"earlier": (torch.bfloat16, moments["exp_avg"].shape)} if of_step else {}):
         raise ValueError(f"{path}/noise.safetensors: holds {shapes}, which does not go with noise {state['noise']} in state.json; "
                          "go on from another checkpoint with --resume=CHECKPOINT")
-    model.set_adapters(adapters, tensors["adapter_model.safetensors"], str(path))
+    lora_layers.set_adapters(adapters, tensors["adapter_model.safetensors"], str(path))
     for moment in ("exp_avg", "exp_avg_sq"):
         for name, view in views(moments[moment], adapters):
             view.copy_(optimizer[f"{name}.{moment}"])
@@ -176,7 +176,7 @@ def set_generators(states, device):
 
 
 def views(flat, adapters):
-    """(name, piece of a flat tensor in the parameter's shape) for each of `adapters`, laid out as in model.AdapterMemory."""
+    """(name, piece of a flat tensor in the parameter's shape) for each of `adapters`, laid out as in lora_layers.AdapterMemory."""
     pieces = flat.split([parameter.numel() for parameter in adapters.values()])
     return [(name, piece.view_as(parameter)) for (name, parameter), piece in zip(adapters.items(), pieces)]
 

@@ -29,6 +29,9 @@ import torch
 import checkpoint
 import config as settings
 import data
+import attention
+import lora_layers
+import loading
 import model
 import ranks
 import record
@@ -101,7 +104,7 @@ def generate(network, tokenizer, prompts, max_new_tokens, end_ids, interrupted=(
     stop = lambda ids, scores, **_: torch.full((len(ids),), bool(interrupted), device=ids.device)  # asked after each token
     fits = True
     try:
-        with model.own_attention(network):
+        with attention.own_attention(network):
             written = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[stop], synced_gpus=network.sharded)[:, width:].tolist()
     except (RuntimeError, MemoryError) as error:
         if len(prompts) == 1 or not model.out_of_memory(error):
@@ -169,7 +172,7 @@ def evaluate_unquantised(config, device, eval_rows):
     """
     if config.eval.unquantised == "no" or config.model.quant == "none":
         return None
-    if config.eval.unquantised == "auto" and any(ranks.most(1.3 * model.stored_bytes(config) > model.free_memory(device))):
+    if config.eval.unquantised == "auto" and any(ranks.most(1.3 * loading.stored_bytes(config) > model.free_memory(device))):
         print("note: the unquantised model does not fit beside what is in memory, so it is not evaluated; eval.unquantised=no leaves it out without a word")
         return None
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quant="none"))
@@ -231,7 +234,7 @@ def configure(ckpt, model_path, overrides):
         config = settings.located(settings.from_dict({}, overrides, "command line"))
         return config, None, None
     folder = checkpoint.find(ckpt)
-    lora, tensors, base = model.read_adapter(folder)
+    lora, tensors, base = lora_layers.read_adapter(folder)
     run = next((parent for parent in folder.absolute().parents[:2] if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
     tree = json.loads((run / "config.json").read_text(encoding="utf-8")) if run else {"model": {"path": base}}
     tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "dora": lora.dora, "targets": lora.targets}
@@ -280,7 +283,7 @@ def main(argv):
     network = model.load(config, "cuda" if torch.cuda.is_available() else "cpu")  # adapters at B = 0: the untouched model
     check_vocabulary(network, rows)
     if adapter:
-        model.set_adapters(model.adapters(network), adapter, str(folder))
+        lora_layers.set_adapters(lora_layers.adapters(network), adapter, str(folder))
     max_tokens = config.memory.max_tokens or (16384 if network.device.type == "cuda" else 2048)
     figures, by_row = evaluate(network, rows, config.eval.max_rows, max_tokens)
     kept = keep(place[0], place[2], by_row, place[1], rows, tokenizer, network) if place else None

@@ -38,6 +38,9 @@ import config as settings
 import data
 import eval as evaluation
 import gguf_file
+import attention
+import lora_layers
+import loading
 import model
 import quant
 import record
@@ -115,17 +118,17 @@ class Source:
     def __init__(self, config, adapter, original=False, stochastic=True):
         self.config, self.adapter, self.original, self.stochastic = config, adapter, original, stochastic
         self.compute, self.device = quant.DTYPES[config.model.compute_dtype], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.folder = model.local_folder(config.model.path, config.model.revision)
-        self.network = model.architecture(self.folder, self.compute)  # without memory
+        self.folder = loading.local_folder(config.model.path, config.model.revision)
+        self.network = loading.architecture(self.folder, self.compute)  # without memory
         tied = set(self.network._tied_weights_keys or ()) if self.network.config.tie_word_embeddings else set()
         shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
-        self.files = model.weight_files(self.folder)
+        self.files = loading.weight_files(self.folder)
         self.shapes = {name: shapes[name] for name in self.files if name in shapes and name not in tied}
         head, modules = self.network.get_output_embeddings(), self.network.named_modules()
         self.quantised = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear) and module is not head}
         self.scaling = config.lora.alpha / (math.sqrt(config.lora.r) if config.lora.rslora else config.lora.r)
         for name, tensor in adapter.items():
-            module, _, matrix = name.removeprefix(model.PEFT_PREFIX).rpartition(".lora_")
+            module, _, matrix = name.removeprefix(lora_layers.PEFT_PREFIX).rpartition(".lora_")
             shape = self.shapes.get(f"{module}.weight")
             out, width = shape if f"{module}.weight" in self.quantised else (None, None)
             wanted = {"A.weight": (config.lora.r, width), "B.weight": (out, config.lora.r), "magnitude_vector": (out,)}
@@ -135,7 +138,7 @@ class Source:
 
     def base(self, name):
         """The weight under the adapter: as training saw it (quantised and dequantised, in the compute dtype), or as it is stored."""
-        tensor = model.read_tensor(self.files[name], name, self.device)
+        tensor = loading.read_tensor(self.files[name], name, self.device)
         if self.original:
             return tensor
         if name in self.quantised:
@@ -144,7 +147,7 @@ class Source:
 
     def matrices(self, name):
         """(lora_A, lora_B, DoRA's magnitude or None) of a weight, or None where it has no adapter."""
-        stem = model.PEFT_PREFIX + name.removesuffix(".weight")
+        stem = lora_layers.PEFT_PREFIX + name.removesuffix(".weight")
         found = tuple(self.adapter.get(f"{stem}.{part}") for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
         return found if found[0] is not None else None
 
@@ -235,11 +238,11 @@ def through_adapter(config, adapter, origin, rows, max_tokens):
     network = model.load(config, "cuda" if torch.cuda.is_available() else "cpu")
     evaluation.check_vocabulary(network, rows)
     untouched = evaluation.evaluate(network, rows, config.eval.max_rows, max_tokens)[0]["loss"]
-    model.set_adapters(model.adapters(network), adapter, origin)
+    lora_layers.set_adapters(lora_layers.adapters(network), adapter, origin)
     loss = evaluation.evaluate(network, rows, config.eval.max_rows, max_tokens)[0]["loss"]
     network.adapter_memory.refresh()
     network.eval()
-    with model.own_attention(network):
+    with attention.own_attention(network):
         return untouched, loss, logits_of(network, rows)
 
 
@@ -362,7 +365,7 @@ def write_adapter(folder, checkpoint_folder, config, adapter, tokenizer):
     tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
-    _, back, _ = model.read_adapter(folder)
+    _, back, _ = lora_layers.read_adapter(folder)
     if back.keys() != adapter.keys() or not all(torch.equal(back[name], adapter[name]) for name in adapter):
         raise ValueError(f"{folder / 'adapter_model.safetensors'}: read back, its matrices are not the checkpoint's; check the disk")
 

@@ -9,7 +9,6 @@ fails no run: with correct gradients, the settings of the failed run (8.9 % cove
 SmolLM2-135M in NF4 from an evaluation loss of 4.63 to 2.54 in 250 steps. docs/HEALTH.md states each rule with its reason.
 Leaves out: guesses. Memory and time are told where they were measured. Imports no torch.
 """
-import dataclasses
 import math
 import re
 import textwrap

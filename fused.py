@@ -1,4 +1,4 @@
-"""The fast path of Llama-shaped decoder layers: the arithmetic of model.AdaptedLinear with fewer passes over memory.
+"""The fast path of Llama-shaped decoder layers: the arithmetic of lora_layers.AdaptedLinear with fewer passes over memory.
 
 Projections that read the same input (q, k, v; gate, up) are one product with one dequantised scratch; norms, rotary embedding and
 SwiGLU are one kernel each way; adapter gradients are summed straight into their fp32 buffers; silu(gate) * up is computed again in
@@ -24,7 +24,7 @@ class Group:
 
     with W and A stacked, and B block by block, over the modules. So x and d y come with room for the other columns behind each row,
     and W is kept or dequantised with B beside it and s A below it. The A of all modules lie one after another in the flat buffer
-    (model.adapters sees to that). Small layers, whose kernels take as long as their launches, get d x and d y B as one product.
+    (lora_layers.adapters sees to that). Small layers, whose kernels take as long as their launches, get d x and d y B as one product.
     """
 
     def __init__(self, modules, memory):

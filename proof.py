@@ -34,6 +34,7 @@ import torch
 
 import config as settings
 import data
+import lora_layers
 import model
 import quant
 import ranks
@@ -106,7 +107,7 @@ def asleep(network, names):
 
     fp16 has nothing between 0 and 6e-8, so the first steps of a long warm-up may leave B there.
     """
-    modules = {f"{model.PEFT_PREFIX}{name}.lora_A.weight": module for name, module in network.named_modules() if isinstance(module, model.AdaptedLinear) and module.r}
+    modules = {f"{lora_layers.PEFT_PREFIX}{name}.lora_A.weight": module for name, module in network.named_modules() if isinstance(module, lora_layers.AdaptedLinear) and module.r}
     network.adapter_memory.refresh()
     return [name for name in names if name in modules and not modules[name].working_B.any()]
 
@@ -167,16 +168,16 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
     flat, supervised = memory.flat, sum(len(batch.targets) for batch in batches)
     if not supervised:
         return Result(math.nan, math.nan, None, "gradients  not proved: no supervised token to prove them on")
-    names, adapters = zip(*model.adapters(network).items())
+    names, adapters = zip(*lora_layers.adapters(network).items())
     rounded = memory.working.dtype.itemsize == 2
     places = {name: memory.places[parameter] for name, parameter in zip(names, adapters) if not (rounded and ".lora_magnitude" in name)}
     kept_gradient, theta = flat.grad.cpu() if flat.grad.is_cuda else flat.grad.clone(), flat.detach().clone()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), model.rows_held(network):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), lora_layers.rows_held(network):
         try:
             gradient_now = lambda factor: gradient_of(network, forward_backward, batches, factor * float(scale), supervised, again=True)[1]
             loss, gradient = gradient_of(network, forward_backward, batches, float(scale), supervised)
             gradients = {name: gradient[memory.places[parameter]].view_as(parameter) for name, parameter in zip(names, adapters)}
-            with model.rows_held(network):  # DoRA's gradients are those of a loss in which the lengths of rows are constants
+            with lora_layers.rows_held(network):  # DoRA's gradients are those of a loss in which the lengths of rows are constants
                 measured = Measurement(network, batches, supervised, theta, gradient, gradient_now)
                 losses = loss, measured.loss
                 with unrounded(network) as found:
@@ -200,7 +201,7 @@ def gradient_of(network, forward_backward, batches, scale, supervised, again=Fal
     again: graphs are recorded already, and one pass is enough.
     """
     flat, replayed = network.adapter_memory.flat, hasattr(forward_backward, "eager")
-    if replayed and any(module.dropout for module in network.modules() if isinstance(module, model.AdaptedLinear) and module.r):
+    if replayed and any(module.dropout for module in network.modules() if isinstance(module, lora_layers.AdaptedLinear) and module.r):
         forward_backward, replayed = forward_backward.eager, False
     while True:
         weight = torch.tensor(scale / supervised, device=flat.device)
@@ -501,7 +502,7 @@ def locate(measured, places, move, allowed):
 
 def module_of(name):
     """model.layers.0.mlp.up_proj of base_model.model.model.layers.0.mlp.up_proj.lora_A.weight."""
-    return name.removeprefix(model.PEFT_PREFIX).rpartition(".lora_")[0] if ".lora_" in name else name.removeprefix(model.PEFT_PREFIX).rstrip(".")
+    return name.removeprefix(lora_layers.PEFT_PREFIX).rpartition(".lora_")[0] if ".lora_" in name else name.removeprefix(lora_layers.PEFT_PREFIX).rstrip(".")
 
 
 def layer_of(name):
@@ -530,7 +531,7 @@ def grouped(places, key):
 
 def some(names, shown=4):
     """The first few of some names, and how many more there are."""
-    names = [module_of(name) if ".lora_" not in name else name.removeprefix(model.PEFT_PREFIX).removesuffix(".weight") for name in names]
+    names = [module_of(name) if ".lora_" not in name else name.removeprefix(lora_layers.PEFT_PREFIX).removesuffix(".weight") for name in names]
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
@@ -562,7 +563,7 @@ def main(argv):
     for where, size, what in (("B = 0", 0.0, "even"), ("B drawn at random", 1e-3, parts)):
         generator = torch.Generator().manual_seed(config.train.seed)
         with torch.no_grad():
-            for name, parameter in model.adapters(network).items():
+            for name, parameter in lora_layers.adapters(network).items():
                 if ".lora_B." in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
         batches = sample(config, rows, data.sample_stream(len(rows), config.train.seed, 0, len(rows)), device)

@@ -23,7 +23,7 @@ import math
 
 import torch
 
-import model
+import lora_layers
 import quant
 
 NOISE_EVERY = 10   # steps from one pair of windows to the next: a rule that depends on the step alone, so that resuming keeps it
@@ -32,8 +32,8 @@ PAIR_AT = 4        # the pairs are steps 4 and 5, 14 and 15, ...: later than Ada
 
 
 def adapted(network):
-    """{module name: model.AdaptedLinear} of the modules that have an adapter."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, model.AdaptedLinear) and module.r}
+    """{module name: lora_layers.AdaptedLinear} of the modules that have an adapter."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, lora_layers.AdaptedLinear) and module.r}
 
 
 # ----------------------------------------------------------------------------------------------------- adapters

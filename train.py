@@ -44,6 +44,7 @@ import eval as evaluation
 import forecast
 import graphs
 import memory
+import lora_layers
 import model
 import overfit
 import proof
@@ -83,9 +84,9 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     network = model.load(config, device)
     evaluation.check_vocabulary(network, rows, eval_rows)
     untrained = evaluation.untrained_tokens(network, tokenizer, rows)
-    adapters = model.adapters(network)
+    adapters = lora_layers.adapters(network)
     if initial:
-        model.set_adapters(adapters, initial, config.lora.init_from)
+        lora_layers.set_adapters(adapters, initial, config.lora.init_from)
     flat = network.adapter_memory.flat  # every adapter matrix in one buffer, with one gradient
     rate = torch.tensor(0.0, device=device)
     optimizer = torch.optim.AdamW([flat], lr=rate, betas=(config.train.adam_beta1, config.train.adam_beta2), eps=config.train.adam_eps,
@@ -260,7 +261,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
                    "generators.safetensors": drawn}
         state["noise"], begun = noise.state()
         tensors |= {"noise.safetensors": begun} if begun else {}
-        texts = {"adapter_config.json": model.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(state, indent=1)}
+        texts = {"adapter_config.json": lora_layers.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(state, indent=1)}
         return checkpoint.save(run, step, tensors, texts | continuation.texts_of(tokenizer), config.save.keep, state["best_step"])
 
     began, first, pending, applied, alive = time.perf_counter(), state["step"] + 1, [], 0, set()

@@ -19,6 +19,8 @@ import torch  # noqa: E402
 import config as settings  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import attention
+import lora_layers
 import model  # noqa: E402
 
 
@@ -83,11 +85,11 @@ def main(argv):
     same, nll, supervised, logits = by_llama(theirs, rows, count, tokenizer)
 
     network = model.load(config, "cuda" if torch.cuda.is_available() else "cpu")
-    model.set_adapters(model.adapters(network), adapter, str(folder))
+    lora_layers.set_adapters(lora_layers.adapters(network), adapter, str(folder))
     figures, by_row = evaluation.evaluate(network, rows, count, 2048)
     network.adapter_memory.refresh()
     network.eval()
-    with model.own_attention(network):
+    with attention.own_attention(network):
         off, first = apart(network, rows, logits)
     prompts = data.prompts(config, tokenizer)
     samples = evaluation.generate(network, tokenizer, prompts, TOKENS, data.end_of_turn(tokenizer))

@@ -18,6 +18,8 @@ import torch  # noqa: E402
 import config as settings  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import lora_layers
+import loading
 import model  # noqa: E402
 import quant  # noqa: E402
 
@@ -30,18 +32,18 @@ def loaded(overrides, **sections):
 @torch.no_grad()
 def restart(config, network, largest, turns):
     """Set every adapter and its base anew: BA from W (`largest`) or from what quantising W - BA leaves, `turns` times."""
-    files = model.weight_files(model.local_folder(config.model.path, config.model.revision))
+    files = loading.weight_files(loading.local_folder(config.model.path, config.model.revision))
     for name, module in network.named_modules():
-        if isinstance(module, model.AdaptedLinear) and module.r:
-            weight = model.read_tensor(files[f"{name}.weight"], f"{name}.weight", module.lora_A.device)
+        if isinstance(module, lora_layers.AdaptedLinear) and module.r:
+            weight = loading.read_tensor(files[f"{name}.weight"], f"{name}.weight", module.lora_A.device)
             if largest:
                 module.weight = quant.PlainWeight(torch.zeros_like(weight))  # so that all of W is to be approximated
-                model.correct(module, weight)
+                lora_layers.correct(module, weight)
             for _ in range(turns):
                 rest = weight.float() - module.scaling * module.lora_B @ module.lora_A
                 module.weight = quant.quantize(rest.to(weight.dtype), config.model, quant.DTYPES[config.model.compute_dtype])
                 if not largest:
-                    model.correct(module, weight)
+                    lora_layers.correct(module, weight)
 
 
 def main(argv):

@@ -25,7 +25,6 @@ import os
 import pathlib
 import random
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -173,11 +172,11 @@ def start_at_random(real):
     """B drawn like A."""
     import torch
     def draw_adapters(network, seed):
-        import model
+        import lora_layers
         real(network, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
-            for name, parameter in model.adapters(network).items():
+            for name, parameter in lora_layers.adapters(network).items():
                 if ".lora_B." in name:
                     parameter.copy_(torch.empty(parameter.shape).uniform_(-0.35, 0.35, generator=generator))
     return draw_adapters
@@ -186,7 +185,7 @@ def start_at_random(real):
 def lost_after(evaluations):
     """Gradients through frozen weights are missing from the n-th evaluation on, as where a library repacks them for inference."""
     import eval as evaluation
-    import model
+    import lora_layers
     done = []
 
     def counting(real):
@@ -198,7 +197,7 @@ def lost_after(evaluations):
     def backward(real):
         return staticmethod(lambda ctx, grad: (real(ctx, grad)[0] * (len(done) < evaluations), None))
 
-    return lambda: done.clear() or replaced((evaluation, "evaluate", counting), (model.FrozenMatmul, "backward", backward))()
+    return lambda: done.clear() or replaced((evaluation, "evaluate", counting), (lora_layers.FrozenMatmul, "backward", backward))()
 
 
 def micro_batches(change, evaluated=True):
@@ -315,6 +314,7 @@ def zoo():
     """Every run, sick ones first."""
     import data
     import eval as evaluation
+    import lora_layers
     import model
     import quant
     import schedule
@@ -354,7 +354,7 @@ def zoo():
         Run("base-gradient-lost-later", "the same, from the evaluation at step 15 on", wrong, (plain,), lost_after(2)),
         Run("stale-copies", "the forward pass works on adapters as they were when the run began", wrong + dead,
             ("--model.compute_dtype=bf16", "--memory.keep_dequantized=no"),
-            replaced((model.AdapterMemory, "refresh", lambda real: lambda self: None))),
+            replaced((lora_layers.AdapterMemory, "refresh", lambda real: lambda self: None))),
         Run("accumulation-not-normalised", "losses of 4 micro-batches are added, not averaged", wrong, (),
             replaced((model, "summed_loss", in_training(lambda n, b, loss: loss * 4)))),
         Run("accumulation-unproved", "the same, with the gradient proof turned off", ("alert: training and evaluation disagree",),
@@ -364,7 +364,7 @@ def zoo():
         Run("evaluation-stale", "evaluations and samples are made with the weights as loaded", ("alert: evaluation frozen",), (),
             replaced((evaluation, "evaluate", stale), (evaluation, "generate", stale))),
         Run("B-not-zero", "B is drawn at random, like A", ("alert: adapters do not start at zero",), (),
-            replaced((model, "draw_adapters", start_at_random))),
+            replaced((lora_layers, "draw_adapters", start_at_random))),
         Run("labels-masked", "no token of any row is supervised", ("forecast: nothing supervised", "input: refused"), (),
             replaced((tokens, "_supervise", lambda real: lambda *a: (lambda inside, last: (inside & False, last))(*real(*a))))),
         Run("labels-masked-in-batches", "the labels of every micro-batch are masked, those of evaluations too",

@@ -13,6 +13,7 @@ import checkpoint
 import config
 import data
 import eval as evaluation
+import lora_layers
 import model
 import record
 import train
@@ -101,7 +102,7 @@ def test_the_chunk_of_logits_changes_nothing(tiny_inputs):
 def test_dropout_is_off_in_an_evaluation_and_training_mode_comes_back(tiny_inputs):
     rows, network = tokenized(tiny_inputs), model.load(configured(tiny_inputs, lora={"dropout": 0.9}), "cpu")
     with torch.no_grad():
-        for name, parameter in model.adapters(network).items():
+        for name, parameter in lora_layers.adapters(network).items():
             parameter.normal_()
     before = torch.get_rng_state()
     first, again = (evaluation.evaluate(network, rows, 0, 300)[0]["loss"] for _ in range(2))

@@ -18,6 +18,8 @@ import data
 import eval as evaluation
 import export
 import gguf_file
+import attention
+import lora_layers
 import model
 import quant
 import train
@@ -81,7 +83,7 @@ def merged(plain, tmp_path_factory):
 
 
 def adapter_of(run):
-    return model.read_adapter(checkpoint.newest_valid(run)[0])[1]
+    return lora_layers.read_adapter(checkpoint.newest_valid(run)[0])[1]
 
 
 def weights_of(folder):
@@ -336,9 +338,9 @@ def test_an_adapter_alone_is_the_checkpoints_bit_for_bit_and_peft_loads_it(plain
     assert set(saved) == set(exported) and all(torch.equal(saved[name], exported[name]) for name in saved)
     config, adapter, folder = evaluation.configure(str(tmp_path / "out"), "", [("model.quant", "none"), ("model.compute_dtype", "fp32")])
     network = model.load(config, "cpu").eval()
-    model.set_adapters(model.adapters(network), adapter, str(folder))
+    lora_layers.set_adapters(lora_layers.adapters(network), adapter, str(folder))
     ids = torch.randint(3, 259, (1, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), model.own_attention(network):
+    with torch.no_grad(), attention.own_attention(network):
         assert relative(network(input_ids=ids).logits, with_peft(tiny_inputs / "model", tmp_path / "out")(input_ids=ids).logits) < 1e-5
 
 
@@ -420,7 +422,7 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole_and_the_next_one_clea
         status = killed_at(number, calls, arguments)
         if (tmp_path / "out").exists():  # killed after it had its name, or not at all: then it is whole
             assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= set(children(tmp_path / "out"))
-            assert set(model.read_adapter(tmp_path / "out")[1]) == set(adapter_of(plain))
+            assert set(lora_layers.read_adapter(tmp_path / "out")[1]) == set(adapter_of(plain))
             shutil.rmtree(tmp_path / "out")
         if status == 0:
             break
@@ -652,7 +654,7 @@ def test_generate_and_the_pipeline_of_transformers_write_from_the_merge_what_the
     from transformers import pipeline
     config, adapter, folder = evaluation.configure(str(plain), "", [])
     tokenizer, network = data.load_tokenizer(merged), model.load(config, "cpu")
-    model.set_adapters(model.adapters(network), adapter, str(folder))
+    lora_layers.set_adapters(lora_layers.adapters(network), adapter, str(folder))
     samples = evaluation.generate(network, tokenizer, data.prompts(config, tokenizer), 12, data.end_of_turn(tokenizer))
     writer = pipeline("text-generation", model=str(merged), device="cpu")
     for sample in samples:

@@ -456,7 +456,7 @@ def test_a_signal_ends_generation_after_the_next_token(run, whole, tiny_inputs, 
     asked = After(4)
     assert evaluation.generate(network, tokenizer, prompts, 60, [7], asked) is None and -3 <= asked.left < 0 and network.training
     options = ["--eval.max_new_tokens=40"]
-    assert run("run", *options, fault=(once, "model", "own_attention", 3, send, signal.SIGTERM)) == 143  # the first is the check of the architecture
+    assert run("run", *options, fault=(once, "attention", "own_attention", 3, send, signal.SIGTERM)) == 143  # the first is the check of the architecture
     assert newest(tmp_path / "run")["step"] == 4
     assert run("run", *options, "--resume") == 0 and differences(tmp_path / "run", whole(options)) == []
 

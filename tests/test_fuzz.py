@@ -17,7 +17,7 @@ from hypothesis import strategies as some
 import checkpoint
 import config
 import data
-import model
+import loading
 import record
 import schedule
 import trust
@@ -160,7 +160,7 @@ def test_any_tensor_file_is_read_alike_by_us_and_the_library_or_refused(tmp_path
     with works_or_is_refused():
         shapes = trust.tensor_shapes(path)
         for name in shapes:
-            assert tuple(model.read_tensor(path, name, "cpu").shape) == shapes[name]
+            assert tuple(loading.read_tensor(path, name, "cpu").shape) == shapes[name]
     with works_or_is_refused():
         for name, tensor in checkpoint._tensors(content, path).items():
             assert checkpoint.TENSOR_NAME.fullmatch(name) and tensor.numel() < 1 << 20
@@ -223,5 +223,5 @@ def test_any_model_configuration_builds_a_model_or_is_refused(model_folder, draw
     (folder / "config.json").write_text(json.dumps(good | {name: draw.draw(JSON)}))
     with works_or_is_refused():
         trust.check_folder(folder)
-        network = model.architecture(pathlib.Path(folder), torch.float32)
+        network = loading.architecture(pathlib.Path(folder), torch.float32)
         assert sum(parameter.numel() for parameter in network.parameters()) < 1 << 50

@@ -12,6 +12,7 @@ from conftest import make_config, make_model
 import data
 import graphs
 import gpu_kernels
+import lora_layers
 import model
 import proof
 import quant
@@ -132,7 +133,7 @@ def gradients(network, batches, forward=None):
 
 def random_b(network):
     with torch.no_grad():
-        for name, parameter in model.adapters(network).items():
+        for name, parameter in lora_layers.adapters(network).items():
             if ".lora_B." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
     return network
@@ -153,7 +154,7 @@ def test_fused_layers_on_a_gpu_equal_plain_ones(tmp_path, architecture, kind, ke
             network = random_b(model.load(make_config(tmp_path, kind, dtype, memory={"fused": fused, "keep_dequantized": kept}), "cuda"))
             assert network.fused_layers == (3 if fused else 0)
             loss, gradient = gradients(network, data.pack(rows_of(RAGGED), list(range(7)), 128))
-            results[dtype, fused] = loss, {name: p.grad.clone() for name, p in model.adapters(network).items()}
+            results[dtype, fused] = loss, {name: p.grad.clone() for name, p in lora_layers.adapters(network).items()}
     exact_loss, exact = results["fp32", False]
     assert results["fp32", True][0] == pytest.approx(exact_loss, rel=1e-5) and results["bf16", True][0] == pytest.approx(results["bf16", False][0], rel=1e-2)
     for name, gradient in exact.items():
@@ -375,11 +376,11 @@ def test_dora_on_a_gpu_is_dora_on_a_cpu_and_no_graphs_are_made_of_it(tmp_path, k
         network = random_b(model.load(settings, device))
         assert network.fused_layers == 0 and (device == "cpu" or "DoRA" in graphs.serves(network, 0) or not network.use_varlen)
         with torch.no_grad():
-            for name, parameter in model.adapters(network).items():
+            for name, parameter in lora_layers.adapters(network).items():
                 if "magnitude" in name:
                     parameter.mul_(1.2)
         loss, _ = gradients(network, data.pack(rows_of(RAGGED), list(range(7)), 256))
-        results[device] = loss, {name: parameter.grad.cpu() for name, parameter in model.adapters(network).items()}
+        results[device] = loss, {name: parameter.grad.cpu() for name, parameter in lora_layers.adapters(network).items()}
     assert results["cuda"][0] == pytest.approx(results["cpu"][0], rel=1e-4)
     for name, gradient in results["cpu"][1].items():
         assert distance(results["cuda"][1][name], gradient) < 1e-3, name
@@ -390,7 +391,7 @@ def test_loftqs_start_is_the_same_on_a_gpu(tmp_path):
     make_model(tmp_path, "llama")
     settings = make_config(tmp_path, "nf4", "fp32", {"init": "loftq"})
     for ours, reference in zip(model.load(settings, "cuda").modules(), model.load(settings, "cpu").modules()):
-        if isinstance(ours, model.AdaptedLinear):
+        if isinstance(ours, lora_layers.AdaptedLinear):
             assert distance((ours.lora_B @ ours.lora_A).cpu(), reference.lora_B @ reference.lora_A) < 1e-2
 
 

@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -21,6 +20,8 @@ from torch.nn import functional as F
 import config
 import fused
 import eval as evaluation
+import attention
+import lora_layers
 import model
 import quant
 from conftest import COMMON, PROJECT, SHAPES, make_config, make_model, packed
@@ -106,7 +107,7 @@ def softmax_in_float64(monkeypatch):
 
 def randomise(network, peft=None, seed=5, scale=0.1):
     """Draw every adapter matrix at random, the same in PEFT's model of the same weights. Fails where the two have different adapters."""
-    own, generator = model.adapters(network), torch.Generator().manual_seed(seed)
+    own, generator = lora_layers.adapters(network), torch.Generator().manual_seed(seed)
     theirs = {} if peft is None else {name.replace(".default", ""): parameter for name, parameter in peft.named_parameters() if "lora_" in name}
     assert peft is None or set(own) == set(theirs)
     with torch.no_grad():
@@ -133,7 +134,7 @@ def clear(parameters):
 
 def our_gradients(network, batches, scale=1.0):
     """(summed loss, {name: gradient}) over micro-batches."""
-    own, total = model.adapters(network), 0.0
+    own, total = lora_layers.adapters(network), 0.0
     clear(own.values())
     for batch in batches:
         loss = model.summed_loss(network, batch)[0]
@@ -236,7 +237,7 @@ def test_biases_of_qwen2_take_part(models):
     folder, _ = models("qwen2")
     network = model.load(make_config(folder, memory=layers("plain")), "cpu")
     before = logits_of(network, DOCUMENTS)
-    biases = [module.bias for module in network.modules() if isinstance(module, model.AdaptedLinear) and module.bias is not None]
+    biases = [module.bias for module in network.modules() if isinstance(module, lora_layers.AdaptedLinear) and module.bias is not None]
     assert len(biases) == 6 and not any(bias.requires_grad for bias in biases)  # q, k, v of two layers
     with torch.no_grad():
         for bias in biases:
@@ -246,7 +247,7 @@ def test_biases_of_qwen2_take_part(models):
 
 def test_new_adapters_are_drawn_as_peft_draws_them_and_change_nothing_yet(tmp_path):
     original = make_model(tmp_path, "llama")
-    first, again, other = (model.adapters(model.load(make_config(tmp_path, lora={"r": 64}, train={"seed": seed}), "cpu")) for seed in (3, 3, 4))
+    first, again, other = (lora_layers.adapters(model.load(make_config(tmp_path, lora={"r": 64}, train={"seed": seed}), "cpu")) for seed in (3, 3, 4))
     for name, parameter in first.items():
         assert torch.equal(parameter, again[name])
         if ".lora_A." in name:  # kaiming_uniform with a = sqrt(5): uniform within 1 / sqrt(in)
@@ -417,7 +418,7 @@ def test_llm_int8_backward_is_the_dequantised_weights_and_bitsandbytes_own(dtype
     grad = torch.randn(9, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
     frozen = quant.quantize(weight, make_config("x", "llm_int8", "bf16").model, dtype)
     ours = x.clone().requires_grad_()
-    model.FrozenMatmul.apply(ours, frozen).backward(grad)
+    lora_layers.FrozenMatmul.apply(ours, frozen).backward(grad)
     scale = weight.double().abs().amax(dim=1, keepdim=True) / 127
     exact = grad.double() @ ((weight.double() / scale).round() * scale)
     assert relative(ours.grad, exact) < 2 * torch.finfo(dtype).eps
@@ -430,7 +431,7 @@ def test_llm_int8_backward_is_the_dequantised_weights_and_bitsandbytes_own(dtype
 
 def test_frozen_matmul_has_the_right_derivative():
     frozen = quant.PlainWeight(torch.randn(5, 7, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda x: model.FrozenMatmul.apply(x, frozen), torch.randn(3, 7, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(lambda x: lora_layers.FrozenMatmul.apply(x, frozen), torch.randn(3, 7, dtype=torch.float64, requires_grad=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
@@ -511,12 +512,12 @@ def test_attention_refuses_by_name_what_it_does_not_know():
     q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     ends = dict(cu_seqlens=torch.tensor([0, 6], dtype=torch.int32), max_seqlen=6, scaling=0.3)
     module = torch.nn.Linear(1, 1)
-    assert model.packed_attention(module, q, k, v, None, **ends, position_ids=None, use_cache=False, sinks=None)[0].shape == (1, 6, 4, 8)
+    assert attention.packed_attention(module, q, k, v, None, **ends, position_ids=None, use_cache=False, sinks=None)[0].shape == (1, 6, 4, 8)
     for asked, named in ((dict(s_aux=torch.ones(4)), "s_aux"), (dict(alibi=1.0), "alibi"), (dict(dropout=0.1), "dropout")):
         with pytest.raises(ValueError, match=named):
-            model.packed_attention(module, q, k, v, None, **ends, **asked)
+            attention.packed_attention(module, q, k, v, None, **ends, **asked)
     with pytest.raises(ValueError, match="mask"):
-        model.packed_attention(module, q, k, v, torch.zeros(6, 6), **ends)
+        attention.packed_attention(module, q, k, v, torch.zeros(6, 6), **ends)
 
 
 def test_varlen_attention_is_refused_where_it_does_not_work(tmp_path):
@@ -530,7 +531,7 @@ def test_varlen_attention_is_refused_where_it_does_not_work(tmp_path):
 def test_attention_by_documents_is_its_formula_in_float64(window, softcap):
     bounds, heads, kv_heads, d = [0, 9, 11, 19, 20], 4, 2, 8  # two of about one length, so padded into one batch
     q, k, v = (torch.randn(20, h, d, dtype=torch.float64, generator=torch.Generator().manual_seed(h)) for h in (heads, kv_heads, kv_heads))
-    got = model.attention_by_documents(q, k, v, bounds, 0.4, window, softcap)
+    got = attention.attention_by_documents(q, k, v, bounds, 0.4, window, softcap)
     for head in range(heads):
         for i in range(20):
             start = max(bound for bound in bounds if bound <= i)
@@ -759,13 +760,13 @@ def test_a_tied_head_that_is_stored_as_well_is_still_tied(tmp_path):
 def test_nothing_but_adapters_wants_a_gradient_and_nothing_is_left_on_the_meta_device(each):
     folder, _ = each
     network = model.load(make_config(folder, "nf4", "bf16"), "cpu")
-    own = {id(parameter) for parameter in model.adapters(network).values()}
+    own = {id(parameter) for parameter in lora_layers.adapters(network).values()}
     for name, parameter in [*network.named_parameters(), *network.named_buffers()]:
         assert parameter.device.type == "cpu", name
         assert parameter.requires_grad == (id(parameter) in own), name
     frozen = model.frozen(network)
     assert {id(parameter) for _, parameter in frozen} | own == {id(parameter) for parameter in network.parameters()}
-    assert all(parameter.dtype == torch.float32 for parameter in model.adapters(network).values())
+    assert all(parameter.dtype == torch.float32 for parameter in lora_layers.adapters(network).values())
     embeddings = network.get_input_embeddings().weight, network.get_output_embeddings().weight
     assert all(weight.dtype == torch.bfloat16 for weight in embeddings)  # nothing large is upcast
 
@@ -775,14 +776,14 @@ def test_a_training_step_changes_adapters_and_no_byte_of_what_is_frozen(tmp_path
     for kind in ("nf4", "int8", "llm_int8", "none"):
         network = model.load(make_config(tmp_path, kind, "bf16"), "cpu")
         randomise(network)
-        before, own = quant.fingerprint(model.frozen(network)), quant.fingerprint(model.adapters(network).items())
+        before, own = quant.fingerprint(model.frozen(network)), quant.fingerprint(lora_layers.adapters(network).items())
         our_gradients(network, [packed(DOCUMENTS, SUPERVISED)])
         with torch.no_grad():
-            for parameter in model.adapters(network).values():
+            for parameter in lora_layers.adapters(network).values():
                 parameter -= 0.1 * parameter.grad
         model.summed_loss(network, packed(DOCUMENTS, SUPERVISED))[0].backward()
         assert quant.fingerprint(model.frozen(network)) == before
-        assert quant.fingerprint(model.adapters(network).items()) != own
+        assert quant.fingerprint(lora_layers.adapters(network).items()) != own
 
 
 def test_the_memory_table_counts_every_byte_once(tmp_path):
@@ -791,9 +792,9 @@ def test_the_memory_table_counts_every_byte_once(tmp_path):
     table = model.memory_table(network)
     assert sum(size for _, size in table.values()) == sum(p.numel() * p.dtype.itemsize for p in network.parameters())
     assert table["embeddings and head"] == ({"bfloat16"}, 320 * 64 * 2)
-    assert table["adapters"][1] == 4 * sum(p.numel() for p in model.adapters(network).values())
+    assert table["adapters"][1] == 4 * sum(p.numel() for p in lora_layers.adapters(network).values())
     kept = model.memory_table(model.load(make_config(tmp_path, "nf4", "bf16", memory={"keep_dequantized": "yes"}), "cpu"))["dequantised copies"]
-    assert kept == ({"bfloat16"}, 2 * sum(m.in_features * m.out_features for m in network.modules() if isinstance(m, model.AdaptedLinear)))
+    assert kept == ({"bfloat16"}, 2 * sum(m.in_features * m.out_features for m in network.modules() if isinstance(m, lora_layers.AdaptedLinear)))
 
 
 def refused(folder, *words, **changes):
@@ -1005,8 +1006,8 @@ ADAPTERS = {  # our lora settings, PEFT's, architecture
 
 def save_ours(network, settings, folder):
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(model.peft_settings(settings.lora, network, settings.model.path))
-    save_file({name: parameter.detach().clone() for name, parameter in model.adapters(network).items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(lora_layers.peft_settings(settings.lora, network, settings.model.path))
+    save_file({name: parameter.detach().clone() for name, parameter in lora_layers.adapters(network).items()}, folder / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
@@ -1018,7 +1019,7 @@ def test_peft_loads_what_we_save_with_the_same_logits(models, tmp_path, case):
     randomise(ours)
     save_ours(ours, settings, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(copy.deepcopy(network), tmp_path / "adapter").eval()
-    assert sum("lora_" in name for name, _ in theirs.named_parameters()) == len(model.adapters(ours))
+    assert sum("lora_" in name for name, _ in theirs.named_parameters()) == len(lora_layers.adapters(ours))
     assert relative(logits_of(ours, DOCUMENTS), their_logits(theirs, DOCUMENTS)) < 1e-5
     assert relative(their_logits(network, DOCUMENTS), their_logits(theirs, DOCUMENTS)) > 1e-2  # and the adapter does something
 
@@ -1034,14 +1035,14 @@ def test_what_peft_saves_we_load_with_the_same_logits(models, tmp_path, case):
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     theirs.peft_config["default"].base_model_name_or_path = str(folder)
     theirs.save_pretrained(tmp_path)
-    lora, tensors, base = model.read_adapter(tmp_path)
+    lora, tensors, base = lora_layers.read_adapter(tmp_path)
     assert base == str(folder)
     ours = model.load(make_config(folder, lora=dataclasses.asdict(lora)), "cpu").eval()
-    model.set_adapters(model.adapters(ours), tensors, str(tmp_path))
+    lora_layers.set_adapters(lora_layers.adapters(ours), tensors, str(tmp_path))
     assert relative(logits_of(ours, DOCUMENTS), their_logits(theirs, DOCUMENTS)) < 1e-5
     settings = make_config(folder, lora=dataclasses.asdict(lora))
     save_ours(ours, settings, tmp_path / "again")  # what we loaded we save again, unchanged
-    again, same, _ = model.read_adapter(tmp_path / "again")
+    again, same, _ = lora_layers.read_adapter(tmp_path / "again")
     assert again == lora and all(torch.equal(tensors[name], same[name]) for name in tensors)
 
 
@@ -1058,11 +1059,11 @@ def test_adapters_that_cannot_be_honoured_are_refused_by_name(tmp_path):
         folder = tmp_path / name
         get_peft_model(copy.deepcopy(network), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings)).save_pretrained(folder)
         with pytest.raises(ValueError, match=rf"adapter_config.json: {name} = "):
-            model.read_adapter(folder)
+            lora_layers.read_adapter(folder)
     from peft import IA3Config
     get_peft_model(copy.deepcopy(network), IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])).save_pretrained(tmp_path / "other kind")
     with pytest.raises(ValueError, match="(?i)ia3"):
-        model.read_adapter(tmp_path / "other kind")
+        lora_layers.read_adapter(tmp_path / "other kind")
 
 
 def test_an_adapter_on_embeddings_or_head_is_refused(tmp_path):
@@ -1071,30 +1072,30 @@ def test_an_adapter_on_embeddings_or_head_is_refused(tmp_path):
     for target in ("embed_tokens", "lm_head"):
         get_peft_model(copy.deepcopy(network), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", target])).save_pretrained(tmp_path / target)
         with pytest.raises(ValueError, match=target):
-            lora, tensors, _ = model.read_adapter(tmp_path / target)
+            lora, tensors, _ = lora_layers.read_adapter(tmp_path / target)
             ours = model.load(make_config(tmp_path / "base", lora=dataclasses.asdict(lora)), "cpu")
-            model.set_adapters(model.adapters(ours), tensors, target)
+            lora_layers.set_adapters(lora_layers.adapters(ours), tensors, target)
 
 
 def test_adapter_files_that_are_missing_or_belong_elsewhere_are_refused_by_name(tmp_path):
     make_model(tmp_path / "base", "llama")
     settings = make_config(tmp_path / "base")
     network = model.load(settings, "cpu")
-    own = model.adapters(network)
+    own = lora_layers.adapters(network)
     save_ours(network, settings, tmp_path / "adapter")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         kept = (tmp_path / "adapter" / name).read_bytes()
         (tmp_path / "adapter" / name).unlink()
         with pytest.raises(ValueError, match=name):
-            model.read_adapter(tmp_path / "adapter")
+            lora_layers.read_adapter(tmp_path / "adapter")
         (tmp_path / "adapter" / name).write_bytes(kept)
-    _, tensors, _ = model.read_adapter(tmp_path / "adapter")
+    _, tensors, _ = lora_layers.read_adapter(tmp_path / "adapter")
     before, first = {name: p.clone() for name, p in own.items()}, sorted(tensors)[0]
     for change in (lambda t: t.pop(first), lambda t: t.update({"base_model.model.x.lora_A.weight": torch.zeros(4, 64)}), lambda t: t.update({first: torch.zeros(8, 64)})):
         wrong = dict(tensors)
         change(wrong)
         with pytest.raises(ValueError, match="some/file: base_model.model"):
-            model.set_adapters(own, wrong, "some/file")
+            lora_layers.set_adapters(own, wrong, "some/file")
     assert all(torch.equal(before[name], own[name]) for name in own)
 
 
@@ -1102,7 +1103,7 @@ def test_adapters_and_their_gradients_are_parts_of_one_buffer_and_stay_so(each):
     folder, _ = each
     for which in LAYERS[:2]:
         network = model.load(make_config(folder, "nf4", "bf16", memory=layers(which)), "cpu")
-        own, flat = model.adapters(network), network.adapter_memory.flat
+        own, flat = lora_layers.adapters(network), network.adapter_memory.flat
         randomise(network)
         assert flat.is_leaf and flat.dtype == torch.float32 and flat.numel() == sum(p.numel() for p in own.values())
 
@@ -1156,13 +1157,13 @@ def test_forward_backward_and_generation_work_and_are_finite(models, architectur
     loss, gradients = our_gradients(network, [packed(DOCUMENTS, SUPERVISED)])
     assert math.isfinite(loss) and 0 < loss / sum(int(m[1:].sum()) for m in SUPERVISED) < 3 * math.log(320)
     assert all(torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients.values())
-    before = [parameter.clone() for parameter in model.adapters(network).values()]
+    before = [parameter.clone() for parameter in lora_layers.adapters(network).values()]
     state = torch.get_rng_state()
     samples = written(network, [[1, 5, 9], [1, 7, 7, 7, 4, 8, 9, 10, 11, 12, 13]])
     assert torch.equal(torch.get_rng_state(), state) and network.training  # sampling greedily is no part of the run's randomness
     assert all(1 <= sample["tokens"] <= 12 for sample in samples)
     after = our_gradients(network, [packed(DOCUMENTS, SUPERVISED)])
-    assert math.isfinite(after[0]) and all(torch.equal(a, b) for a, b in zip(before, model.adapters(network).values()))
+    assert math.isfinite(after[0]) and all(torch.equal(a, b) for a, b in zip(before, lora_layers.adapters(network).values()))
 
 
 @pytest.mark.parametrize("kind, dtype", [("llm_int8", "fp32"), ("nf4", "fp64"), ("int8", "fp64")])

@@ -2,7 +2,6 @@
 
 Faults are injected where they happen in life: in the backward passes of model.py and fused.py, in the working copies, in the scale.
 """
-import contextlib
 import math
 import types
 
@@ -13,6 +12,7 @@ from conftest import make_config, make_model
 
 import data
 import fused
+import lora_layers
 import model
 import proof
 import quant
@@ -44,7 +44,7 @@ def loaded(folder, quant="none", dtype="fp32", b=0.05, **settings):
     """(network, train.py's forward_backward) with B drawn at random, or B = 0."""
     network = model.load(make_config(folder, quant, dtype, **settings), "cpu")
     with torch.no_grad():
-        for i, (name, parameter) in enumerate(model.adapters(network).items()):
+        for i, (name, parameter) in enumerate(lora_layers.adapters(network).items()):
             if ".lora_B." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * b)
 
@@ -111,7 +111,7 @@ def test_nothing_is_changed_by_the_proof(folder):
     before = everything()
     assert proof.check(network, forward_backward, batches(), what="even").ok
     assert all(torch.equal(a, b) for a, b in zip(before, everything())) and network.training
-    assert all(p.data_ptr() == memory.flat.data_ptr() + 4 * memory.places[p].start for p in model.adapters(network).values())
+    assert all(p.data_ptr() == memory.flat.data_ptr() + 4 * memory.places[p].start for p in lora_layers.adapters(network).values())
 
 
 def test_a_loss_that_bends_within_the_way_is_followed_by_gradients_on_it(folder):
@@ -138,7 +138,7 @@ def test_a_saturated_network_is_neither_proved_nor_called_wrong(folder):
 def test_a_gradient_of_zero_is_no_dead_one_where_the_loss_does_not_move_either(folder):
     """q and k of a layer whose attention sees one thing only."""
     network, forward_backward = loaded(folder)
-    memory, named = network.adapter_memory, model.adapters(network)
+    memory, named = network.adapter_memory, lora_layers.adapters(network)
     places = [memory.places[parameter] for name, parameter in named.items() if "layers.0.self_attn.q_proj" in name]
 
     def without_queries(batch, weight):
@@ -148,10 +148,10 @@ def test_a_gradient_of_zero_is_no_dead_one_where_the_loss_does_not_move_either(f
         return loss
 
     assert proof.check(network, without_queries, batches(), what="whole").ok is False, "the loss moves, so these are dead"
-    real = model.AdaptedLinear.forward
+    real = lora_layers.AdaptedLinear.forward
     query = network.get_decoder().layers[0].self_attn.q_proj
     network, forward_backward = loaded(folder, memory={"fused": False})
-    memory, named = network.adapter_memory, model.adapters(network)
+    memory, named = network.adapter_memory, lora_layers.adapters(network)
     query = network.get_decoder().layers[0].self_attn.q_proj
     query.forward = lambda x: real(query, x) * 0.0
     result = proof.check(network, forward_backward, batches(), what="whole")
@@ -192,7 +192,7 @@ def test_rows_without_a_supervised_token_prove_nothing_and_stop_nothing(folder):
 
 def drop_base(layers):
     """In place of FrozenMatmul.backward: nothing goes through the frozen weights of some calls, counted from the loss backwards."""
-    real, calls = model.FrozenMatmul.backward, [0]
+    real, calls = lora_layers.FrozenMatmul.backward, [0]
 
     def backward(ctx, grad_output):
         calls[0] += 1
@@ -214,7 +214,7 @@ def fused_backward(change):
 @pytest.mark.parametrize("quant, dtype", [("none", "fp32"), ("nf4", "fp32")])
 def test_gradients_that_leave_out_the_frozen_weights_are_wrong(folder, monkeypatch, quant, dtype):
     """What PEFT does over bitsandbytes on some CPUs after an evaluation: healthy norms, rising loss."""
-    monkeypatch.setattr(model.FrozenMatmul, "backward", drop_base(range(10**6)))
+    monkeypatch.setattr(lora_layers.FrozenMatmul, "backward", drop_base(range(10**6)))
     result = checked(folder, quant, dtype, memory={"fused": False})
     assert result.ok is False and not result.dead and "WRONG" in result.text, result
     assert max(map(len, result.text.splitlines())) <= 80
@@ -226,7 +226,7 @@ def test_in_the_fused_layers_too(folder, monkeypatch):
 
 
 def test_at_b_zero_they_are_dead(folder, monkeypatch):
-    monkeypatch.setattr(model.FrozenMatmul, "backward", drop_base(range(10**6)))
+    monkeypatch.setattr(lora_layers.FrozenMatmul, "backward", drop_base(range(10**6)))
     result = checked(folder, b=0.0, memory={"fused": False})
     assert result.ok is False and "DEAD" in result.text and {name.split(".")[-3] for name in result.dead} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}, result.dead
 
@@ -265,7 +265,7 @@ def test_micro_batches_that_overwrite_instead_of_adding_up_are_wrong(folder):
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_tenth_too_much_in_one_kind_of_projection_is_named(folder, monkeypatch, fast):
     network, forward_backward = loaded(folder, memory={"fused": fast})
-    places = [network.adapter_memory.places[parameter] for name, parameter in model.adapters(network).items() if ".k_proj." in name]
+    places = [network.adapter_memory.places[parameter] for name, parameter in lora_layers.adapters(network).items() if ".k_proj." in name]
 
     def tenth_too_much(batch, weight):
         loss = forward_backward(batch, weight)
@@ -284,7 +284,7 @@ def test_forward_passes_on_stale_copies_are_wrong(folder, monkeypatch, dtype):
     memory.refresh()
     memory.working = memory.working.clone()  # in fp32 it is the weights themselves; a copy can be stale
     for module in network.modules():
-        if isinstance(module, model.AdaptedLinear):
+        if isinstance(module, lora_layers.AdaptedLinear):
             module.working_B = memory.working[memory.places[module.lora_B]].view_as(module.lora_B)
     for layer in network.get_decoder().layers:
         for group in layer.forward.groups:
@@ -340,7 +340,7 @@ def test_a_window_of_first_tokens_tells_nothing():
 
 def test_a_sleeping_b_excuses_its_a(folder):
     network, forward_backward = loaded(folder, "none", "fp16", b=1e-9)
-    names = [name for name in model.adapters(network) if ".lora_A." in name]
+    names = [name for name in lora_layers.adapters(network) if ".lora_A." in name]
     assert proof.asleep(network, names) == names
     assert proof.asleep(loaded(folder, "none", "bf16", b=1e-9)[0], names) == []
 

@@ -19,6 +19,7 @@ from test_faults import at_sample, command, in_backward, live, processes, send, 
 
 import checkpoint
 import data
+import lora_layers
 import model
 import ranks
 import record
@@ -97,7 +98,7 @@ def gradient_of_window(folder, lengths, dtype, sharded, place):
     rows = window_rows(lengths)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
-        for name, matrix in model.adapters(network).items():
+        for name, matrix in lora_layers.adapters(network).items():
             if ".lora_B." in name:
                 matrix.copy_(0.1 * torch.randn(matrix.shape, generator=generator))
     window = data.share(rows, list(range(len(lengths))), 40, sharded and ranks.RANKS > 1)

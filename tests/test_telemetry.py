@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_config, make_model
 
+import lora_layers
 import model
 import quant
 import telemetry
@@ -21,7 +22,7 @@ def folder(tmp_path_factory):
 def loaded(folder, kind, fast=True, b=0.02, dtype="bf16"):
     network = model.load(make_config(folder, kind, dtype, lora={"rslora": True}, memory={"fused": fast}), "cpu")
     with torch.no_grad():
-        for i, (name, parameter) in enumerate(model.adapters(network).items()):
+        for i, (name, parameter) in enumerate(lora_layers.adapters(network).items()):
             if ".lora_B." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * b)
     return network

@@ -21,6 +21,7 @@ import checkpoint
 import data
 import eval as evaluation
 import memory
+import lora_layers
 import model
 import record
 import train
@@ -157,7 +158,7 @@ def test_the_loss_of_a_window_is_the_mean_over_its_supervised_tokens(launch, tmp
 def test_one_step_of_adamw_decays_both_matrices_and_moves_b_by_the_rate(launch, tmp_path):
     launch("run", "--train.max_steps=1", "--train.weight_decay=0.5", "--schedule.lr_warmup_steps=0", "--schedule.clip_norm=0", "--train.adam_eps=1e-30")
     after = newest(tmp_path / "run")["tensors"]["adapter_model.safetensors"]
-    before = model.adapters(model.load(train.settings.read(tmp_path / "run" / "config.json"), "cpu"))  # drawn anew from the same seed
+    before = lora_layers.adapters(model.load(train.settings.read(tmp_path / "run" / "config.json"), "cpu"))  # drawn anew from the same seed
     for name in after:
         if ".lora_A." in name:  # its gradient is 0 while B is 0: only decay moves it
             torch.testing.assert_close(after[name], before[name].detach() * (1 - 1e-2 * 0.5))

@@ -13,6 +13,8 @@ import config
 import data
 import eval as evaluation
 import export
+import attention
+import lora_layers
 import model
 import train
 
@@ -55,7 +57,7 @@ def name_of(parameter):
 def randomise(network, peft, seed=5):
     """Draw every adapter matrix at random and stretch every magnitude, the same in PEFT's model."""
     theirs = {name_of(name): parameter for name, parameter in peft.named_parameters() if "lora_" in name}
-    own, generator = model.adapters(network), torch.Generator().manual_seed(seed)
+    own, generator = lora_layers.adapters(network), torch.Generator().manual_seed(seed)
     assert set(own) == set(theirs)
     with torch.no_grad():
         for name in sorted(own):
@@ -85,7 +87,7 @@ def test_doras_loss_and_gradients_are_pefts(tmp_path, kind, variant):
                     "some targets": ({"targets": some}, {"target_modules": some})}[variant]
     reference = make_model(tmp_path, kind)
     ours, peft = model.load(make_config(tmp_path, lora={"dora": True, **lora}), "cpu"), with_peft(reference, **theirs)
-    assert ours.fused_layers == 0 and any("magnitude" in name for name in model.adapters(ours))
+    assert ours.fused_layers == 0 and any("magnitude" in name for name in lora_layers.adapters(ours))
     own, others = randomise(ours, peft)
     documents, supervised = draw((20, 5, 13))
     loss = model.summed_loss(ours, packed(documents, supervised))[0]
@@ -110,7 +112,7 @@ def test_dora_over_nf4_is_pefts_over_the_dequantised_weights(tmp_path):
     ours = model.load(make_config(tmp_path, quant="nf4", lora={"dora": True}), "cpu")
     with torch.no_grad():
         for name, module in ours.named_modules():
-            if isinstance(module, model.AdaptedLinear):
+            if isinstance(module, lora_layers.AdaptedLinear):
                 reference.get_submodule(name).weight.copy_(module.weight.dequantize(torch.float32))
     peft = with_peft(reference)
     randomise(ours, peft)
@@ -138,17 +140,17 @@ def test_peft_loads_our_dora_and_we_load_pefts(tmp_path):
     ours = model.load(settings, "cpu").eval()
     own, _ = randomise(ours, with_peft(reference))
     (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / "adapter_config.json").write_text(model.peft_settings(settings.lora, ours, settings.model.path))
+    (tmp_path / "ours" / "adapter_config.json").write_text(lora_layers.peft_settings(settings.lora, ours, settings.model.path))
     save_file({name: parameter.detach().clone() for name, parameter in own.items()}, tmp_path / "ours" / "adapter_model.safetensors")
     theirs = PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
     ids = draw((20,))[0][0][None]
-    with torch.no_grad(), model.own_attention(ours):
+    with torch.no_grad(), attention.own_attention(ours):
         assert relative(ours(input_ids=ids).logits, theirs(input_ids=ids).logits) < 1e-5
     theirs.save_pretrained(tmp_path / "theirs")
-    lora, tensors, _ = model.read_adapter(tmp_path / "theirs")
+    lora, tensors, _ = lora_layers.read_adapter(tmp_path / "theirs")
     assert lora.dora and set(tensors) == set(own) and all(torch.equal(tensors[name], own[name]) for name in own)
     again = model.load(make_config(tmp_path / "base", lora=dataclasses.asdict(lora)), "cpu")
-    model.set_adapters(model.adapters(again), tensors, "theirs")
+    lora_layers.set_adapters(lora_layers.adapters(again), tensors, "theirs")
 
 
 def run_of(tiny_inputs, folder, **lora):
@@ -179,7 +181,7 @@ def test_the_gradient_proof_holds_for_dora_with_its_rows_held_and_finds_a_wrong_
     settings = make_config(tiny_inputs / "model", lora={"dora": True}, data={"train": str(tiny_inputs / "train.jsonl")})
     network = model.load(settings, "cpu")
     with torch.no_grad():
-        for name, parameter in model.adapters(network).items():
+        for name, parameter in lora_layers.adapters(network).items():
             parameter.mul_(1.1) if "magnitude" in name else parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
     rows = data.tokenize(data.read_rows(settings.data.train), data.load_tokenizer(tiny_inputs / "model"), settings.data)
     batches = data.pack(rows, list(range(12)), 2048)
@@ -187,16 +189,16 @@ def test_the_gradient_proof_holds_for_dora_with_its_rows_held_and_finds_a_wrong_
     def forward_backward(batch, weight, wrong=1.0):
         loss = model.summed_loss(network, batch)[0]
         (loss * weight).backward()
-        for name, parameter in model.adapters(network).items():
+        for name, parameter in lora_layers.adapters(network).items():
             parameter.grad.mul_(wrong if "layers.1.mlp" in name else 1.0)
         return loss.detach()
 
     right, wrong = (proof.check(network, functools.partial(forward_backward, wrong=factor), batches) for factor in (1.0, 2.0))
     assert right.ok is True and wrong.ok is False
-    with model.rows_held(network):
+    with lora_layers.rows_held(network):
         held = model.summed_loss(network, batches[0])[0].item()
     assert held == pytest.approx(model.summed_loss(network, batches[0])[0].item(), rel=1e-6)  # and let go again after it
-    assert all(module.held is None for module in network.modules() if isinstance(module, model.AdaptedLinear))
+    assert all(module.held is None for module in network.modules() if isinstance(module, lora_layers.AdaptedLinear))
 
 
 def test_merged_dora_is_pefts_merge(tiny_inputs, tmp_path):
@@ -225,7 +227,7 @@ def test_loftq_starts_at_pefts_decomposition_of_what_quantisation_changed(tmp_pa
     started = lambda init: model.load(make_config(tmp_path, quant=kind, lora={"alpha": alpha, "rslora": rslora, "init": init}), "cpu")
     plain, corrected = started("zero"), started("loftq")
     for name, module in corrected.named_modules():
-        if isinstance(module, model.AdaptedLinear):
+        if isinstance(module, lora_layers.AdaptedLinear):
             weight, quantised = reference.get_submodule(name).weight.detach(), module.weight.dequantize(torch.float32)
             assert torch.equal(quantised, plain.get_submodule(name).weight.dequantize(torch.float32))  # the base stays what it was
             theirs = _low_rank_decomposition(weight - quantised, reduced_rank=4)
@@ -279,7 +281,7 @@ def test_lora_plus_is_a_larger_alpha(tmp_path):
     batch = packed(documents, supervised)
     ours = model.load(make_config(tmp_path, dtype="fp64", lora={"alpha": 128.0}), "cpu")
     peft = with_peft(reference, use_dora=False).double()
-    own, others = model.adapters(ours), {name_of(name): parameter for name, parameter in peft.named_parameters() if "lora_" in name}
+    own, others = lora_layers.adapters(ours), {name_of(name): parameter for name, parameter in peft.named_parameters() if "lora_" in name}
     with torch.no_grad():
         for name in own:
             others[name].copy_(own[name])

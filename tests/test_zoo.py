@@ -32,13 +32,14 @@ def test_a_fault_ends_with_its_run(folder):
     """What a fault replaces is in its place again, so that runs in one process do not infect each other."""
     import data
     import eval as evaluation
+    import lora_layers
     import model
     import quant
     import schedule
     import tokens
     modules = (data, evaluation, model, quant, schedule, tokens, torch.optim)
     everything = lambda: {(owner.__name__, name): value for owner in modules for name, value in vars(owner).items()} | {
-        "backward": model.FrozenMatmul.backward}
+        "backward": lora_layers.FrozenMatmul.backward}
     before = everything()
     for run in RUNS.values():
         if run.fault is not None:

@@ -1,0 +1,118 @@
+"""Attention over documents that lie one after another without padding: each sees itself alone, and looks back only.
+
+torch's own kernels do the work: variable-length attention on a GPU, a plain batch where all documents have one length, one product a
+batch of documents elsewhere. Leaves out: whatever else an architecture asks of attention, which is refused by name.
+"""
+import contextlib
+import functools
+import importlib.util
+import inspect
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ATTENTION = "rawlora_packed"  # our name in transformers' registry of attention functions
+
+
+def packed_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+                     is_causal=None, cu_seqlens=None, max_seqlen=None, use_varlen=False, **rest):
+    """Causal attention in which each document sees itself alone, in the form that transformers' attention registry calls.
+
+    query (1, heads, T, d), key and value (1, key_value_heads, T, d), cu_seqlens int32 (documents + 1,) -> (1, T, heads, d), None.
+    sliding_window = W lets a token see itself and the W - 1 before it. softcap caps scores at c tanh(score / c).
+    Raises ValueError for anything else that an architecture asks for.
+    """
+    if is_causal is False:
+        raise ValueError(f"{type(module).__name__} asks packed attention to look ahead: this architecture cannot be trained here")
+    asked = [name for name, value in rest.items() if value is not None and value is not False and name not in ("position_ids", "use_cache", "output_attentions", "cache_position")]
+    if asked or attention_mask is not None or dropout:
+        what = ", ".join(asked) or ("a mask of its own" if attention_mask is not None else "attention dropout")
+        raise ValueError(f"{type(module).__name__} asks packed attention for {what}, which it does not know: this architecture cannot be trained here")
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, heads, d); t[0] would copy in the backward pass
+    documents = len(cu_seqlens) - 1
+    if q.is_cuda and documents * max_seqlen == len(q) and not sliding_window and not softcap:  # all of one length: a plain batch, for which there are faster kernels
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        batch = [t.unflatten(0, (documents, max_seqlen)).transpose(1, 2) for t in (q, k, v)]  # (documents, heads, n, d)
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            return F.scaled_dot_product_attention(*batch, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(0, 1)[None], None
+    if use_varlen and not softcap:
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        return varlen()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=window)[None], None
+    return attention_by_documents(q, k, v, cu_seqlens.tolist(), scaling, sliding_window, softcap)[None], None
+
+
+@functools.cache
+def varlen():
+    """torch's variable-length attention, told to let key-value heads serve several query heads where its version must be told."""
+    from torch.nn.attention.varlen import varlen_attn
+    takes = inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in takes else varlen_attn
+
+
+def attention_by_documents(q, k, v, bounds, scaling, sliding_window, softcap):
+    """Causal attention within documents bounds[i]:bounds[i + 1], anywhere: q (T, heads, d), k, v (T, key_value_heads, d) -> (T, heads, d).
+
+    Documents of about one length are padded into a batch: what is padded lies behind, where causal attention never looks.
+    """
+    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    pieces, batch = [None] * len(lengths), []
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for position, i in enumerate(by_length):
+        batch.append(i)
+        following = by_length[position + 1:position + 2]
+        if following and lengths[following[0]] * 5 >= lengths[batch[0]] * 4:
+            continue
+        padded = (nn.utils.rnn.pad_sequence([t[bounds[i]:bounds[i + 1]] for i in batch], batch_first=True).transpose(1, 2) for t in (q, k, v))
+        for i, out in zip(batch, causal_attention(*padded, scaling, sliding_window, softcap).transpose(1, 2)):
+            pieces[i] = out[:lengths[i]]
+        batch = []
+    return torch.cat(pieces)
+
+
+def causal_attention(q, k, v, scaling, sliding_window=None, softcap=None):
+    """q (documents, heads, n, d), k and v (documents, key_value_heads, n, d) -> (documents, heads, n, d)."""
+    heads, n = q.shape[1:3]
+    if k.shape[1] != heads:
+        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+    window = sliding_window if sliding_window and sliding_window < n else 0
+    by_hand = softcap or q.device.type == "cpu" and q.dtype.itemsize == 2 and n <= 256  # torch's own kernel is several times slower there
+    mask = None
+    if window or by_hand:
+        behind = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]  # how far back a key lies
+        mask = (behind >= 0) & (behind < (window or n))
+    if not by_hand:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    scores = q @ k.transpose(2, 3) * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill_(~mask, -math.inf).softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32) if softcap else None)
+    return weights.to(v.dtype) @ v
+
+
+def varlen_works(device, dtype):
+    """Whether torch's variable-length attention can serve here: a GPU, 16 bits, and a torch that has it."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def use_attention(network, name):
+    """Send the network's attention through `name` of transformers' registry."""
+    from transformers import AttentionInterface
+    AttentionInterface.register(ATTENTION, packed_attention)
+    network.config._attn_implementation = name
+
+
+@contextlib.contextmanager
+def own_attention(network):
+    """transformers' own attention and batches inside the block (generation, comparisons), our packed documents again after it.
+
+    "eager" where scores have a soft cap, which torch's fused attention would leave out without a word.
+    """
+    use_attention(network, "eager" if getattr(network.config, "attn_logit_softcapping", None) else "sdpa")
+    try:
+        yield
+    finally:
+        use_attention(network, ATTENTION)
