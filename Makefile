@@ -67,7 +67,7 @@ demo: setup
 	@echo "    README.md                                 your own data and model"
 
 test: setup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(RUN) -m pytest -q -rs tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -n 2 --dist=loadfile tests
 
 clean:
 	rm -rf $(VENV) $(MODEL) $(TRAIN_ROWS) $(EVAL_ROWS) .pytest_cache .hypothesis
