@@ -26,12 +26,12 @@ import time
 
 import torch
 
+import attention
 import checkpoint
 import config as settings
 import data
-import attention
-import lora_layers
 import loading
+import lora_layers
 import model
 import ranks
 import record

@@ -34,13 +34,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import attention
 import config as settings
 import data
 import eval as evaluation
 import gguf_file
-import attention
-import lora_layers
 import loading
+import lora_layers
 import model
 import quant
 import record

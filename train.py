@@ -43,8 +43,8 @@ import data
 import eval as evaluation
 import forecast
 import graphs
-import memory
 import lora_layers
+import memory
 import model
 import overfit
 import proof

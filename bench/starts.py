@@ -18,8 +18,8 @@ import torch  # noqa: E402
 import config as settings  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
-import lora_layers
 import loading
+import lora_layers
 import model  # noqa: E402
 import quant  # noqa: E402
 

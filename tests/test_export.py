@@ -13,12 +13,12 @@ import torch
 from conftest import PROJECT, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
+import attention
 import checkpoint
 import data
 import eval as evaluation
 import export
 import gguf_file
-import attention
 import lora_layers
 import model
 import quant

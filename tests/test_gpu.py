@@ -10,8 +10,8 @@ import torch
 from conftest import make_config, make_model
 
 import data
-import graphs
 import gpu_kernels
+import graphs
 import lora_layers
 import model
 import proof

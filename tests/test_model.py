@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-import config
-import fused
-import eval as evaluation
 import attention
+import config
+import eval as evaluation
+import fused
 import lora_layers
 import model
 import quant

@@ -20,8 +20,8 @@ from conftest import PROJECT, make_model
 import checkpoint
 import data
 import eval as evaluation
-import memory
 import lora_layers
+import memory
 import model
 import record
 import train

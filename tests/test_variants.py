@@ -9,11 +9,11 @@ import torch
 from conftest import make_config, make_model, packed
 from safetensors.torch import load_file, save_file
 
+import attention
 import config
 import data
 import eval as evaluation
 import export
-import attention
 import lora_layers
 import model
 import train
