@@ -136,7 +136,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
 
     due = lambda every, step: step in (0, max_steps) or every > 0 and step % every == 0
     owed = due(config.eval.every_steps, state["step"]) and state["evaluated"] != state["step"]  # the first one, or one that was interrupted
-    interrupted = catch_signals()
+    interrupted, ending = catch_signals(), []  # ending: signals that every rank knows of, and acts on
     recorder = record.Nobody()
     if ranks.FIRST:
         guard = guard or checkpoint.lock(run)  # held until the process ends
@@ -157,6 +157,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         told = ranks.word(json.dumps([interrupted, fatal, too_large]) if interrupted or fatal or too_large else "")
         for own, others in zip((interrupted, fatal, too_large), json.loads(told or "[]")):
             own[:] = own or others
+        ending[:] = interrupted
 
     def attend(step, values):
         """Write figures of a step down, and raise the alerts that they call for."""
@@ -211,7 +212,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         """Evaluate and sample, write both down, and remember the best. What an interruption cuts short, the resumed run does."""
         figures, by_row = evaluation.evaluate(network, eval_rows, config.eval.max_rows, plan["evaluates"], interrupted)
         samples = figures and evaluation.generate(network, tokenizer, prompts, config.eval.max_new_tokens, end_ids, interrupted)
-        if samples is None:
+        if any(ranks.most(samples is None)):
             return
         plan["evaluates"] = figures["max_tokens"]
         loss = figures["loss"]
@@ -238,7 +239,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     def prove(step):
         """Compare the gradients with the loss itself, where that is due: they may be alive and wrong."""
         what = proof.due(config, step, first, max_steps, device)
-        if not what or interrupted:
+        if not what or ending:
             return
         start, count = schedule.window_samples(min(step + 1, max_steps), config, total_samples)
         batches = proof.sample(config, rows, data.sample_stream(len(rows), config.train.seed, start, count), device)
@@ -272,7 +273,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     except model.DoesNotFit as error:
         too_large.append(str(error))
     agree()
-    leaving = bool(interrupted or too_large) or stopped_early() or stopped()
+    leaving = bool(ending or too_large) or stopped_early() or stopped()
     if leaving or owed and state["step"]:
         where = save(state["step"])
     for step in range(first, max_steps + 1) if not leaving else ():
@@ -346,7 +347,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
 
         evaluation_due, save_due, proof_due = due(config.eval.every_steps, step), due(config.save.every_steps, step), proof.due(config, step, first, max_steps, device)
         agree()
-        boundary = evaluation_due or save_due or bool(proof_due) or bool(interrupted) or bool(fatal)
+        boundary = evaluation_due or save_due or bool(proof_due) or bool(ending) or bool(fatal)
         while len(pending) > (0 if boundary else 1) and not stopped():
             settle(pending.pop(0))  # of the step before, while a GPU is busy with this one
         agree()
@@ -355,7 +356,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         if not boundary:
             continue
         try:
-            if evaluation_due and not interrupted:
+            if evaluation_due and not ending:
                 evaluate(step)
             prove(step)
         except model.DoesNotFit as error:
@@ -363,7 +364,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         agree()
         if stopped():
             break
-        leaving = bool(interrupted or too_large) or stopped_early()
+        leaving = bool(ending or too_large) or stopped_early()
         if save_due or leaving or state["best_step"] == step:
             where = save(step)
         if leaving:
@@ -384,7 +385,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         return 2
     if not finished():
         print(f"interrupted after step {state['step']}; saved {where}; go on with --resume")
-        return 128 + interrupted[0][0]
+        return 128 + ending[0][0]
     return concluded()
 
 

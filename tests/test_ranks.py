@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import PROJECT, curve, differences, make_config, make_model, newest
 from safetensors.torch import load_file, save_file
-from test_faults import at_sample, command, in_backward, live, processes, send, tiny_settings  # noqa: F401  (the first and the last are fixtures)
+from test_faults import at_sample, command, in_backward, live, once, processes, send, tiny_settings  # noqa: F401  (the first and the last are fixtures)
 
 import checkpoint
 import data
@@ -259,6 +259,14 @@ def test_a_signal_to_one_rank_ends_all_with_one_checkpoint(run, tmp_path, sharde
     assert run(2, "ended", *DROPOUT, *sharded, fault=(at_sample, 20, send, signal.SIGTERM), rank=1) == [143, 143]
     assert checkpoint.newest_valid(tmp_path / "ended")[0].name == "step-000006" and "interrupted after step 6" in log(tmp_path, "ended")
     assert run(2, "ended", *DROPOUT, *sharded, "--resume") == [0, 0] and differences(tmp_path / "peace", tmp_path / "ended") == []
+
+
+@pytest.mark.parametrize("owner, name, number", [("eval", "generate", 3), ("model", "summed_loss", 6), ("eval", "evaluate", 2)],
+                         ids=["while the last samples are written", "in a window", "as an evaluation begins"])
+def test_a_signal_to_one_rank_at_a_bad_moment_leaves_none_behind(run, tmp_path, owner, name, number):
+    assert run(2, "peace", *DROPOUT) == [0, 0]
+    assert run(2, "ended", *DROPOUT, fault=(once, owner, name, number, send, signal.SIGTERM), rank=1) == [143, 143]
+    assert run(2, "ended", *DROPOUT, "--resume") == [0, 0] and differences(tmp_path / "peace", tmp_path / "ended") == []
 
 
 def run_out(*_):
