@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 
+BEGAN = time.perf_counter()
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when torch first asks for GPU memory: fewer gaps between tensors
 
 import torch
@@ -66,6 +67,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     preflight: end with the forecast. by_heart: --overfit, so evaluate on the training rows, and end once they are known. Every rank runs
     all of this; the first alone reads and writes the run folder.
     """
+    ended = console.Startup(BEGAN)
+    ended("imports")
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     with ranks.one_first():
         rows, eval_rows = data.load(config, tokenizer)
@@ -79,9 +82,12 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     outlook = forecast.forecast(config, facts)
     if forecast.refusals(outlook, config.forecast):
         return console.refuse(outlook, config)
+    ended("rows")
 
     unquantised = None if preflight or before and before["evaluated"] >= 0 else evaluation.evaluate_unquantised(config, device, eval_rows)
+    ended("unquantised model")
     network = model.load(config, device)
+    ended("model")
     evaluation.check_vocabulary(network, rows, eval_rows)
     untrained = evaluation.untrained_tokens(network, tokenizer, rows)
     adapters = lora_layers.adapters(network)
@@ -98,7 +104,9 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     torch.manual_seed(continuation.seed_of(config.train.seed))  # dropout's generator; the data order and the adapters' start have their own
 
     base_weights = quant.fingerprint(model.frozen(network))
+    ended("fingerprint of weights")
     plan = memory.plan(config, network, rows, before.get("plan", {}))
+    ended("memory plan")
     state = {"step": 0, "samples": 0, "tokens": 0, "supervised_tokens": 0, "norms": [], "nonfinite": 0, "skipped": 0, "line": {},
              "evaluated": -1, "best_step": None, "best_loss": None, "without_improvement": 0, "noise": telemetry.NoiseScale().state()[0],
              "plan": plan, "origin": continuation.origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
@@ -126,6 +134,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     first_samples = data.samples(rows, config.train.seed, *schedule.window_samples(min(state["step"] + 1, max_steps), config, total_samples))
     mine = data.share(rows, first_samples, plan["fits"], network.sharded)
     probed = json.loads(ranks.same(json.dumps(memory.rehearse(network, mine, forward_backward, config.memory.budget_gib))))
+    ended("rehearsal")
     probed["step_seconds"] *= total_samples / max_steps / max(1, len(first_samples))
     outlook = forecast.forecast(config, dataclasses.replace(facts, trainable=len(flat), memory=memory.parts(network, moments, probed), **probed))
     if forecast.refusals(outlook, config.forecast):
@@ -145,6 +154,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     console.introduce(run, config, rows, network, state, outlook)
     if untrained:
         print(f"warning: {untrained}", file=sys.stderr)
+    ended("record")
     weights, begun = telemetry.measure_weights(network), saved["tensors"].get("noise.safetensors", {}) if saved else {}
     noise = telemetry.NoiseScale(state["noise"], {name: tensor.to(device) for name, tensor in begun.items()}) if ranks.FIRST else telemetry.NoiseScale()
     watch, raised = alerts.Alerts(config, max_steps, len(rows)), {}  # raised: step -> its alerts
@@ -199,8 +209,12 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
                 norms = [norm for name, norm in zip(adapters, adapter_norms) if f".{matrix}." in name]
                 values[f"adapters/{matrix}_norm"] = sum(norms) / len(norms)
                 recorder.histogram(step, f"adapters/{matrix}_norm", torch.tensor(norms))
+        if step == first:
+            ended.seconds["first step"] = seconds
+            values |= {"startup/seconds": ended.total(), "startup/parts": json.dumps(ended.seconds)}
+            console.say(ended.shown())
         attend(step, values)
-        state["line"] = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
+        state["line"] = {tag: value if isinstance(value, str) or math.isfinite(value) else str(value) for tag, value in values.items()}
         progress.set_postfix(loss=f"{loss:.3f}", lr=f"{values['train/learning_rate']:.1e}", tok_s=f"{values['train/tokens_per_second']:.0f}", refresh=False)
         progress.update(step - progress.n)
         if due(config.log.every_steps, step) or step == 1:
@@ -211,9 +225,11 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     def evaluate(step):
         """Evaluate and sample, write both down, and remember the best. What an interruption cuts short, the resumed run does."""
         figures, by_row = evaluation.evaluate(network, eval_rows, config.eval.max_rows, plan["evaluates"], interrupted)
+        drawing = time.perf_counter()
         samples = figures and evaluation.generate(network, tokenizer, prompts, config.eval.max_new_tokens, end_ids, interrupted)
         if any(ranks.most(samples is None)):
             return
+        sampled = time.perf_counter() - drawing
         plan["evaluates"] = figures["max_tokens"]
         loss = figures["loss"]
         values = {f"eval/{name}": figures[name] for name in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "seconds")}
@@ -225,7 +241,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
             keep(run, "unquantised", unquantised[1], 0, eval_rows, tokenizer, network)
         console.say(f"step {step}/{max_steps}  evaluation loss {loss:.4f}  perplexity {figures['perplexity']:.2f}  token accuracy {figures['token_accuracy']:.4f}")
         if samples:
-            values |= {f"eval/{name}": value for name, value in evaluation.sample_figures(samples).items()} | {"eval/samples": json.dumps(samples)}
+            values |= {f"eval/{name}": value for name, value in evaluation.sample_figures(samples).items()} | {"eval/samples": json.dumps(samples), "eval/samples_seconds": sampled}
             recorder.text(step, "eval/samples", "\n\n".join(f"**{sample['prompt']}**\n\n{sample['text']}" for sample in samples))
             if step in (0, max_steps):
                 console.say(f"samples {'before' if step == 0 else 'after'} training:\n{evaluation.show(samples)}\n")
@@ -266,10 +282,13 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         return checkpoint.save(run, step, tensors, texts | continuation.texts_of(tokenizer), config.save.keep, state["best_step"])
 
     began, first, pending, applied, alive = time.perf_counter(), state["step"] + 1, [], 0, set()
+    ended("telemetry")
     try:
         if owed:
             evaluate(state["step"])
+            ended("evaluation")
         prove(state["step"])
+        ended("gradient proof")
     except model.DoesNotFit as error:
         too_large.append(str(error))
     agree()

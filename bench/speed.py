@@ -102,11 +102,13 @@ def measure(case, steps, work, npz, overrides, gpus=1):
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     command = [sys.executable, *several, str(PROJECT / "train.py"), *arguments]
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case}: train.py exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    with open(work / f"{case}.log", "w") as log:
+        exit_code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if exit_code:
+        raise SystemExit(f"{case}: train.py exited with {exit_code}\n{(work / f'{case}.log').read_text()[-3000:]}")
     import record
-    lines = [line for line in record.read_metrics(run) if "train/seconds" in line]
+    metrics = record.read_metrics(run)
+    lines = [line for line in metrics if "train/seconds" in line]
     seconds = [line["train/seconds"] for line in lines]
     timed = seconds[-max(1, min(len(seconds) - 5, 200)):]
     real_tokens = real_token_count(rows) / len(lines)  # a step, on average; train/tokens leaves out tokens that nothing is predicted from
@@ -118,6 +120,8 @@ def measure(case, steps, work, npz, overrides, gpus=1):
             "supervised_tokens_per_second": round(statistics.mean(line["train/supervised_tokens"] for line in lines) / s), "step_seconds": round(s, 5),
             "step_seconds_quartiles": [round(quartiles[0], 5), round(quartiles[-1], 5)], "timed_steps": len(timed), "first_steps_seconds": [round(x, 2) for x in seconds[:3]],
             "peak_memory_gib": round(max(line["train/peak_memory_gib"] for line in lines), 2), "process_seconds": round(time.perf_counter() - began, 1),
+            "startup_seconds": json.loads(lines[0]["startup/parts"]), "evaluation_seconds": [line["eval/seconds"] for line in metrics if "eval/seconds" in line],
+            "samples_seconds": [line["eval/samples_seconds"] for line in metrics if "eval/samples_seconds" in line],
             "settings": chosen, "plan": plan, "device": (environment["devices"] or [{"name": environment["cpu"]}])[0]["name"], "versions": environment["packages"]}
 
 

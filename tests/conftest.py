@@ -114,7 +114,7 @@ WATCHED = ("seconds", "per_second", "memory_gib")  # what depends on the clock; 
 def curve(run):
     """Every step of a run but what depends on the clock; evaluations and generated samples are in it."""
     import record
-    return [{tag: value for tag, value in line.items() if not tag.endswith(WATCHED) and not tag.startswith("proof/")} for line in record.read_metrics(run)]
+    return [{tag: value for tag, value in line.items() if not tag.endswith(WATCHED) and not tag.startswith(("proof/", "startup/"))} for line in record.read_metrics(run)]
 
 
 def newest(run):

@@ -31,7 +31,7 @@ TINY = {"lora": {"r": 4, "alpha": 8.0}, "train": {"micro_batch_size": 2, "accumu
         "save": {"every_steps": 4}, "log": {"every_steps": 4, "tensorboard": False, "report": False}, "proof": {"enabled": False}}
 EVERYTHING = ["--lora.dropout=0.1", "--train.max_steps=0", "--train.epochs=3", "--schedule.batch_points=[[1,3],[5,4],[9,6]]", "--schedule.clip_percentile=40", "--schedule.clip_norm=100",
               "--schedule.clip_window=10", "--eval.patience=5", "--eval.min_delta=0.2", "--save.every_steps=3", "--save.keep=9"]  # 15 steps, the last one of 5 samples
-WATCHED = re.compile(r"(seconds|per_second|memory_gib|^eval/.*|^adapters/.*|^proof/.*|^alerts)$")  # what depends on the clock, or on how a run is watched
+WATCHED = re.compile(r"(seconds|per_second|memory_gib|^eval/.*|^adapters/.*|^proof/.*|^startup/.*|^alerts)$")  # what depends on the clock, or on how a run is watched
 
 
 @pytest.fixture(autouse=True)
