@@ -182,7 +182,18 @@ def views(flat, adapters):
 
 
 def texts_of(tokenizer):
-    """The tokenizer's own files {name: text}, template included, so that what is served later is what was trained."""
+    """The tokenizer's own files {name: text}, template included, so that what is served later is what was trained.
+
+    Raises ValueError for a tokenizer that no checkpoint could hold: before training, where nothing is lost by it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {path.name: path.read_text(encoding="utf-8") for path in pathlib.Path(folder).iterdir() if path.suffix in (".json", ".jinja", ".txt")}
+        try:
+            tokenizer.save_pretrained(folder)
+        except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError: text that is none came with the model
+            raise ValueError(f"model.path: the tokenizer cannot be written down again ({error}); mend its tokenizer_config.json") from error
+        texts = {path.name: path.read_text(encoding="utf-8") for path in pathlib.Path(folder).iterdir() if path.suffix in (".json", ".jinja", ".txt")}
+    for name, text in texts.items():
+        if len(text.encode()) > checkpoint.LARGEST_TEXT:
+            raise ValueError(f"model.path: the tokenizer's {name} would have {len(text.encode()):,} bytes, and a checkpoint holds texts of up to "
+                             f"{checkpoint.LARGEST_TEXT:,}; give a model with a smaller vocabulary")
+    return texts

@@ -71,9 +71,9 @@ def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
         if not done:
             model.release_memory()
     network.train(was_training)
-    alone = ranks.word(alone)
+    alone = ranks.words(alone)
     if alone:
-        raise model.DoesNotFit(alone)
+        raise model.DoesNotFit(alone[0])
     if any(ranks.most(bool(interrupted))):
         return None, None
     nll, tokens, correct = ranks.total(totals).cpu().numpy()

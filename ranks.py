@@ -97,10 +97,11 @@ def most(*numbers):
     return told.tolist()
 
 
-def word(text):
-    """The text of the lowest rank that has one, "" where none has. Costs one exchange of a number while nobody has anything to say."""
-    who, = most(RANKS - RANK if text else 0)
-    return same(text, RANKS - who) if who else ""
+def words(text):
+    """[the text of each rank that has one], the same on every rank. Costs one exchange of a number while nobody has anything to say."""
+    if not any(most(bool(text))):
+        return []
+    return [said for said in (same(text, rank) for rank in range(RANKS)) if said]
 
 
 def same(text, source=0):

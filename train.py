@@ -72,11 +72,12 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     with ranks.one_first():
         rows, eval_rows = data.load(config, tokenizer)
+    tokenizer_files = continuation.texts_of(tokenizer)
     eval_rows, lowest = (rows, overfit.floor(rows)[0]) if by_heart else (eval_rows, 0.0)
     prompts, end_ids = data.prompts(config, tokenizer), data.end_of_turn(tokenizer)
     saved = continuation.load_checkpoint(resume) if resume and ranks.FIRST else None
     before = json.loads(ranks.same(json.dumps(saved["state"] if saved else {})))
-    initial = continuation.load_initial(config) if config.lora.init_from and not resume else None
+    initial = continuation.load_initial(config) if config.lora.init_from and not before else None
     max_steps, total_samples = schedule.plan_steps(config, len(rows))
     facts = forecast.Facts.of(rows, eval_rows)
     outlook = forecast.forecast(config, facts)
@@ -148,7 +149,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     interrupted, ending = catch_signals(), []  # ending: signals that every rank knows of, and acts on
     recorder = record.Nobody()
     if ranks.FIRST:
-        guard = guard or checkpoint.lock(run)  # held until the process ends
+        guard = guard or claim(run)  # held until the process ends
         recorder = open_record(run, config, state, resume, owed, outlook)
         data.keep_dropped(rows, run)
     console.introduce(run, config, rows, network, state, outlook)
@@ -164,15 +165,14 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
 
     def agree():
         """What one rank was told, or found, all of them act on: a signal, an alert that ends the run, a row that does not fit."""
-        told = ranks.word(json.dumps([interrupted, fatal, too_large]) if interrupted or fatal or too_large else "")
-        for own, others in zip((interrupted, fatal, too_large), json.loads(told or "[]")):
-            own[:] = own or others
-        ending[:] = interrupted
+        told = [json.loads(text) for text in ranks.words(json.dumps([interrupted, fatal, too_large]) if interrupted or fatal or too_large else "")]
+        for place, known in enumerate((ending, fatal, too_large)):  # a signal that comes while the others are heard is for the next time
+            known[:] = [what for of_rank in told for what in of_rank[place]]
 
     def attend(step, values):
         """Write figures of a step down, and raise the alerts that they call for."""
         recorder.write(step, values)
-        found = watch.see({"step": step, **values})
+        found = watch.see({"step": step, **values}) if ranks.FIRST else []  # it alone knows the steps before a resume; the figures are all ranks'
         if found:
             raised[step] = [*raised.get(step, []), *found]
             recorder.write(step, {"alerts": alerts.as_text(raised[step])})
@@ -230,7 +230,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         if any(ranks.most(samples is None)):
             return
         sampled = time.perf_counter() - drawing
-        plan["evaluates"] = figures["max_tokens"]
+        plan["evaluates"] = -ranks.most(-figures["max_tokens"])[0]
         loss = figures["loss"]
         values = {f"eval/{name}": figures[name] for name in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "seconds")}
         values["eval/adapter_digest"] = hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()[:12]
@@ -279,7 +279,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         state["noise"], begun = noise.state()
         tensors |= {"noise.safetensors": begun} if begun else {}
         texts = {"adapter_config.json": lora_layers.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(state, indent=1)}
-        return checkpoint.save(run, step, tensors, texts | continuation.texts_of(tokenizer), config.save.keep, state["best_step"])
+        return checkpoint.save(run, step, tensors, texts | tokenizer_files, config.save.keep, state["best_step"])
 
     began, first, pending, applied, alive = time.perf_counter(), state["step"] + 1, [], 0, set()
     ended("telemetry")
@@ -322,11 +322,14 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
                 graphs.forget(forward_backward)
                 model.release_memory()
                 window = data.share(rows, samples, plan["fits"])
-        if any(ranks.most(late)):  # the window is given up, and the step before it is where the run ends
+        late, fits = ranks.most(late, -plan["fits"])
+        if plan["fits"] > -fits:
+            pack_smaller(plan, step, -fits, "on another rank")
+        if late:  # the window is given up, and the step before it is where the run ends
             continuation.set_generators(drawn, device)
-            agree()
             while pending:
                 settle(pending.pop(0))
+            agree()
             where = save(state["step"])
             break
 
@@ -418,6 +421,14 @@ def be_deterministic():
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass adds in whatever order threads arrive
 
 
+def claim(run):
+    """The lock on a run folder that was not there when the run was asked for. ValueError where another process has made a run in it since."""
+    guard = checkpoint.lock(run)
+    if any(run.glob("checkpoints/step-*")):
+        raise ValueError(f"{run}: another process made a run in this folder while this one was loading; choose another with --out=, or go on with --resume")
+    return guard
+
+
 def open_record(run, config, state, resume, owed, outlook):
     """The recorder, and settings and surroundings written down. Where an evaluation is owed, its step's line is begun again."""
     if not resume:  # what lies there has no checkpoint to go on from, or is to be overwritten
@@ -442,10 +453,15 @@ def shrink(plan, step, batch, rows, error, sharded):
         fits = model.smaller(batch, rows, error, sharded)
     except model.DoesNotFit as alone:
         return [str(alone)]
-    console.say(f"step {step}: memory ran out over {len(batch.input_ids):,} tokens: again, and from now on, with at most {fits:,}")
+    pack_smaller(plan, step, fits, f"over {len(batch.input_ids):,} tokens: again, and")
+    return []
+
+
+def pack_smaller(plan, step, fits, where):
+    """Pack at most `fits` tokens into a micro-batch for the rest of the run, and say so."""
+    console.say(f"step {step}: memory ran out {where} from now on, with at most {fits:,}")
     plan["shrunk"].append({"step": step, "from": plan["fits"], "to": fits})
     plan.update(fits=fits, evaluates=min(fits, plan["evaluates"]))
-    return []
 
 
 def rescale(scaler, finite):

@@ -461,6 +461,12 @@ def test_a_signal_ends_generation_after_the_next_token(run, whole, tiny_inputs, 
     assert run("run", *options, "--resume") == 0 and differences(tmp_path / "run", whole(options)) == []
 
 
+def test_a_run_made_in_a_new_folder_while_another_one_for_it_loads_is_not_lost(run, whole, tmp_path):
+    """Two were started at once: the first is over before the second has loaded, and finds no folder to refuse when it looks."""
+    assert run("run", fault=(once, "model", "load", 1, shutil.copytree, whole(), tmp_path / "run")) == 2
+    assert "another process made a run in this folder" in (tmp_path / "run.log").read_text() and differences(tmp_path / "run", whole()) == []
+
+
 def test_a_second_process_is_refused_while_the_first_trains_and_does_not_disturb_it(start, run, whole, tmp_path):
     first = start("run", fault=(at_sample, 8, wait_for, tmp_path / "go on"))
     while not (tmp_path / "run/metrics.jsonl").exists():

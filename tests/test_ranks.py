@@ -229,6 +229,22 @@ def test_another_number_of_ranks_goes_on_where_that_is_accepted(run, tmp_path, c
     assert run(1, "alone", *EXACT) == [0] and far(tmp_path / "alone", tmp_path / "run") < 2e-5
 
 
+def test_an_alert_of_the_steps_before_a_resume_is_known_to_all_ranks(run, tmp_path):
+    """The rate is high from step 1 on, which is told once: a rank that knew nothing of it would be told again after the resume, and end all."""
+    options = [*DROPOUT, "--schedule.learning_rate=0.03", "--schedule.lr_warmup_steps=0"]
+    assert run(2, "run", *options, fault=(at_sample, 20, os._exit, 9)) == [9, 9]
+    assert run(2, "run", *options, "--resume", "--alerts.stop=high rate") == [0, 0]
+    assert [line["step"] for line in curve(tmp_path / "run") if "high rate" in line.get("alerts", "")] == [1]
+
+
+def test_ranks_go_on_though_the_adapter_that_the_run_began_with_is_gone(run, tmp_path):
+    assert run(1, "first", "--train.max_steps=1", "--schedule.lr_warmup_steps=0") == [0]
+    initial = tmp_path / "first/checkpoints/step-000001"
+    assert run(2, "run", *DROPOUT, f"--lora.init_from={initial}", fault=(at_sample, 20, os._exit, 9)) == [9, 9]
+    initial.rename(tmp_path / "elsewhere")
+    assert run(2, "run", *DROPOUT, f"--lora.init_from={initial}", "--resume") == [0, 0]
+
+
 # ---------------------------------------------------------------------------------------------------------------- faults
 
 def test_a_rank_that_is_killed_ends_the_others_at_once_and_nothing_is_lost(run, tmp_path):
@@ -261,8 +277,8 @@ def test_a_signal_to_one_rank_ends_all_with_one_checkpoint(run, tmp_path, sharde
     assert run(2, "ended", *DROPOUT, *sharded, "--resume") == [0, 0] and differences(tmp_path / "peace", tmp_path / "ended") == []
 
 
-@pytest.mark.parametrize("owner, name, number", [("eval", "generate", 3), ("model", "summed_loss", 6), ("eval", "evaluate", 2)],
-                         ids=["while the last samples are written", "in a window", "as an evaluation begins"])
+@pytest.mark.parametrize("owner, name, number", [("eval", "generate", 3), ("model", "summed_loss", 6), ("eval", "evaluate", 2), ("ranks", "words", 2), ("ranks", "words", 7)],
+                         ids=["while the last samples are written", "in a window", "as an evaluation begins", "as the ranks ask each other before the first step", "as they ask each other"])
 def test_a_signal_to_one_rank_at_a_bad_moment_leaves_none_behind(run, tmp_path, owner, name, number):
     assert run(2, "peace", *DROPOUT) == [0, 0]
     assert run(2, "ended", *DROPOUT, fault=(once, owner, name, number, send, signal.SIGTERM), rank=1) == [143, 143]
@@ -278,6 +294,21 @@ def test_a_rank_that_runs_out_of_memory_tries_again_and_the_others_wait(run, tmp
     assert run(2, "peace", *options) == [0, 0]
     assert run(2, "short", *options, fault=(in_backward, 3, run_out), rank=1) == [0, 0]
     assert far(tmp_path / "peace", tmp_path / "short") < 2e-5
+
+
+def test_the_size_that_fits_on_one_rank_is_every_ranks_told_and_remembered(run, tmp_path):
+    options = [*DROPOUT, "--train.accumulation=4", "--memory.max_tokens=128"]
+    assert run(2, "peace", *options, fault=(in_backward, 3, run_out), rank=1) == [0, 0]
+    shrunk, = newest(tmp_path / "peace")["state"]["plan"]["shrunk"]
+    assert shrunk["to"] < 128 and f"step {shrunk['step']}: memory ran out on another rank" in log(tmp_path, "peace")
+    assert [line.get("train/max_tokens") for line in curve(tmp_path / "peace")[1:]] == [None] * (shrunk["step"] - 1) + [shrunk["to"]] * (9 - shrunk["step"])
+    assert run(2, "again", *options, fault=(short_and_ended, 3, 44), rank=1) == [143, 143]
+    assert run(2, "again", *options, "--resume") == [0, 0] and differences(tmp_path / "peace", tmp_path / "again") == []
+
+
+def short_and_ended(number, sample):
+    in_backward(number, run_out)
+    at_sample(sample, send, signal.SIGTERM)
 
 
 def test_a_row_that_fits_on_no_rank_ends_all_with_its_name(run, tmp_path):
