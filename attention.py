@@ -30,6 +30,7 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
     if asked or attention_mask is not None or dropout:
         what = ", ".join(asked) or ("a mask of its own" if attention_mask is not None else "attention dropout")
         raise ValueError(f"{type(module).__name__} asks packed attention for {what}, which it does not know: this architecture cannot be trained here")
+    module.window = sliding_window  # what this layer asks for, which its configuration does not tell; see fused.install
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, heads, d); t[0] would copy in the backward pass
     documents = len(cu_seqlens) - 1
     if q.is_cuda and documents * max_seqlen == len(q) and not sliding_window and not softcap:  # all of one length: a plain batch, for which there are faster kernels

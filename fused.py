@@ -385,7 +385,7 @@ class FusedLayer:
     def __init__(self, layer, memory, attend):
         attention, mlp = layer.self_attn, layer.mlp
         self.layer, self.attend, self.plain = layer, attend, layer.forward
-        self.window = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(attention.config, "sliding_window", None)
+        self.window = None  # sliding window, as `install` saw it
         self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], memory)
         self.o, self.wide, self.down = Group([attention.o_proj], memory), Group([mlp.gate_proj, mlp.up_proj], memory), Group([mlp.down_proj], memory)
         self.groups = [self.qkv, self.o, self.wide, self.down]
@@ -454,7 +454,7 @@ def install(network, memory, attend):
     memory.refresh()
     for layer, fast in zip(candidates, fast_layers):
         slow_out = layer(h, position_embeddings=tables, attention_mask=None, **options)  # not its forward: a sharded layer is gathered first
-        layer.forward = fast
+        layer.forward, fast.window = fast, layer.self_attn.window
         fast_out = layer(h, position_embeddings=tables, attention_mask=None, **options)
         difference = (slow_out - fast_out).float().norm() / (slow_out - h).float().norm()
         if difference < (0.03 if dtype.itemsize == 2 else 1e-4):

@@ -380,6 +380,21 @@ def test_the_gradient_predicts_the_change_of_the_loss(tmp_path, kind, which):
     assert abs((losses[0] - losses[1]) / (2 * step * squared) - 1) < 2e-3
 
 
+def test_a_window_in_the_configuration_of_an_architecture_without_one_is_no_window(tmp_path):
+    """Llama's own layers attend to everything whatever sliding_window says, and so does the fast path; Mistral's attend through it."""
+    document = torch.arange(3, 60)
+    for kind, same in (("llama", True), ("mistral", False)):
+        make_model(tmp_path / kind, kind, sliding_window=None)
+        batch, losses = packed([document], [torch.ones(57, dtype=torch.bool)]), []
+        for window in (None, 16):
+            settings = json.loads((tmp_path / kind / "config.json").read_text()) | {"sliding_window": window}
+            (tmp_path / kind / "config.json").write_text(json.dumps(settings))
+            network = model.load(make_config(tmp_path / kind), "cpu")
+            assert network.fused_layers == 2
+            losses.append(model.summed_loss(network, batch)[0].item())
+        assert (losses[0] == losses[1]) == same
+
+
 def kept_and_not(tmp_path, kind, dtype, fused):
     """[(loss, {name: gradient})] with kept dequantised copies and without."""
     results = []
