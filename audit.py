@@ -55,7 +55,7 @@ CHUNK_ROWS = 1024
 MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc"
                       "\u2013\u2014\u2018-\u201e\u2020-\u2022\u2026\u2030\u2039\u203a\u20ac\u2122]{1,3}")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")  # but tab, line breaks, and the escape of terminal colours
-RUNAWAY = re.compile(r"(.{2,200}?)\1{5,}", re.DOTALL)
+PERIODS = range(2, 201)  # characters of a piece that is said over and over
 RUNAWAY_CHARACTERS = 60
 
 
@@ -98,25 +98,42 @@ def repeats(question, answer):
 
 
 def runaway(text):
-    """The piece that stands six times in a row or more, over 60 characters or more, in `text`, and how often; or None."""
-    for found in RUNAWAY.finditer(text):
-        if len(found[0]) >= RUNAWAY_CHARACTERS and any(map(str.isalnum, found[1])):  # not a ruler such as -----
-            return found[1], len(found[0]) // len(found[1])
-    return None
+    """The piece of 2 to 200 characters that stands six times in a row or more, over 60 characters or more, in `text`, and how often; or None."""
+    codes, found = _codes([text])[0].astype(np.uint32), []
+    for period in PERIODS:
+        same, needed = codes[:-period] == codes[period:], _stretch(period)
+        if np.count_nonzero(same) >= needed:
+            starts, lengths = _runs(same)
+            for start, length in zip(starts[lengths >= needed].tolist(), lengths[lengths >= needed].tolist()):
+                if any(map(str.isalnum, text[start:start + period])):  # not a ruler such as -----
+                    found.append((start, period, 1 + length // period))
+                    break
+    return (text[found[0][0]:][:found[0][1]], found[0][2]) if (found := sorted(found)[:1]) else None
+
+
+def _stretch(period):
+    """Over how many characters a text equals itself one period further on, at least, where a piece of that length runs away."""
+    return max(5 * period, RUNAWAY_CHARACTERS - period)
+
+
+def _runs(same):
+    """(start, length) of each stretch of True in a bool array, int64 arrays."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).view(np.int8)))
+    return edges[::2], edges[1::2] - edges[::2]
 
 
 def _may_run_away(codes, starts):
     """bool (R,): rows of the characters `codes`, beginning at `starts`, that may hold a piece six times in a row.
 
-    Such a place equals what stands one period further on, over 50 characters at least; every tenth character is looked at.
+    Every tenth character is looked at: a stretch of n holds n // 10 of them.
     """
     found = np.zeros(len(starts), bool)
     places = np.arange(0, max(0, len(codes) - 250), 10)
-    for period in range(2, 201):
+    for period in PERIODS:
         same = codes[places] == codes[places + period]
-        five = np.flatnonzero(same[:-4] & same[1:-3] & same[2:-2] & same[3:-1] & same[4:]) if len(same) > 4 else ()
-        if len(five):
-            found[np.searchsorted(starts, places[five], "right") - 1] = True
+        if (same[:-4] & same[1:-3] & same[2:-2] & same[3:-1] & same[4:]).any():  # most texts have no five: the shortest stretch's
+            begins, lengths = _runs(same)
+            found[np.searchsorted(starts, places[begins[lengths >= _stretch(period) // 10]], "right") - 1] = True
     return found
 
 
@@ -204,10 +221,8 @@ def frame_of(texts):
     """Hashes of the 20-character pieces that FRAME_SHARE of `texts` (fewer than 20: none) have, sorted uint64."""
     if len(texts) < 20:
         return np.zeros(0, np.uint64)
-    seen = Counter()
-    for text in texts:
-        seen.update(np.unique(_windows(_codes([text])[0], FRAME)).tolist())
-    return np.array(sorted(h for h, count in seen.items() if count >= FRAME_SHARE * len(texts)), np.uint64)
+    seen, counts = np.unique(np.concatenate([np.unique(_windows(_codes([text])[0], FRAME)) for text in texts]), return_counts=True)
+    return seen[counts >= FRAME_SHARE * len(texts)]
 
 
 def own_text(texts, frame):

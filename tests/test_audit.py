@@ -1,6 +1,7 @@
 """What the audit reports, and that it reports all of it: planted rows found, independent formulas agreed with, good rows left alone."""
 import json
 import random
+import re
 
 import datasketch
 import numpy as np
@@ -232,6 +233,25 @@ def test_the_quick_look_for_repetition_misses_none_that_the_slow_one_finds():
     may = audit._may_run_away(codes, bounds[:-2])
     slow = [bool(audit.runaway(text)) for text in texts]
     assert all(quick for quick, exact in zip(may, slow) if exact) and 10 < sum(slow) < 25
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_repetition_is_found_where_a_pattern_with_a_back_reference_finds_it(seed):
+    rng = random.Random(seed)
+    text = "".join(rng.choices("ab -", k=rng.randrange(3, 120)))
+    for _ in range(rng.randrange(4)):
+        text += "".join(rng.choices("ab -", k=rng.randrange(1, 30))) * rng.randrange(1, 12) + "".join(rng.choices("abc", k=rng.randrange(9)))
+    expected = [found for found in re.finditer(r"(?=((.{2,200}?)\2{5,}))", text, re.DOTALL) if len(found[1]) >= 60 and re.search("[a-c]", found[2])]
+    seen = audit.runaway(text)
+    assert bool(seen) == bool(expected)
+    if seen:
+        piece, times = seen
+        assert piece * times in text and times >= 6 and len(piece * times) >= 60 and text.index(piece * times) <= expected[0].start()
+
+
+def test_a_long_answer_of_few_letters_is_no_repetition():
+    rng = random.Random(0)
+    assert audit.runaway(" ".join(str(rng.randrange(10**5)) for _ in range(20_000))) is None
 
 
 # -------------------------------------------------------------------------------------------------- dropping, and --check
