@@ -20,7 +20,7 @@ def load_initial(config):
     """The matrices of the adapter that lora.init_from names. Raises ValueError where its scale or rank is not the configuration's."""
     folder = checkpoint.find(config.lora.init_from)
     lora, tensors, _ = lora_layers.read_adapter(folder)
-    wrong = [f"--lora.{name}={json.dumps(getattr(lora, name))}" for name in ("r", "alpha", "rslora") if getattr(lora, name) != getattr(config.lora, name)]
+    wrong = [f"--lora.{name}={json.dumps(getattr(lora, name))}" for name in ("r", "alpha", "rslora", "dora") if getattr(lora, name) != getattr(config.lora, name)]
     if wrong:
         raise ValueError(f"lora.init_from: the adapter in {folder} was trained with other settings; start from it with {' '.join(wrong)}")
     return tensors

@@ -47,6 +47,7 @@ import record
 import trust
 
 SHARD_BYTES = 5 << 30  # largest file of weights, but for a single larger tensor
+COMPANION_BYTES = 64 << 20  # room for what lies beside weights: tokenizers take a few MiB
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # in safetensors' headers
 OF_4_BITS = ("nf4", "fp4", "int4", "4bit", "4", "q4_0", "q4_1", "q4_k_m", "q4_k_s")
 LOGIT_ROWS, LOGIT_TOKENS = 4, 128  # how much of the evaluation rows logits are compared on
@@ -272,7 +273,10 @@ def logit_difference(ours, theirs):
 
 @contextlib.contextmanager
 def unfinished(out):
-    """A hidden folder beside `out` to write in; it goes when the block ends. What a killed export left there goes first."""
+    """A hidden folder beside `out` to write in; it goes when the block ends. What a killed export left there goes first.
+
+    An OSError in the block, which mostly does not name a file, is raised again with `out` and the remedy.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{out.name}.export-*"):
         with contextlib.suppress(BlockingIOError), open_locked(left):
@@ -282,6 +286,8 @@ def unfinished(out):
     try:
         with open_locked(work):
             yield work
+    except OSError as error:
+        raise OSError(f"{out}: could not be made ({error}), and nothing was kept; if the disk is full, make room or name another place") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -322,15 +328,27 @@ def vacant(flag, out):
     if path.is_symlink() or path.is_file() or path.is_dir() and (flag == "gguf" or any(path.iterdir())):
         full = " and not empty" if path.is_dir() and flag != "gguf" else ""
         raise ValueError(f"--{flag}: {out} is there already{full}; name a new one, or move it away first")
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise ValueError(f"--{flag}: {out} cannot be made, since {above} is no folder; name another place")
     return path
 
 
+def apart(outs):
+    """Raises ValueError where two of the results {flag: path} would have the same place, or one lie in another."""
+    for flag, out in outs.items():
+        for other, place in outs.items():
+            if flag != other and place.resolve() in (out.resolve(), *out.resolve().parents):
+                raise ValueError(f"--{flag}, --{other}: {out} lies in {place}; each needs a place of its own" if out != place else
+                                 f"--{flag}, --{other}: {out} cannot be both; each needs a place of its own")
+
+
 def room(folder, needed, what):
-    """Raises ValueError where the disk has too little room."""
+    """Raises ValueError where the disk has too little room for `needed` bytes and COMPANION_BYTES."""
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    free, needed = shutil.disk_usage(there).free, needed + COMPANION_BYTES
     if free < needed:
-        raise ValueError(f"{folder}: {what} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there; "
+        raise ValueError(f"{folder}: {what} needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free there; "
                          "make room or name another place")
 
 
@@ -352,18 +370,27 @@ def write_companions(folder, source, tokenizer, end_ids, dtype):
         generation["pad_token_id"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     generation.pop("transformers_version", None)
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(folder, tokenizer)
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(folder, tokenizer):
+    """The tokenizer's files, template included. Raises OSError where they cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # of a full disk, say, the library underneath makes a plain Exception
+        raise OSError(f"{folder}: the tokenizer cannot be written ({error})") from error
 
 
 def write_adapter(folder, checkpoint_folder, config, adapter, tokenizer):
     """An adapter folder: PEFT's two files as they were saved (the base model's name as config has it), tokenizer and template."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     tree = trust.read_json(checkpoint_folder / "adapter_config.json")
     tree["base_model_name_or_path"] = config.model.path
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(folder, tokenizer)
     tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # save_file makes a file that its owner alone can read, and has an error of its own for a full disk
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_config.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
     _, back, _ = lora_layers.read_adapter(folder)
     if back.keys() != adapter.keys() or not all(torch.equal(back[name], adapter[name]) for name in adapter):
@@ -462,7 +489,7 @@ def merge_into(out, source, folder, tokenizer, end_ids, rows, dtype, tolerance):
     """Write, compare and publish a merged model folder. folder: the adapter's. Returns the exit code."""
     config, adapter, bits = source.config, source.adapter, next(bits for bits, kind in quant.DTYPES.items() if kind == dtype)
     needed = sum(math.prod(shape) for shape in source.shapes.values()) * dtype.itemsize
-    room(out.parent, needed + (64 << 20), "the merged model")
+    room(out.parent, needed, "the merged model")
     max_tokens = config.memory.max_tokens or (16384 if source.device.type == "cuda" else 2048)
     kind = "unquantised" if config.model.quant == "none" else f"{config.model.quant}, dequantised"
     onto = "as it is stored, unquantised" if source.original else f"as it was in training: {kind}"
@@ -510,6 +537,7 @@ def merge_into(out, source, folder, tokenizer, end_ids, rows, dtype, tolerance):
 
 def export_adapter(out, source, folder, tokenizer):
     """Write and publish an adapter folder."""
+    room(out.parent, sum(tensor.nbytes for tensor in source.adapter.values()), "the adapter")
     with unfinished(out) as work:
         write_adapter(work, folder, source.config, source.adapter, tokenizer)
         facts = [("adapter", f"{kind_of(source.config.lora)}, in PEFT's format"), ("trained over", f"{source.config.model.quant} weights")]
@@ -520,7 +548,7 @@ def export_adapter(out, source, folder, tokenizer):
 
 def export_gguf(out, source, tokenizer, end_ids, bits):
     """Write, compare and publish a GGUF file."""
-    room(out.parent, gguf_file.size(source, bits) + (64 << 20), "the GGUF file")
+    room(out.parent, gguf_file.size(source, bits), "the GGUF file")
     with unfinished(out) as work:
         entries, tensors, sums, worst = gguf_file.write(work / "model.gguf", source, tokenizer, end_ids, bits, out.stem)
         counts = {key: len(value) for key, value, _ in entries if isinstance(value, list)}
@@ -572,6 +600,7 @@ def main(argv):
     if flags["rounding"] not in ("", "stochastic", "nearest"):
         raise ValueError(f"--rounding: must be stochastic or nearest, got {flags['rounding']}")
     outs = {flag: vacant(flag, flags[flag]) for flag in ("adapter", "merge", "gguf") if flags[flag]}
+    apart(outs)
     overrides += [("data.eval", flags["data"])] if flags["data"] else []
     config, adapter, folder = evaluation.configure(flags["ckpt"], flags["model"], overrides)
     run = run_of(folder)

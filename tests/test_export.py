@@ -1,6 +1,7 @@
 """What leaves this project, read by those it is for: transformers, PEFT, lm-eval, the gguf package. And nothing half-written."""
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ import quant
 import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+UMASK = os.umask(0)
+os.umask(UMASK)
 FP32 = ["--model.quant=none", "--model.compute_dtype=fp32"]
 
 
@@ -460,9 +463,28 @@ def test_of_two_exports_of_one_name_the_second_to_end_changes_nothing(tmp_path):
 def test_too_little_room_is_told_before_anything_is_computed(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
     monkeypatch.setattr(model, "load", lambda *args: pytest.fail("the model was loaded"))
-    for arguments in ([f"--merge={tmp_path / 'new' / 'out'}"], [f"--gguf={tmp_path / 'out.gguf'}"]):
-        with pytest.raises(ValueError, match=r"needs 0\.1 GiB, 0\.0 GiB are free"):
+    for arguments in ([f"--merge={tmp_path / 'new' / 'out'}"], [f"--gguf={tmp_path / 'out.gguf'}"], [f"--adapter={tmp_path / 'out'}"]):
+        with pytest.raises(ValueError, match=r"needs 6\d MiB, 0 MiB are free"):
             export.main([f"--ckpt={plain}", *arguments])
+
+
+@pytest.mark.parametrize("writer", ["the tokenizer", "the matrices"])
+def test_a_disk_that_fills_while_an_adapter_is_written_is_one_message_and_leaves_nothing(plain, tmp_path, monkeypatch, writer):
+    import transformers
+
+    def full(self, *args, **rest):
+        raise Exception("No space left on device (os error 28)") if writer == "the tokenizer" else OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((transformers.PreTrainedTokenizerBase, "save_pretrained") if writer == "the tokenizer" else (pathlib.Path, "write_bytes")), full)
+    with pytest.raises(OSError, match=r"out: could not be made \(.*No space left on device.*make room"):  # config.run_command makes one message of it
+        export.main([f"--ckpt={plain}", f"--adapter={tmp_path / 'out'}"])
+    assert children(tmp_path) == []
+
+
+def test_every_file_of_an_export_can_be_read_by_others(plain, merged, tmp_path):
+    assert export.main([f"--ckpt={plain}", f"--adapter={tmp_path / 'out'}"]) == 0
+    files = [*(tmp_path / "out").iterdir(), *merged.iterdir()]
+    assert len(files) > 10 and {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~UMASK}
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -475,7 +497,10 @@ def test_what_is_wrong_is_told_before_the_model_is_loaded(plain, tmp_path, monke
                             ([ckpt, out, "--dtype=q8_0"], "--dtype: must be"), ([ckpt, out, "--onto=top"], "--onto: must be"),
                             ([ckpt, out, "--rounding=up"], "--rounding"), ([ckpt, out, "--tolerance=much"], "--tolerance: must be a number"),
                             ([ckpt, out, "--tolerance=-1"], "--tolerance"), ([ckpt, out, "--data=none.jsonl"], "none.jsonl: no such file"),
-                            ([ckpt, out, "--lora.r=0"], "lora.r"), ([ckpt, out, "--nothing"], "unknown option")):
+                            ([ckpt, out, "--lora.r=0"], "lora.r"), ([ckpt, out, "--nothing"], "unknown option"),
+                            ([ckpt, out, f"--adapter={tmp_path / 'out'}"], "--adapter, --merge: .* cannot be both"),
+                            ([ckpt, out, f"--gguf={tmp_path / 'out' / 'm.gguf'}"], "--gguf, --merge: .*m.gguf lies in .*out; each needs"),
+                            ([ckpt, f"--merge={__file__}/out"], "--merge: .* cannot be made, since .*test_export.py is no folder")):
         with pytest.raises(ValueError, match=said):
             export.main(arguments)
     assert children(tmp_path) == []

@@ -219,6 +219,12 @@ def test_merged_dora_is_pefts_merge(tiny_inputs, tmp_path):
     assert max(relative(ours[name], wanted[name]) for name in ours) < 1e-6
 
 
+def test_starting_from_an_adapter_of_another_kind_is_refused_with_the_setting_it_needs(tiny_inputs, tmp_path):
+    adapter = run_of(tiny_inputs, tmp_path / "p", dora=True) / "checkpoints" / "step-000006"
+    with pytest.raises(ValueError, match=r"trained with other settings; start from it with --lora\.dora=true"):
+        run_of(tiny_inputs, tmp_path / "q", init_from=str(adapter))
+
+
 @pytest.mark.parametrize("alpha, rslora", [(4.0, False), (8.0, False), (8.0, True)])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_loftq_starts_at_pefts_decomposition_of_what_quantisation_changed(tmp_path, kind, alpha, rslora):
