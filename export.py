@@ -339,8 +339,7 @@ def apart(outs):
     for flag, out in outs.items():
         for other, place in outs.items():
             if flag != other and place.resolve() in (out.resolve(), *out.resolve().parents):
-                raise ValueError(f"--{flag}, --{other}: {out} lies in {place}; each needs a place of its own" if out != place else
-                                 f"--{flag}, --{other}: {out} cannot be both; each needs a place of its own")
+                raise ValueError(f"--{flag}, --{other}: {out} is {place} or lies in it; each needs a place of its own")
 
 
 def room(folder, needed, what):
