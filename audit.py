@@ -585,7 +585,8 @@ def _tokens_told(what, tokens, max_length, width):
                        ("rows_truncated", f"rows are cut to data.max_length={max_length}"),
                        ("rows_lost", f"rows are lost to data.max_length={max_length}"),
                        ("rows_unsupervised", "rows have no supervised token"),
-                       ("turns_unsupervised", "answers are not supervised: the template hides what the model wrote")):
+                       ("turns_unsupervised", "answers are not supervised: the template hides what the model wrote"),
+                       ("turns_hidden", "turns, tools or tool calls are not shown by the template")):
         if counts[name]:
             lines.append(f"           {counts[name]:,} {text}")
     if tokens.too_long:

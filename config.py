@@ -264,6 +264,8 @@ def _typed(value, kind, text):
         raise ValueError(f"must be {names[kind]}, got {json.dumps(value)}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"must be a finite number, got {value}")
+    if kind is int and abs(value) > sys.maxsize:  # beyond what counting rows, tokens and steps can take
+        raise ValueError(f"must be a whole number of 64 bits, got {value}")
     return value
 
 

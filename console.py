@@ -14,14 +14,16 @@ import verdict
 
 def introduce(run, config, rows, network, state, outlook):
     """What is about to happen: the forecast, and how it will be done."""
-    plan, hidden = state["plan"], rows.counts["turns_unsupervised"]
+    plan = state["plan"]
     print(f"run       {run}" + (f", going on after step {state['step']:,}" if state["step"] else ""))
     for accepted in state["accepted"]:
         print(f"          accepted at step {accepted['step']}: another {', another '.join(name for name in accepted if name != 'step')}")
     print(forecast.show_forecast(outlook))
     print("".join(f"{line}\n" for line in rows.remarks), end="")
-    if hidden:
-        print(f"\n{hidden:,} answers are not supervised: the chat template hides what the model wrote")
+    for count, what in (("turns_unsupervised", "answers are not supervised: the chat template hides what the model wrote"),
+                        ("turns_hidden", "turns, tools or tool calls are not shown by the chat template")):
+        if rows.counts[count]:
+            print(f"\n{rows.counts[count]:,} {what}")
     print(f"network   {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}\n"
           f"packing   up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed"
           + (", their inputs on the host" if plan["offload"] else "") + (", embeddings on the host" if plan["host_embeddings"] else "") + f"\n          ({plan['why']}); "

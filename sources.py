@@ -175,8 +175,11 @@ def _read_jsonl(file):
 
 
 def _read_json(file):
-    start = file.peek(4096).lstrip()[:1]
-    if start and start != b"[":  # many files called .json hold an object a line
+    first, more, _ = file.peek(4096).lstrip().partition(b"\n")
+    if first and not first.startswith(b"["):  # many files called .json hold an object a line
+        if more and not first.rstrip().endswith(b"}"):
+            raise ValueError("1: begins as one object over several lines; a .json file holds a list of rows, or a row a line: write the list "
+                             "that is in it to a file of its own")
         yield from _read_jsonl(file)
         return
     try:
@@ -195,6 +198,8 @@ def _read_csv(file):
     line = 1
     try:
         header = next(reader, [])
+        if len(header) == 1 and (other := next((sign for sign in ";\t|" if sign in header[0]), "")):
+            raise ValueError(f"1: the columns seem to be set apart by {other!r}; save the file with commas between them")
         if len(set(header)) < len(header):
             raise ValueError(f"1: a column name stands twice in {', '.join(header)}; rename one")
         line = reader.line_num + 1
@@ -399,6 +404,9 @@ def interpret(record, template, columns=None, roles=None):
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     default = ("role", "content")
+    for key, value in (("prompt", prompt), ("completion", answer)):
+        if not isinstance(value, list):
+            raise ValueError(f"{key} must be text, or a list of turns, got {shown(value)}")
     prompt, answer = _messages(prompt, "prompt", default, columns, roles), _messages(answer, "completion", default, columns, roles)
     return (system if prompt[0]["role"] != "system" else []) + prompt, answer
 

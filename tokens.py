@@ -152,8 +152,23 @@ def _locate(messages, k, whole, tokenizer, tools, ends):
     return (len(before), end) if exact and whole.startswith(upto[:end]) else None
 
 
+def _name(tool):
+    """What a tool, or a call of one, is called, in {"name": ...} or {"function": {"name": ...}}; "" where that is no text."""
+    tool = tool.get("function", tool) if isinstance(tool, dict) else {}
+    name = tool.get("name") if isinstance(tool, dict) else ""
+    return name if isinstance(name, str) else ""
+
+
+def _calls(turn):
+    """Names of the tools that a turn calls."""
+    return [_name(call) for call in turn["tool_calls"]] if isinstance(turn.get("tool_calls"), list) else []
+
+
 def _render(record, tokenizer, ends, supervise, columns, roles):
-    """A row's text, the character spans [(start, end)] that are supervised, and how many of its answers are not."""
+    """A row's text, the character spans [(start, end)] that are supervised, how many of its answers are not, and how many of its
+    other turns, tools and tool calls the text does not show. An answer whose tool calls it does not show would teach to say nothing.
+    """
+    hidden = 0
     prompt, answer = sources.interpret(record, tokenizer.chat_template is not None, columns, roles)
     if isinstance(answer, str):
         lead = "" if ends.lead and (prompt + answer).startswith(ends.lead) else ends.lead
@@ -168,7 +183,10 @@ def _render(record, tokenizer, ends, supervise, columns, roles):
         if not answers:
             raise ValueError("no assistant turn, so there is nothing to learn from")
         found = [] if supervise == "all" else [_locate(messages, k, text, tokenizer, tools, ends) for k in answers]
-        spans = [span for span in found if span]
+        spans = [span for k, span in zip(answers, found) if span and all(name in text[slice(*span)] for name in _calls(messages[k]))]
+        said = [turn["content"].strip() for turn in messages if turn["role"] != "assistant"]
+        said += [name for turn in messages for name in _calls(turn)] + [_name(tool) for tool in tools or ()]
+        hidden = sum(part not in text for part in said)
     if supervise == "all":
         answers = spans = [(0, len(text))]
     if not spans:
@@ -182,7 +200,7 @@ def _render(record, tokenizer, ends, supervise, columns, roles):
     if len(text) > LONGEST_TEXT:
         raise ValueError(f"has {len(text):,} characters, more than {LONGEST_TEXT:,}: to encode it would take gigabytes of memory, for the "
                          "few tokens that data.max_length keeps; split it into several rows")
-    return text, spans, len(answers) - len(spans)
+    return text, spans, len(answers) - len(spans), hidden
 
 
 def _encode(texts, tokenizer):
@@ -209,30 +227,37 @@ def _supervise(texts, spans, chars, lengths):
     return inside, np.searchsorted(chars[:, 0], last, "left") - 1
 
 
+def _rendered(records, bad, *how):
+    """(names, texts, spans) of the rows that can be rendered, and counts of turns; bad(name, reason) is told of the others. how: see `_render`."""
+    rows, missed, hidden = [], 0, 0
+    for name, record in records:
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            text, spans, row_missed, row_hidden = _render(record, *how)
+        except ValueError as error:
+            bad(name, error)
+            continue
+        rows.append((name, text, spans))
+        missed, hidden = missed + row_missed, hidden + row_hidden
+    return ([list(column) for column in zip(*rows)] or [[], [], []]), {"turns_unsupervised": missed, "turns_hidden": hidden}
+
+
 def _tokenize_chunk(records, tokenizer, ends, data, columns, roles):
     """Tokens of some rows: (arrays ids, supervised, lengths, their names), counts, skipped messages, the first row too long or None.
 
     Raises ValueError as `tokenize` does for a single row.
     """
-    names, texts, spans, skipped, missed = [], [], [], [], 0
+    skipped = []
 
     def bad(name, reason):
         if data.bad_rows == "refuse":
             raise ValueError(f"{name}: {reason} (data.bad_rows=skip leaves such rows out)")
         skipped.append(f"{name}: {reason}")
 
-    for name, record in records:
-        try:
-            if isinstance(record, ValueError):
-                raise record
-            text, row_spans, row_missed = _render(record, tokenizer, ends, data.supervise, columns, roles)
-        except ValueError as error:
-            bad(name, error)
-            continue
-        names.append(name), texts.append(text), spans.append(row_spans)
-        missed += row_missed
+    (names, texts, spans), of_turns = _rendered(records, bad, tokenizer, ends, data.supervise, columns, roles)
     counts = dict(rows_read=len(records), rows=0, rows_skipped=0, rows_truncated=0, rows_lost=0, rows_unsupervised=0, tokens=0,
-                  supervised_tokens=0, supervised_tokens_lost=0, turns_unsupervised=missed)
+                  supervised_tokens=0, supervised_tokens_lost=0, **of_turns)
     nothing = np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64), []
     if not texts:
         return nothing, counts | {"rows_skipped": len(skipped)}, skipped, None
@@ -309,7 +334,8 @@ def tokenize(records, tokenizer, data):
     A row longer than data.max_length is cut at its end; one that would keep no supervised token is lost whole, as is one
     that is dropped. counts: rows_read, rows, rows_skipped, rows_truncated (cut and kept), rows_lost, rows_unsupervised
     (kept, though no token is supervised), tokens, supervised_tokens, supervised_tokens_lost (by cutting and dropping),
-    turns_unsupervised (answers that the whole chat does not show as the model would write them).
+    turns_unsupervised (answers that the whole chat does not show as the model would write them), turns_hidden (other turns, tools
+    and tool calls that it does not show).
     Raises ValueError naming file and line of a row that cannot be used, unless data.bad_rows is skip; and always for a
     row too long where data.too_long is refuse, and for a data set with no supervised token.
     """

@@ -83,6 +83,7 @@ def test_settings_written_out_are_read_back_the_same():
     ("data.train", ""), ("data.max_length", 0), ("eval.every_steps", -1), ("save.keep", 0), ("memory.checkpoint_layers", -2), ("memory.loss_chunk", 0), ("log.every_steps", 0),
     ("schedule.clip_percentile", 101), ("schedule.batch_points", [[1, 4.5]]), ("schedule.batch_points", [[1, 0]]), ("schedule.batch_points", [[5, 4], [5, 8]]),
     ("schedule.batch_points", [[-1, 4]]), ("schedule.batch_points", [[1]]), ("schedule.batch_points", [["1", 4]]), ("schedule.batch_points", [[True, 4]]),
+    ("data.max_length", 10**20), ("data.first_rows", 10**20), ("train.max_steps", 10**20),
 ])
 def test_a_value_that_breaks_its_rule_is_refused_once_and_by_its_key(key, bad):
     section, name = key.split(".")

@@ -18,6 +18,7 @@ import tokens
 
 ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + ASKED
+CALLING = CHATML.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or () %}{{ (c.function or c).name }}(){% endfor %}")
 LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
           "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 THINKING = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"  # as Qwen3: only the last turn keeps its thoughts
@@ -162,13 +163,25 @@ def test_no_first_token_is_ever_supervised():
 
 
 def test_tool_turns_and_tools_reach_the_template_and_nulls_do_not():
-    template = "{% if tools %}{{ tools[0].name }}|{% endif %}{% for m in messages %}{% if m.name is defined %}!{% endif %}{% endfor %}" + CHATML
+    template = "{% if tools %}{{ tools[0].name }}|{% endif %}{% for m in messages %}{% if m.name is defined %}!{% endif %}{% endfor %}" + CALLING
     tokenizer = make_tokenizer(template)
     called = [{"role": "assistant", "content": None, "tool_calls": [{"name": "map"}]}, {"role": "tool", "content": "Paris", "name": None}]
     chat = [CHAT[1], *called, CHAT[2]]
     rows = tokenized([{"messages": chat, "tools": [{"name": "map"}]}], tokenizer)
     assert tokenizer.decode(ids_of(rows, 0)).startswith("map|<|im_start|>user")
-    assert spans_of(rows, 0, tokenizer) == ["<|im_end|>", "Paris.<|im_end|>"]
+    assert spans_of(rows, 0, tokenizer) == ["map()<|im_end|>", "Paris.<|im_end|>"] and rows.counts["turns_hidden"] == 0
+
+
+def test_what_a_template_does_not_show_is_counted_and_an_answer_without_its_tool_calls_teaches_nothing():
+    called = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "map"}}]}, {"role": "tool", "content": "dry"}]
+    row = {"messages": [CHAT[1], *called, CHAT[2]], "tools": [{"type": "function", "function": {"name": "map"}}]}
+    rows = tokenized([row, {"messages": CHAT}], make_tokenizer())
+    assert spans_of(rows, 0, make_tokenizer()) == ["Paris.<|im_end|>"]  # and no empty answer
+    assert (rows.counts["turns_unsupervised"], rows.counts["turns_hidden"]) == (1, 2)  # the call, and the tool
+    deaf = make_tokenizer(CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"))
+    assert tokenized([row], deaf).counts["turns_hidden"] == 3
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*shows no assistant turn"):
+        tokenized([{"messages": [CHAT[1], called[0]]}], make_tokenizer())
 
 
 # ----------------------------------------------------------------------------------------------------- tokens that end
@@ -342,6 +355,8 @@ GOOD = b'{"text": "fine"}\n'
     ("a.csv", b"", r"a\.csv: holds no rows"),
     ("a.csv", b"prompt,completion\na,b\nc\n", r"a\.csv:3: 1 fields where the header has 2"),
     ("a.csv", b'prompt,completion\na,b\nc,"d\ne\n', r"a\.csv:3: not valid CSV"),
+    ("a.csv", b"prompt;completion\na;b\n", r"a\.csv:1: the columns seem to be set apart by ';'; save the file with commas"),
+    ("a.json", b'{"data": [\n{"text": "a"}]}', r"a\.json:1: begins as one object over several lines; .*list"),
     ("a.csv", b"text,text\na,b\n", r"a\.csv:1: a column name stands twice"),
     ("a.csv", b"text\na\n\xe9\n", r"a\.csv:3: not UTF-8"),
     ("a.parquet", b"PAR1 no", r"a\.parquet: not a Parquet file"),
@@ -372,8 +387,8 @@ BAD_ROWS = [
     ({"prompt": "a"}, "the keys prompt make no row"),
     ({"text": None}, "text must be text, got null"),
     ({"text": ""}, "the text is empty"),
-    ({"prompt": 3, "completion": "b"}, "prompt must be .*got 3"),
-    ({"prompt": "a", "completion": None}, "completion must be .*got null"),
+    ({"prompt": 3, "completion": "b"}, "prompt must be text, or a list of turns, got 3"),
+    ({"prompt": "a", "completion": None}, "completion must be text, or a list of turns, got null"),
     ({"instruction": None, "output": "b"}, "instruction must be text, got null"),
     ({"messages": None}, "messages must be a list of at least one turn, got null"),
     ({"messages": []}, "messages must be a list of at least one turn"),
@@ -465,7 +480,7 @@ def test_cutting_counts_rows_cut_rows_lost_and_supervised_tokens_lost():
     assert rows.names == [f"rows.jsonl:{i}" for i in range(1, 5)]
     assert [spans_of(rows, r, make_tokenizer()) for r in range(4)] == [["abc<|im_end|>"], ["abc<|im_end|>"], ["ab"], ["a"]]
     assert rows.counts == dict(rows_read=6, rows=4, rows_skipped=0, rows_truncated=3, rows_lost=2, rows_unsupervised=0, tokens=240,
-                               supervised_tokens=4 + 4 + 2 + 1, supervised_tokens_lost=2 + 3 + 4 + 4, turns_unsupervised=0)
+                               supervised_tokens=4 + 4 + 2 + 1, supervised_tokens_lost=2 + 3 + 4 + 4, turns_unsupervised=0, turns_hidden=0)
 
 
 def test_dropping_loses_long_rows_whole():

@@ -9,7 +9,7 @@ import pytest
 import config
 import data
 import sources
-from test_data import CHAT, ids_of, make_tokenizer, save_as, settings_of, spans_of, tokenized, write
+from test_data import CALLING, CHAT, ids_of, make_tokenizer, save_as, settings_of, spans_of, tokenized, write
 
 TURNS = [{"role": "user", "content": "Weather in Lima?"}, {"role": "assistant", "content": "Dry."}]
 
@@ -57,7 +57,7 @@ def test_several_assistant_turns_in_a_row_and_tool_calls_are_all_supervised():
     row = {"messages": [TURNS[0], {"role": "assistant", "content": "One moment."},
                         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "w", "arguments": "{}"}}]},
                         {"role": "tool", "content": "dry", "tool_call_id": "1"}, TURNS[1]]}
-    assert answers(row)[0] == ["One moment.<|im_end|>", "<|im_end|>", "Dry.<|im_end|>"]
+    assert answers(row, make_tokenizer(CALLING))[0] == ["One moment.<|im_end|>", "w()<|im_end|>", "Dry.<|im_end|>"]
 
 
 @pytest.mark.parametrize("row, message", [
