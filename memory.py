@@ -1,9 +1,9 @@
 """What fits: how many tokens a micro-batch holds and how many layers are recomputed, from a probe of the device before step 1.
 
 The probe runs forward and backward passes of two small micro-batches, all layers recomputed and all but a few, and reads the
-peak of the GPU's memory. That peak grows in a straight line with the tokens, so four readings tell it for every size between; the
-fastest choice that fits is taken, and tried on the longest rows before step 1. What the user set stays as set, and so does the plan
-of a run that goes on. Leaves out: the host's memory (on a CPU the sizes are fixed), and graphs' own pools, which small models have.
+peak of the GPU's memory. That peak grows in a straight line with the tokens, so four readings tell it for every size between. Of the
+choices that fit, the few that should be fastest are run on the longest rows, and the clock decides. What the user set stays as set,
+and so does the plan of a run that goes on. Leaves out: the host's memory (on a CPU the sizes are fixed), and graphs' own pools, which small models have.
 """
 
 import json
@@ -22,6 +22,8 @@ RECOMPUTED = 0.27        # a recomputed layer's extra time: its forward pass wit
 DEQUANTISED = 210        # tokens: a layer's weights are dequantised twice in the time in which about so many tokens are computed
 SHORT = 120              # tokens: what matrix products lose at small sizes, in the same way
 OFFLOADED = 0.01         # copies beside the products slow them a little
+TRIED = 3                # choices that are timed, of sizes at least twice as large from one to the next
+WORTH_TRYING = 1.15      # times the cost of the cheapest, by the four figures above, which were measured on one kind of GPU
 
 
 def plan(config, network, rows, before):
@@ -29,7 +31,8 @@ def plan(config, network, rows, before):
 
     Returns {"max_tokens", "fits", "evaluates", "shrunk", "checkpoint_layers", "keep_dequantized", "offload", "host_embeddings", "graphs", "why_no_graphs", "why"}.
     "fits" is max_tokens, or what was left of it when memory ran out during the run ("shrunk" tells when); it is what windows are packed to.
-    What the probe chose is tried on the longest rows, and chosen again with less memory where that does not fit.
+    What the probe chose is tried on the longest rows, and chosen again with less memory where that does not fit. train.deterministic
+    leaves out the clock, which does not choose alike each time.
     Raises ValueError with the remedy where nothing fits.
     """
     layers = len(network.get_decoder().layers)
@@ -50,14 +53,15 @@ def plan(config, network, rows, before):
         sizes = [max_tokens] if max_tokens else sizes_for(int(window / ranks.RANKS * lengths.mean() * 1.3), int(lengths.max()))
         found, limit = probe(network, kept), room(network.device, config.memory.budget_gib)
         for less in (1.0, 0.9, 0.8, 0.7):
-            chosen |= json.loads(ranks.same(json.dumps(best(choices(found, sizes, checkpoint_layers, config.memory, limit * less), limit * less))))
-            apply(network, chosen)
-            if longest_fits(network, rows, chosen["max_tokens"]):
+            candidates = shortlist(choices(found, sizes, checkpoint_layers, config.memory, limit * less), limit * less, 1 if config.train.deterministic else TRIED)
+            quickest = fastest(network, rows, chosen, json.loads(ranks.same(json.dumps(candidates))))
+            chosen |= quickest or candidates[0]
+            if quickest:
                 break
     apply(network, chosen)
     same = before.get("max_tokens") == chosen["max_tokens"] and "fits" in before
     chosen |= {name: before[name] for name in ("fits", "evaluates", "shrunk")} if same else {"fits": chosen["max_tokens"], "evaluates": chosen["max_tokens"], "shrunk": []}
-    if not longest_fits(network, rows, chosen["fits"]):
+    if seconds_a_token(network, rows, chosen["fits"]) is None:
         raise ValueError(f"memory: a micro-batch of the longest rows does not fit on the GPU; lower memory.max_tokens (now {chosen['fits']:,}) or data.max_length (the longest row, "
                          f"{rows.names[int((rows.offsets[1:] - rows.offsets[:-1]).argmax())]}, has {int((rows.offsets[1:] - rows.offsets[:-1]).max()):,} tokens), or raise memory.checkpoint_layers (now {chosen['checkpoint_layers']})")
     why_not = "memory.graphs is no" if config.memory.graphs == "no" else "train.deterministic is set" if config.train.deterministic else graphs.serves(network, chosen["checkpoint_layers"])
@@ -73,10 +77,25 @@ def apply(network, chosen):
     model.recompute(network, chosen["checkpoint_layers"], chosen["offload"] and chosen["checkpoint_layers"] > 0)
 
 
-def longest_fits(network, rows, max_tokens):
-    """Whether forward and backward pass over the longest rows fit: what does not fails now, not late in the run. True on a CPU."""
+def fastest(network, rows, chosen, candidates):
+    """The candidate, as from `shortlist`, that takes the least time a token on the longest rows; None where none of them fits."""
+    timed = []
+    for candidate in candidates:
+        apply(network, chosen | candidate)
+        seconds = seconds_a_token(network, rows, candidate["max_tokens"], passes=2 if len(candidates) > 1 else 1)
+        taken = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB taken" if network.device.type == "cuda" else ""
+        timed += [(seconds, candidate | {"why": f"{candidate['why']}, {taken}"})] if seconds is not None else []
+    which = int(ranks.same(str(min(range(len(timed)), key=lambda i: timed[i][0], default=-1))))  # by the first rank's clock
+    return timed[which][1] | {"why": timed[which][1]["why"] + f"; the fastest of {len(timed)} tried" * (len(timed) > 1)} if timed else None
+
+
+def seconds_a_token(network, rows, max_tokens, passes=1):
+    """How long forward and backward pass over the longest rows take, the last of so many times; None where they do not fit on every rank.
+
+    So what does not fit fails now, not late in the run. 0.0 on a CPU, where nothing is tried.
+    """
     if network.device.type != "cuda":
-        return True
+        return 0.0
     lengths = rows.offsets[1:] - rows.offsets[:-1]
     longest, total = [], 0
     for i in lengths.argsort(kind="stable")[::-1].tolist():
@@ -84,28 +103,32 @@ def longest_fits(network, rows, max_tokens):
             break
         longest.append(i)
         total += lengths[i]
+    torch.cuda.reset_peak_memory_stats()
     try:
         with torch.random.fork_rng(devices=[network.device]):
-            for batch in data.pack(rows, longest, max_tokens):
-                model.summed_loss(network, batch.to(network.device))[0].backward()
-        fits = True
+            for _ in range(passes):
+                began = time.perf_counter()
+                for batch in data.pack(rows, longest, max_tokens):
+                    model.summed_loss(network, batch.to(network.device))[0].backward()
+                torch.cuda.synchronize()
+        seconds = (time.perf_counter() - began) / int(total)
     except torch.cuda.OutOfMemoryError:
-        fits = False
+        seconds = None
     network.adapter_memory.flat.grad.zero_()
     torch.cuda.empty_cache()
-    return not any(ranks.most(not fits))
+    return None if any(ranks.most(seconds is None)) else seconds
 
 
 def rehearse(network, window, forward_backward, budget_gib):
     """Run the first window once for its time, changing nothing. Returns forecast.Facts' {"step_seconds", "peak_bytes", "available_bytes"}.
 
-    window: micro-batches; forward_backward: train.py's own. On a GPU it runs three times, since the first two compile and record. The
-    peak is that of the whole process so far: on a GPU the longest rows were tried before.
+    window: micro-batches; forward_backward: train.py's own. Graphs are recorded first, which takes two more runs. The peak is that since
+    the longest rows were tried on a GPU, and of the whole process on a CPU.
     """
     device, flat = network.device, network.adapter_memory.flat
     weight = torch.tensor(0.0, device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for _ in range(3 if device.type == "cuda" else 1):
+        for _ in range(3 if isinstance(forward_backward, graphs.Replayed) else 1):
             began = time.perf_counter()
             for batch in window:
                 forward_backward(batch, weight)
@@ -133,6 +156,11 @@ def peak(device):
         return torch.cuda.max_memory_allocated()
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reserved(device):
+    """{"train/peak_reserved_memory_gib"}: what torch held of the GPU at most, gaps and spare blocks included; {} on a CPU."""
+    return {"train/peak_reserved_memory_gib": torch.cuda.max_memory_reserved() / 2**30} if device.type == "cuda" else {}
 
 
 def room(device, budget_gib):
@@ -204,15 +232,24 @@ def choices(found, sizes, checkpoint_layers, asked, limit):
                         break  # more recomputation would only be slower
 
 
-def best(candidates, limit):
-    """The cheapest candidate that fits `limit` bytes. ValueError where none does, with what the smallest would take."""
+def shortlist(candidates, limit, count=TRIED):
+    """The cheapest candidate that fits `limit` bytes, and up to `count` in all that come near it with other sizes, the cheapest first.
+
+    They keep copies and embeddings where the cheapest does. ValueError where nothing fits, with what the smallest would take.
+    """
     candidates = list(candidates)
     fitting = [candidate for candidate in candidates if candidate["bytes"] <= limit]
     if not fitting:
         least = min(candidates, key=lambda candidate: candidate["bytes"])
         raise ValueError(f"memory: {limit / 2**30:.1f} GiB are not enough: with {least['max_tokens']:,} tokens a micro-batch and {least['checkpoint_layers']} layers recomputed "
                          f"the run would take {least['bytes'] / 2**30:.1f} GiB; give it more memory (memory.budget_gib), shorter rows (data.max_length), fewer bits (model.quant) or a smaller model")
-    chosen = min(fitting, key=lambda candidate: (candidate["cost"], candidate["bytes"]))
-    chosen["why"] = f"probe: {chosen.pop('bytes') / 2**30:.1f} of {limit / 2**30:.1f} GiB expected"
-    chosen.pop("cost")
-    return chosen
+    fitting.sort(key=lambda candidate: (candidate["cost"], candidate["bytes"]))
+    alike = lambda a, b: all(a[name] == b[name] for name in ("keep_dequantized", "host_embeddings"))  # the others cannot be gone back on
+    apart = lambda a, b: max(a["max_tokens"], b["max_tokens"]) >= 2 * min(a["max_tokens"], b["max_tokens"])
+    chosen = fitting[:1]
+    for candidate in fitting:
+        near = candidate["cost"] <= WORTH_TRYING * chosen[0]["cost"] and alike(candidate, chosen[0])
+        if len(chosen) < count and near and all(apart(candidate, other) for other in chosen):
+            chosen.append(candidate)
+    return [{name: value for name, value in candidate.items() if name not in ("bytes", "cost")}
+            | {"why": f"probe: {candidate['bytes'] / 2**30:.1f} of {limit / 2**30:.1f} GiB expected"} for candidate in chosen]

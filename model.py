@@ -331,8 +331,10 @@ class HostEmbedding(nn.Module):
 
 
 def embeddings_to_host(network):
-    """Move the embedding table to the host where it is no head too; that much of the device's memory becomes free. Returns whether it was done."""
+    """Move the embedding table to the host where it is no head too; that much of the device's memory becomes free. Returns whether it lies there."""
     table, head = network.get_input_embeddings(), network.get_output_embeddings()
+    if isinstance(table, HostEmbedding):
+        return True
     if type(table) is not nn.Embedding or head.weight is table.weight:  # another kind scales or pads what it looks up
         return False
     network.set_input_embeddings(HostEmbedding(table.weight, network.device))

@@ -192,7 +192,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         seconds = elapsed(*done["clock"])
         values |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/clipped": float(grad_norm > values["train/clip_threshold"]),
                    "train/skipped": float(not finite), "train/seconds": seconds, "train/tokens_per_second": values["train/tokens"] / seconds,
-                   "train/peak_memory_gib": memory.peak(device) / 2**30}
+                   "train/peak_memory_gib": memory.peak(device) / 2**30} | memory.reserved(device)
         values |= noise.update(of_pair) | ({"train/loss_scale": scale} if fp16 else {})
         if finite:
             state["norms"] = [*state["norms"], [step, grad_norm]][-config.schedule.clip_window - 1:]

@@ -119,7 +119,7 @@ def measure(case, steps, work, npz, overrides, gpus=1):
     return {"case": case, "who": "rawlora", "gpus": gpus, "tokens_per_second": round(real_tokens / s), "samples_per_second": round(samples / s, 1),
             "supervised_tokens_per_second": round(statistics.mean(line["train/supervised_tokens"] for line in lines) / s), "step_seconds": round(s, 5),
             "step_seconds_quartiles": [round(quartiles[0], 5), round(quartiles[-1], 5)], "timed_steps": len(timed), "first_steps_seconds": [round(x, 2) for x in seconds[:3]],
-            "peak_memory_gib": round(max(line["train/peak_memory_gib"] for line in lines), 2), "process_seconds": round(time.perf_counter() - began, 1),
+            "peak_memory_gib": round(max(line["train/peak_memory_gib"] for line in lines), 2), "peak_reserved_gib": round(max((line.get("train/peak_reserved_memory_gib", 0.0) for line in lines)), 2), "process_seconds": round(time.perf_counter() - began, 1),
             "startup_seconds": json.loads(lines[0]["startup/parts"]), "evaluation_seconds": [line["eval/seconds"] for line in metrics if "eval/seconds" in line],
             "samples_seconds": [line["eval/samples_seconds"] for line in metrics if "eval/samples_seconds" in line],
             "settings": chosen, "plan": plan, "device": (environment["devices"] or [{"name": environment["cpu"]}])[0]["name"], "versions": environment["packages"]}

@@ -10,8 +10,12 @@ READINGS = {"layers": 32, "base": 6 * GIB, "input": 8192, "stored": (0.6 * GIB, 
 
 
 def chosen(limit_gib, sizes=(2048, 4096, 8192, 16384), layers=None, offload="auto", keep="auto", **changes):
+    return listed(limit_gib, sizes, layers, offload, keep, **changes)[0]
+
+
+def listed(limit_gib, sizes=(1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384), layers=None, offload="auto", keep="auto", count=3, **changes):
     asked = types.SimpleNamespace(offload=offload, keep_dequantized=keep)
-    return memory.best(memory.choices(READINGS | changes, sizes, layers, asked, limit_gib * GIB), limit_gib * GIB)
+    return memory.shortlist(memory.choices(READINGS | changes, sizes, layers, asked, limit_gib * GIB), limit_gib * GIB, count)
 
 
 def peak(plan, found=READINGS):
@@ -52,6 +56,26 @@ def test_kept_copies_are_given_up_before_layers_are_recomputed():
 def test_what_fits_nowhere_is_told_with_what_it_would_take_and_the_remedies():
     with pytest.raises(ValueError, match=r"memory: 5\.0 GiB are not enough: with 2,048 tokens a micro-batch and 32 layers recomputed the run would take 6\.\d GiB; .*memory\.budget_gib.*model\.quant"):
         chosen(5)
+
+
+@pytest.mark.parametrize("limit", [8, 11.3, 12, 24, 60])
+def test_what_is_timed_fits_and_differs_by_twice_the_size_at_least(limit):
+    plans = listed(limit)
+    sizes = sorted(plan["max_tokens"] for plan in plans)
+    assert all(2 * a <= b for a, b in zip(sizes, sizes[1:])) and len({plan["host_embeddings"] for plan in plans}) == 1
+    assert all(peak(plan) <= limit * GIB for plan in plans) and listed(limit, count=1) == plans[:1]
+
+
+def test_the_clock_decides_between_choices_that_fit(monkeypatch):
+    network = types.SimpleNamespace(device=types.SimpleNamespace(type="cpu"))
+    plans = [{"max_tokens": size, "why": "probe"} for size in (2048, 4096, 8192)]
+    took = {2048: 3e-4, 4096: 2e-4, 8192: None}  # None: did not fit after all
+    monkeypatch.setattr(memory, "apply", lambda network, chosen: None)
+    monkeypatch.setattr(memory, "seconds_a_token", lambda network, rows, max_tokens, passes: took[max_tokens])
+    assert memory.fastest(network, None, {}, plans)["max_tokens"] == 4096
+    assert memory.fastest(network, None, {}, plans[2:]) is None
+    took[8192] = 1e-4
+    assert memory.fastest(network, None, {}, plans)["max_tokens"] == 8192
 
 
 def test_micro_batches_hold_the_longest_row_and_little_more_than_a_window():
