@@ -44,14 +44,14 @@ def _noise(value):
 def _plan(value):
     """Whether a saved plan holds what memory.plan takes over from it in the types that it writes."""
     rules = {name: lambda v: _count(v) and v > 0 for name in ("max_tokens", "fits", "evaluates")} | {"checkpoint_layers": _count}
-    rules |= {name: lambda v: type(v) is bool for name in ("keep_dequantized", "offload", "host_embeddings")}
-    return isinstance(value, dict) and all(rule(value[name]) for name, rule in rules.items() if name in value)
+    rules |= {name: lambda v: type(v) is bool for name in ("keep_dequantized", "offload", "host_embeddings")} | {"shrunk": lambda v: isinstance(v, list)}
+    return isinstance(value, dict) and all(name in value and rule(value[name]) for name, rule in rules.items())
 
 
 STATE = {  # what state.json must hold, by name
     **dict.fromkeys(("samples", "tokens", "supervised_tokens", "nonfinite", "skipped", "without_improvement"), _count),
     "norms": lambda v: isinstance(v, list) and all(isinstance(pair, list) and len(pair) == 2 and _count(pair[0]) and _number(pair[1]) for pair in v),
-    "line": lambda v: isinstance(v, dict) and all(_number(value) or isinstance(value, str) for value in v.values()),
+    "line": lambda v: isinstance(v, dict) and "step" not in v and all(_number(value) or value in ("nan", "inf", "-inf") for value in v.values()),
     "accepted": lambda v: isinstance(v, list) and all(isinstance(entry, dict) and _count(entry.get("step")) for entry in v),
     "evaluated": lambda v: v == -1 or _count(v), "best_step": lambda v: v is None or _count(v), "best_loss": lambda v: v is None or _number(v),
     "origin": lambda v: isinstance(v, dict), "plan": _plan, "noise": _noise}
@@ -68,6 +68,9 @@ def load_checkpoint(path):
     for name, rule in STATE.items():
         if name not in saved["state"] or not rule(saved["state"][name]):
             raise ValueError(f"{path}/state.json: {name} is {json.dumps(saved['state'].get(name))[:100]}, which no run writes; go on from another checkpoint with --resume=CHECKPOINT")
+    for name in ("evaluated", "best_step"):
+        if (saved["state"][name] or 0) > saved["step"]:
+            raise ValueError(f"{path}/state.json: {name} is {saved['state'][name]}, after step {saved['step']} itself; go on from another checkpoint with --resume=CHECKPOINT")
     for file, group in saved["tensors"].items():
         if any(tensor.is_complex() or tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 for tensor in group.values()):
             raise ValueError(f"{path}/{file}: holds tensors of a dtype that no run writes; go on from another checkpoint with --resume=CHECKPOINT")

@@ -17,6 +17,7 @@ import pathlib
 import platform
 import threading
 
+TEXTS = ("alerts", "eval/adapter_digest", "eval/samples", "adapters/modules", "proof/outcome")  # tags that hold text
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "datasets", "tokenizers", "tensorboard", "numpy")
 
@@ -40,6 +41,8 @@ def _line(data, where):
     for key, value in values.items():
         if type(value) not in (int, float, str):
             raise ValueError(f"{where}: {key} must be a number or text, got {json.dumps(value)[:100]}")
+        if key.startswith(("alerts", "train/", "eval/", "adapters/", "proof/")) and (key in TEXTS) != (isinstance(value, str) and value not in NONFINITE):
+            raise ValueError(f"{where}: {key} must be {'text' if key in TEXTS else 'a number'}, got {json.dumps(value)[:100]}")
         values[key] = NONFINITE.get(value, value) if isinstance(value, str) else value
     return values
 
@@ -72,13 +75,13 @@ def read_metrics(run_folder, problems=None):
 
 
 @contextlib.contextmanager
-def _told(what):
+def writing(what, remedy="make room and run again with --resume"):
     """Whatever the file system refuses inside, as an OSError that says what could not be written and what to do."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(f"{what} could not be written ({reason}); make room and run again with --resume") from error
+        raise OSError(f"{what} could not be written ({reason}); {remedy}") from error
 
 
 def save_evaluation(run_folder, name, per_row, metadata):
@@ -89,7 +92,7 @@ def save_evaluation(run_folder, name, per_row, metadata):
     """
     from safetensors.numpy import save
     folder = pathlib.Path(run_folder) / "evaluations"
-    with _told(f"{folder / name}.safetensors"):
+    with writing(f"{folder / name}.safetensors"):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{name}.tmp"
         temporary.write_bytes(save(per_row, metadata))
@@ -161,7 +164,7 @@ class Recorder:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed without
             threading.excepthook = _leave_to_next_call
-            with _told(f"{folder}: TensorBoard's events"):
+            with writing(f"{folder}: TensorBoard's events"):
                 self.events = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def write(self, step, values):
@@ -180,12 +183,12 @@ class Recorder:
             return
         plain = {tag: str(value) if isinstance(value, float) and not math.isfinite(value) else value for tag, value in self.values.items()}
         data = (json.dumps({"step": self.step, **plain}, allow_nan=False) + "\n").encode("utf-8")
-        with _told(f"{self.folder / 'metrics.jsonl'}: step {self.step}"):
+        with writing(f"{self.folder / 'metrics.jsonl'}: step {self.step}"):
             written = os.write(self.descriptor, data)
             if written < len(data):
                 raise OSError(f"only {written} of {len(data)} bytes")
         if self.events:
-            with _told(f"{self.folder}: TensorBoard's events of step {self.step}"):
+            with writing(f"{self.folder}: TensorBoard's events of step {self.step}"):
                 for tag, value in self.values.items():
                     if not isinstance(value, str):
                         self.events.add_scalar(tag, value, self.step)
@@ -196,13 +199,13 @@ class Recorder:
         values = tensor.detach().float().flatten().cpu()
         values = values[values.isfinite()]
         if self.events and len(values):
-            with _told(f"{self.folder}: TensorBoard's events of step {step}"):
+            with writing(f"{self.folder}: TensorBoard's events of step {step}"):
                 self.events.add_histogram(tag, values, step)
 
     def text(self, step, tag, text):
         """A text (Markdown), in TensorBoard only."""
         if self.events:
-            with _told(f"{self.folder}: TensorBoard's events of step {step}"):
+            with writing(f"{self.folder}: TensorBoard's events of step {step}"):
                 self.events.add_text(tag, text, step)
 
     def hyperparameters(self, flat):
@@ -216,7 +219,7 @@ class Recorder:
     def flush(self):
         """End the step's line and put everything on the disk."""
         self._end_line()
-        with _told(f"{self.folder}: the record"):
+        with writing(f"{self.folder}: the record"):
             os.fsync(self.descriptor)
             if self.events:
                 self.events.flush()
@@ -226,7 +229,7 @@ class Recorder:
         self.flush()
         os.close(self.descriptor)
         if self.events:
-            with _told(f"{self.folder}: TensorBoard's events"):
+            with writing(f"{self.folder}: TensorBoard's events"):
                 self.events.close()
 
 

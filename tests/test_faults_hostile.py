@@ -285,7 +285,8 @@ def without(tensors, name):
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 HOSTILE = [("state.json", {"norms": [[1, "x"]]}), ("state.json", {"norms": 7}), ("state.json", {"evaluated": "4"}), ("state.json", {"plan": []}), ("state.json", {"plan": {"max_tokens": -1}}),
-           ("state.json", {"plan": {"max_tokens": "9" * 99}}), ("state.json", {"samples": -1}), ("state.json", {"samples": None}), ("state.json", {"line": {"train/loss": []}}), ("state.json", {"origin": []}),
+           ("state.json", {"plan": {"max_tokens": "9" * 99}}), ("state.json", {"samples": -1}), ("state.json", {"samples": None}), ("state.json", {"line": {"train/loss": []}}), ("state.json", {"line": {"train/loss": "low"}}), ("state.json", {"line": {"step": 3}}),
+           ("state.json", {"best_step": 3, "best_loss": 1.0}), ("state.json", {"evaluated": 3}), ("state.json", {"plan": {"max_tokens": 9}}), ("state.json", {"origin": []}),
            ("state.json", {"accepted": [3]}), ("state.json", {"best_loss": "low"}), ("state.json", {"without_improvement": 1e300}),
            ("optimizer.safetensors", lambda tensors: without(tensors, "step")), ("optimizer.safetensors", lambda tensors: tensors | {f"{A}.exp_avg": torch.zeros(3)}),
            ("optimizer.safetensors", lambda tensors: tensors | {"extra": torch.zeros(3)}), ("optimizer.safetensors", lambda tensors: tensors | {"step": torch.zeros(3)}),

@@ -35,10 +35,10 @@ def test_a_step_is_one_line_however_often_it_is_written(tmp_path):
     recorder.write(0, {"eval/loss": torch.tensor(3.0)})
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
     recorder.write(1, {"train/loss": 0.1, "train/supervised_tokens": 7})
-    recorder.write(1, {"eval/loss": 2.5, "eval/adapter": "ab12"})
+    recorder.write(1, {"eval/loss": 2.5, "eval/adapter_digest": "ab12"})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "eval/loss": 3.0}\n'
     recorder.flush()
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[1] == '{"step": 1, "train/loss": 0.1, "train/supervised_tokens": 7, "eval/loss": 2.5, "eval/adapter": "ab12"}'
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[1] == '{"step": 1, "train/loss": 0.1, "train/supervised_tokens": 7, "eval/loss": 2.5, "eval/adapter_digest": "ab12"}'
     with pytest.raises(AssertionError, match="step 1 was already recorded"):
         recorder.write(1, {"train/loss": 9.0})
     recorder.close()
@@ -158,7 +158,8 @@ def test_a_new_run_does_not_write_over_an_earlier_one(tmp_path):
 @pytest.mark.parametrize("line, message", [
     (b'{"step": 2, "a": 1', "not valid JSON"), (b'{"step": 2, "a": NaN}', "NaN is not JSON"), (b'{"step": 2, "step": 3}', "stands twice"), (b'{"a": 1}', "whole number as step"),
     (b'{"step": 2.0}', "whole number as step"), (b'{"step": -1}', "whole number as step"), (b'{"step": true}', "whole number as step"), (b"[2]", "must be an object"), (b"", "not valid JSON"),
-    (b'{"step": 1}', "step 1 after step 1"), (b'{"step": 0}', "step 0 after step 1"), (b'{"step": 2, "a": [1]}', "a must be a number or text"), (b'{"step": 2, "a": "\xff"}', "not valid JSON")])
+    (b'{"step": 1}', "step 1 after step 1"), (b'{"step": 0}', "step 0 after step 1"), (b'{"step": 2, "a": [1]}', "a must be a number or text"), (b'{"step": 2, "a": "\xff"}', "not valid JSON"),
+    (b'{"step": 2, "train/loss": "low"}', "train/loss must be a number"), (b'{"step": 2, "alerts": 3}', "alerts must be text"), (b'{"step": 2, "eval/samples": "nan"}', "must be text")])
 def test_a_broken_line_is_named_and_an_unfinished_last_one_is_not_read(tmp_path, line, message):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "a": 1.5}\n' + line)
@@ -176,7 +177,7 @@ def test_tensorboard_mirrors_the_record_in_one_run_with_its_hyperparameters(tmp_
     from tensorboard.plugins.hparams import plugin_data_pb2
     recorder = record.Recorder(tmp_path / "run", True, None)
     recorder.hyperparameters({"lora.r": 16, "schedule.learning_rate": 1e-4, "lora.targets": ["q_proj"], "lora.rslora": False, "model.quant": "nf4"})
-    recorder.write(1, {"train/loss": 2.0, "eval/adapter": "ab12"})
+    recorder.write(1, {"train/loss": 2.0, "eval/adapter_digest": "ab12"})
     recorder.write(1, {"eval/loss": 3.0})
     recorder.histogram(1, "lora/weights", torch.tensor([1.0, math.nan, 2.0]))
     recorder.histogram(1, "lora/nothing", torch.tensor([math.nan]))
