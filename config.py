@@ -473,7 +473,9 @@ def run_command(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        nameless = isinstance(error, OSError) and error.errno and not error.filename and str(error).endswith(error.strerror or "")
+        where = "; it names no file: look at the folders of the run, of data.cache and of temporary files (TMPDIR)" * bool(nameless)
+        print(f"error: {error}{where}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -89,9 +89,11 @@ def conclude(run, config, state, max_steps):
     print("evaluation " + ", ".join(f"{what} {evals[0][tag]:.4f} -> {evals[-1][tag]:.4f}" for what, tag in (("loss", "eval/loss"), ("token accuracy", "eval/token_accuracy"))))
     print(f"           best after step {state['best_step']}: {run}@best" if state["best_step"] else "           no evaluation was better than the one before step 1")
     judged = verdict.of_run(run)
-    verdict.write(run, judged)
+    with record.writing(f"{run}: the verdict"):
+        verdict.write(run, judged)
     print(f"\n{verdict.shown(judged)}\n")
     if config.log.report:
-        print(f"report     {report.write(run)[0]}")
+        with record.writing(f"{run}: the report"):
+            print(f"report     {report.write(run)[0]}")
     print(f"look       tensorboard --logdir {run.parent}\n           python eval.py --ckpt {run}")
     return verdict.exit_code(judged)

@@ -435,8 +435,9 @@ def open_record(run, config, state, resume, owed, outlook):
         for old in [run / "checkpoints", run / "evaluations", run / "metrics.jsonl", run / "verdict.json", run / "report.md", run / "plots", *run.glob("events.out.tfevents.*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     for name, tree in (("config.json", config.to_dict()), ("environment.json", record.environment()), ("forecast.json", forecast.as_json(outlook))):
-        (run / f".{name}.tmp").write_text(json.dumps(tree, indent=1), encoding="utf-8")
-        os.replace(run / f".{name}.tmp", run / name)
+        with record.writing(run / name, "make room and start again"):
+            (run / f".{name}.tmp").write_text(json.dumps(tree, indent=1), encoding="utf-8")
+            os.replace(run / f".{name}.tmp", run / name)
     recorder = record.Recorder(run, config.log.tensorboard, state["step"] - owed if resume else None)
     recorder.hyperparameters({name: value for name, value in config.flat().items() if name.startswith(("model.", "lora.", "train.", "schedule."))})
     return recorder

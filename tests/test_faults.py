@@ -558,6 +558,14 @@ def test_a_disk_that_fills_or_turns_read_only_in_a_run_costs_no_checkpoint_and_t
     assert re.search(r"error: .*Read-only file system.*\.lock" if read_only else r"error: .*(metrics.jsonl|step-000004|TensorBoard).*make room and run again with --resume", told), told[-2000:]
 
 
+@pytest.mark.parametrize("name, moment, told", [(".config.json.tmp", ("train", "open_record"), "run/config.json could"), (".verdict.json.tmp", ("verdict", "write"), "the verdict could"),
+                                                ("report.md", ("report", "write"), "the report could")])
+def test_a_file_for_which_there_is_no_room_is_named(run, tmp_path, name, moment, told):
+    (tmp_path / "run").mkdir()
+    assert run("run", "--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--log.report=true", fault=(once, *moment, 1, os.symlink, "/dev/full", tmp_path / "run" / name)) == 2
+    assert re.search(f"error: .*{told} not be written \\(No space left on device\\); make room", (tmp_path / "run.log").read_text())
+
+
 # ----------------------------------------------------------------------------------------------------- memory runs out
 
 PLAIN = ["--model.quant=none", "--model.compute_dtype=fp32", "--memory.max_tokens=128"]  # fp32, so that only rounding differs between splits
