@@ -287,7 +287,8 @@ def unfinished(out):
         with open_locked(work):
             yield work
     except OSError as error:
-        raise OSError(f"{out}: could not be made ({error}), and nothing was kept; if the disk is full, make room or name another place") from error
+        raise OSError(f"{out}: could not be made ({error}), and nothing was kept; if the disk is full, make room or name another "
+                      "place") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -526,8 +527,8 @@ def merge_into(out, source, folder, tokenizer, end_ids, rows, dtype, tolerance):
             print(f"error: {why}", file=sys.stderr)
             return 5
         facts = [("adapter", f"{kind_of(config.lora)}, merged into the weights"), ("base", onto), ("stored in", bits),
-                 ("update", "; ".join(line.rstrip(",") for line in update)), ("evaluation rows", counted), *((f"loss {how}", value) for value, how in losses),
-                 ("logits, merge and adapter", compared)]
+                 ("update", "; ".join(line.rstrip(",") for line in update)), ("evaluation rows", counted),
+                 *((f"loss {how}", value) for value, how in losses), ("logits, merge and adapter", compared)]
         (work / "README.md").write_text(card("merged model", config, folder, facts), encoding="utf-8")
         publish(work, out)
     print(f"written    {out}")

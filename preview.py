@@ -44,7 +44,7 @@ def legend(tokenizer, end_ids, colour):
 
 def text(ids, supervised, tokenizer, end_ids, colour):
     """The row's text with its marks. Line breaks stay; the other characters that a terminal would obey are written out."""
-    special, pieces, begin = set(tokenizer.all_special_ids), [], 0
+    special, pieces = set(tokenizer.all_special_ids), []
     runs = []  # (ids, kind), a kind for each stretch of tokens shown alike: they are decoded together, since a character may take several
     for position, (token, on) in enumerate(zip(ids, supervised)):
         what = "special" if token in special else "plain"

@@ -228,7 +228,10 @@ def _supervise(texts, spans, chars, lengths):
 
 
 def _rendered(records, bad, *how):
-    """(names, texts, spans) of the rows that can be rendered, and counts of turns; bad(name, reason) is told of the others. how: see `_render`."""
+    """(names, texts, spans) of the rows that can be rendered, and counts of turns; bad(name, reason) is told of the others.
+
+    how: what `_render` takes behind a record.
+    """
     rows, missed, hidden = [], 0, 0
     for name, record in records:
         try:
@@ -268,7 +271,6 @@ def _tokenize_chunk(records, tokenizer, ends, data, columns, roles):
     stops = supervised[last] & np.isin(ids[last], ends.ids)
     unended = (np.bincount(span_row, ~stops, len(lengths)) > 0) & (data.supervise == "assistant")
 
-    # R rows and T tokens.
     row = np.repeat(np.arange(len(lengths)), lengths)  # (T,)
     position = np.arange(len(ids)) - (np.cumsum(lengths) - lengths)[row]  # (T,), from 0 in each row
     supervised &= position > 0  # nothing comes before a first token that could predict it
@@ -280,19 +282,30 @@ def _tokenize_chunk(records, tokenizer, ends, data, columns, roles):
         bad(names[r], f"the end of an assistant turn, {ends.turn!r}, is not encoded as the token that ends turns; give another template "
                       "with data.chat_template=FILE")
     usable[twice] = usable[unended] = False
+    kept, tokens, counted, longest = _cut(ids, supervised, lengths, row, position, usable, data)
+    if longest:
+        longest = names[longest[0]], *longest[1:]
+    return (*tokens, [names[r] for r in np.flatnonzero(kept)]), counts | counted | {"rows_skipped": len(skipped)}, skipped, longest
 
+
+def _cut(ids, supervised, lengths, row, position, usable, data):
+    """What data.max_length leaves of R rows and T tokens of which `usable` bool (R,) may stay; row, position: int64 (T,).
+
+    Returns (kept bool (R,), arrays (ids, supervised, lengths) of the rows kept, their counts, (r, tokens, how many such rows) of the
+    first row too long or None).
+    """
     too_long = usable & (lengths > data.max_length)
-    longest = (names[int(too_long.argmax())], int(lengths[int(too_long.argmax())]), int(too_long.sum())) if too_long.any() else None
+    longest = (int(too_long.argmax()), int(lengths[too_long.argmax()]), int(too_long.sum())) if too_long.any() else None
     fits = position < data.max_length
     targets = np.bincount(row, supervised & fits, len(lengths))  # (R,), supervised tokens that cutting leaves
     lost = too_long & ((targets == 0) | (data.too_long == "drop"))
     kept = usable & ~lost
     before_cutting, stays = int(supervised[usable[row]].sum()), kept[row] & fits
     ids, supervised = ids[stays], supervised[stays]
-    counts |= dict(rows=int(kept.sum()), rows_skipped=len(skipped), rows_truncated=int((too_long & kept).sum()), rows_lost=int(lost.sum()),
-                   rows_unsupervised=int((targets[kept] == 0).sum()), tokens=len(ids), supervised_tokens=int(supervised.sum()),
-                   supervised_tokens_lost=before_cutting - int(supervised.sum()))
-    return (ids, supervised, np.minimum(lengths[kept], data.max_length), [names[r] for r in np.flatnonzero(kept)]), counts, skipped, longest
+    counts = dict(rows=int(kept.sum()), rows_truncated=int((too_long & kept).sum()), rows_lost=int(lost.sum()),
+                  rows_unsupervised=int((targets[kept] == 0).sum()), tokens=len(ids), supervised_tokens=int(supervised.sum()),
+                  supervised_tokens_lost=before_cutting - int(supervised.sum()))
+    return kept, (ids, supervised, np.minimum(lengths[kept], data.max_length)), counts, longest
 
 
 def tokenizing(chunks, tokenizer, data, totals, workers=1):
@@ -349,6 +362,11 @@ def tokenize(records, tokenizer, data):
 
 
 def prompt_of(record, tokenizer, ends, columns, roles):
+    """A prompt to sample from, of a row: dict(prompt=text to show, ids=its tokens, reference=the row's own answer or "").
+
+    A chat is asked for its last answer; plain text is continued from its first half, 32 tokens at most; `prompt` may stand alone.
+    Raises ValueError with the reason, without the row's name.
+    """
     if isinstance(record, dict) and "prompt" in record and not columns and not {"messages", "conversations", "completion"} & set(record):
         record = {**record, "completion": ""}
     prompt, answer = sources.interpret(record, tokenizer.chat_template is not None, columns, roles)
