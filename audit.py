@@ -24,6 +24,7 @@ import numpy as np
 
 import pool
 import sources
+import words
 
 CHECKS = {
     "duplicate": "the same turns as an earlier row",
@@ -57,6 +58,7 @@ MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152\u0153\u0160\u0161\u01
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")  # but tab, line breaks, and the escape of terminal colours
 PERIODS = range(2, 201)  # characters of a piece that is said over and over
 RUNAWAY_CHARACTERS = 60
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{5}")  # of scripts without spaces: more than a word
 
 
 def _as_byte(character):
@@ -165,7 +167,7 @@ def look(record, columns, roles, special):
             found.append(("unanswered", f"ends with a turn of {messages[-1]['role']}"))
         if any(not answer.strip() for _, answer in answers):
             found.append(("empty", "the answer is empty" if len(answers) == 1 else "an answer is empty"))
-        if len(answers) == 1 and answers[0][1].strip() and len(answers[0][1].split(None, 1)) == 1:
+        if len(answers) == 1 and len(answers[0][1].split(None, 1)) == 1 and not UNSPACED.search(answers[0][1]):
             found.append(("one_word", repr(answers[0][1].strip()[:40])))
         if any(repeats(question, answer) for question, answer in answers):
             found.append(("echo", "the answer is the question again"))
@@ -541,6 +543,7 @@ def report(result, names, examples, source, data, rows, evaluation, width=80):
     """
     held = f", {result['evaluation_rows']:,} to evaluate on in {data.eval}" if data.eval else ""
     lines = wrapped("rows       ", f"{result['rows']:,} in {source}{held}", width)
+    names_of_keys = sources.mapping(data.columns, data.roles)
     for what, tokens in (("to train on", rows), ("to evaluate on", evaluation)):
         lines += _tokens_told(what, tokens, data.max_length, width) if tokens is not None else []
     counted = Counter(check for _, check, *_ in result["found"])
@@ -551,14 +554,14 @@ def report(result, names, examples, source, data, rows, evaluation, width=80):
         lines += ["", f"{check:<16} {counted[check]:>9,}  {counted[check] / result['rows']:>6.2%}{dropped}"]
         lines += wrapped("  ", meaning, width)
         for row, _, why, other in [entry for entry in result["found"] if entry[1] == check][:examples]:
-            lines += _example(names, row, why, other, width)
+            lines += _example(names, row, why, other, names_of_keys, width)
     among = rows.audit.get("leak", 0) if rows is not None and not data.eval else 0
     if among:
         lines += ["", f"{'leak':<16} {among:>9,}  {among / result['rows']:>6.2%}"]
         lines += wrapped("  ", f"a row that is trained on is like one of the {len(evaluation):,} that are held out; leave such rows out, "
                          "or all but the first of their kind", width)
     clean = [check for check in CHECKS if not counted[check] and not (check == "leak" and (among or not data.eval))]
-    lines += [""] + wrapped("not found  ", ", ".join(clean), width) if clean else [""]
+    lines += [""] + wrapped("not found  ", ", ".join(clean), width) if clean else []
     of_eval = Counter(check for _, check, *_ in result["evaluation_found"])
     if of_eval:
         lines += [""] + wrapped("evaluation rows  ", ", ".join(f"{count:,} {check}" for check, count in of_eval.most_common()), width)
@@ -566,11 +569,11 @@ def report(result, names, examples, source, data, rows, evaluation, width=80):
         for row, check, why, _ in result["evaluation_found"]:
             if check not in seen and check != "one_word":
                 seen.add(check)
-                lines += _example(names, -row - 1, f"{check}: {why}", None, width)
+                lines += _example(names, -row - 1, f"{check}: {why}", None, names_of_keys, width)
     droppable = [check for check in [*counted, *["leak"] * bool(among)] if check not in ("unreadable", *data.drop)]
     if droppable:
         worth = [check for check in CHECKS if check in droppable and check != "one_word"] or droppable
-        lines += [""] + wrapped("to leave rows out  ", f"--data.drop={','.join(worth)}", width)
+        lines += [""] + wrapped("to leave rows out  ", f"--data.drop={','.join([*data.drop, *worth])}", width)
     if 0 < counted["unreadable"] < result["rows"]:  # of all rows nothing would be left
         lines += wrapped("to pass over what cannot be read  ", "--data.bad_rows=skip", width)
     return lines
@@ -594,29 +597,35 @@ def _tokens_told(what, tokens, max_length, width):
     return lines
 
 
-def _example(names, row, why, other, width):
+def _example(names, row, why, other, names_of_keys, width):
     name, record = names[row]
     lines = wrapped("    ", name, width)
     if other is not None:
         lines += wrapped("      like ", names[other][0], width)
     lines += wrapped("      ", why, width)
-    for text in [_said(record)] + ([_said(names[other][1])] if other is not None and why != "the same turns" else []):
-        lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="        ", max_lines=2, placeholder=" …")
+    for record in [record] + ([names[other][1]] if other is not None and why != "the same turns" else []):
+        text = _said(record, names_of_keys)
+        lines += textwrap.wrap(text, _fitting(text, width), initial_indent="      ", subsequent_indent="        ", max_lines=2, placeholder=" …")
     return lines
 
 
-def _said(record):
-    """A row on one line: what is said by whom, or as it stands where it is no row."""
+def _said(record, names_of_keys):
+    """A row on one line: what is said by whom, or as it stands where it is no row; what a terminal would obey is written out."""
     try:
-        prompt, answer = sources.interpret(record, True)
+        prompt, answer = sources.interpret(record, True, *names_of_keys)
     except ValueError:
-        return ascii(sources.shown_row(record))[1:-1]
+        answer = sources.shown_row(record)
     if isinstance(answer, list):
         answer = " | ".join(f"{turn['role']}: {turn['content']}" for turn in prompt + answer if turn["role"] != "system")
-    return ascii(answer)[1:-1]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in answer)
+
+
+def _fitting(text, width):
+    """Characters of `text` that surely fit into `width` columns: some scripts' take two."""
+    return width if all(words.columns_of(c) < 2 for c in set(text)) else width // 2
 
 
 def wrapped(lead, text, width=80):
     """`text` as lines of at most `width` columns, `lead` before the first and spaces before the others; words are kept whole."""
     whole = dict(break_on_hyphens=False, break_long_words=False)
-    return textwrap.wrap(text, width, initial_indent=lead, subsequent_indent=" " * len(lead), **whole) or [lead]
+    return textwrap.wrap(text, _fitting(text, width), initial_indent=lead, subsequent_indent=" " * len(lead), **whole) or [lead]

@@ -9,6 +9,8 @@ elsewhere marks say the same: [supervised], [|end of a turn|], ^BOS. Leaves out:
 import re
 import textwrap
 
+import words
+
 GREEN, DIM, REVERSED, UNDERLINED, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[7m", "\x1b[4m", "\x1b[0m"
 ESCAPES = re.compile("\x1b\\[[0-9;]*m")
 
@@ -21,7 +23,8 @@ def lines(rows, tokenizer, end_ids, chosen, packed, max_tokens, ids=False, colou
         tokens, supervised = rows.ids[begin:end].tolist(), rows.supervised[begin:end].tolist()
         counts = f": {len(tokens):,} tokens, {sum(supervised):,} supervised"
         out.append(_tail(rows.names[r], width - len(counts)) + counts)
-        out += wrapped(text(tokens, supervised, tokenizer, end_ids, colour), width)
+        marked = text(tokens, supervised, tokenizer, end_ids, colour)
+        out += wrapped(marked, width if all(words.columns_of(c) < 2 for c in set(marked)) else width // 2)  # wide characters take two columns
         if not any(t in end_ids for t, s in zip(tokens, supervised) if s):
             out.append("  ! no supervised token ends a turn: this row was cut, or does not teach the model to stop")
         if ids:

@@ -331,7 +331,7 @@ def shown(value):
 
 def shown_row(record):
     """A row as one line of text."""
-    return str(record) if isinstance(record, ValueError) else json.dumps(record, default=str, ensure_ascii=True)
+    return str(record) if isinstance(record, ValueError) else json.dumps(record, default=str, ensure_ascii=False)
 
 
 def _messages(turns, key, default, columns, roles):

@@ -14,6 +14,7 @@ import config
 import data
 import pool
 import sources
+import words
 from test_data import make_tokenizer, write
 
 WORDS = ("amber basalt cedar delta ember fjord garnet harbour indigo juniper kelp lagoon marble nettle onyx pebble quartz russet saffron thistle "
@@ -214,6 +215,7 @@ def test_what_is_wrong_with_a_row_is_told_by_name_and_nothing_else_is(row, check
     chat("Où est la forêt de Fontainebleau ?", "À une heure de Paris, près de l’Île-de-France – voilà."),
     chat("こんにちは、元気ですか。", "はい、元気です。ありがとう！ 🎌"),
     chat("Draw a table of two columns.", "| a | b |\n|" + " --- |" * 20 + "\n" + "-" * 200),
+    chat("首都はどこですか", "東京です。大きな都市です。"),
     chat("Colour it.", "Use \x1b[31mred\x1b[0m\tand tabs\r\nand lines."),
     chat("Repeat after me.", "one two three one two three one two three one two three"),
     chat("Is it so?", "It is so, as you said, and what is more it rains."),
@@ -320,10 +322,21 @@ def test_check_tells_counts_examples_and_reasons_in_80_columns(tmp_path, capsys,
     said = capsys.readouterr().out
     for piece in ("24 in train.jsonl, 5 to evaluate on in eval.jsonl", "duplicate                1   4.17%  (left out: data.drop)",
                   "train.jsonl:21", "like train.jsonl:6", "like eval.jsonl:2", "<|im_end|> in a turn of user", "ends with a turn of user",
-                  "not found  near_duplicate", "evaluation rows  1 empty", "--data.drop=leak,unanswered,empty,template_tokens"):
+                  "not found  near_duplicate", "evaluation rows  1 empty", "--data.drop=duplicate,leak,unanswered,empty,template_tokens"):
         assert piece in said, piece
     assert max(map(len, said.splitlines())) <= 80
     assert [json.loads(line)["row"] for line in open("out.jsonl", encoding="utf-8")] == ["train.jsonl:21"]
+
+
+def test_examples_are_readable_in_any_script_and_under_a_mapping_and_fit_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_tokenizer().save_pretrained("model")
+    project(tmp_path, [{"q": f"次の言葉を説明してください{i}" + "、なるべく簡単な言葉で" * 9, "a": ""} for i in range(5)] + [{"q": "Où\x1b[2J ?", "a": ""}])
+    write_settings(tmp_path, eval="", eval_rows=1, columns=["prompt=q", "completion=a"])
+    assert data.main(["c.json", "--check=6"]) == 0 and data.main(["c.json", "--preview=5"]) == 0
+    said = capsys.readouterr().out
+    assert "user: 次の言葉を説明してください0" in said and "user: Où\\x1b[2J ? | assistant:" in said
+    assert max(map(words.columns_of, said.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -405,4 +418,4 @@ def test_a_worker_that_raises_dies_or_hangs_is_told_with_its_rows(monkeypatch, f
 
 
 def test_a_row_is_only_what_its_source_says_it_is():
-    assert sources.shown_row(ValueError("broken")) == "broken" and sources.shown_row({"a": "é"}) == '{"a": "\\u00e9"}'
+    assert sources.shown_row(ValueError("broken")) == "broken" and sources.shown_row({"a": "é"}) == '{"a": "é"}'
