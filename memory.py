@@ -177,7 +177,10 @@ def sizes_for(window_tokens, longest):
 
 
 def probe(network, kept):
-    """{"base": bytes that are there, "stored", "recomputed": (bytes at no token, bytes a token) of the peak above, ...}, measured."""
+    """{"base": bytes that are there, "stored", "recomputed": (bytes at no token, bytes a token) of the peak above, ...}, measured.
+
+    The sizes lie beyond the head's chunk of logits (memory.loss_chunk), from where on only the layers' part grows.
+    """
     layers = len(network.get_decoder().layers)
     torch.cuda.empty_cache()
     base = torch.cuda.memory_allocated()
@@ -186,9 +189,15 @@ def probe(network, kept):
     for stored in (0, few):  # storing a few layers tells what storing all would take, which need not fit
         model.recompute(network, layers - stored)
         peak_bytes(network, 256)  # compiles, and fills what is cached
-        small, large = peak_bytes(network, 1024), peak_bytes(network, 2048)
-        slope = max(0, (large - small) / 1024)
-        lines[stored] = max(0.0, small - base - 1024 * slope), slope
+        for tokens in (min(max(network.loss_chunk, 1024), 4096), 1024):  # where memory is short, smaller ones must do
+            small, large = peak_bytes(network, tokens), peak_bytes(network, 2 * tokens)
+            if any(ranks.most(large is None)):
+                continue
+            slope = max(0, (large - small) / tokens)
+            lines[stored] = max(0.0, small - base - tokens * slope), slope
+            break
+        else:
+            raise ValueError("memory: 2,048 tokens do not fit on the GPU, though every layer but a few is recomputed; quantise to fewer bits (model.quant), take a smaller model, or free the GPU")
     found["recomputed"] = lines[0]
     found["stored"] = tuple(max(none, none + (some - none) * layers / few) for none, some in zip(lines[0], lines[few]))
     weights = [module for module in network.modules() if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight)]
@@ -201,15 +210,21 @@ def probe(network, kept):
 
 
 def peak_bytes(network, tokens):
-    """The peak of allocated memory in a forward and backward pass of so many tokens, every one supervised."""
-    flat, device = network.adapter_memory.flat, network.device
+    """The peak of allocated memory in a forward and backward pass of so many tokens in documents of 1,024, all supervised; None where they do not fit."""
+    flat, device, length = network.adapter_memory.flat, network.device, min(tokens, 1024)
     ids = torch.arange(tokens) % min(1000, len(network.get_input_embeddings().weight))
-    batch = data.MicroBatch(input_ids=ids, position_ids=torch.arange(tokens), cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32), max_seqlen=tokens,
-                            rows=torch.arange(tokens - 1), targets=ids[1:], document=torch.zeros(tokens - 1, dtype=torch.int64), samples=[0])
+    starts = torch.tensor([*range(0, tokens, length), tokens], dtype=torch.int32)
+    rows = torch.arange(tokens - 1)
+    batch = data.MicroBatch(input_ids=ids, position_ids=torch.arange(tokens) % length, cu_seqlens=starts, max_seqlen=length,
+                            rows=rows, targets=ids[1:], document=rows // length, samples=list(range(len(starts) - 1)))
     torch.cuda.reset_peak_memory_stats()
-    with torch.random.fork_rng(devices=[device]):
-        model.summed_loss(network, batch.to(device))[0].backward()
-    flat.grad.zero_()
+    try:
+        with torch.random.fork_rng(devices=[device]):
+            model.summed_loss(network, batch.to(device))[0].backward()
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        flat.grad.zero_()
     return torch.cuda.max_memory_allocated()
 
 

@@ -2,6 +2,7 @@
 import types
 
 import pytest
+from conftest import make_model
 
 import memory
 
@@ -76,6 +77,24 @@ def test_the_clock_decides_between_choices_that_fit(monkeypatch):
     assert memory.fastest(network, None, {}, plans[2:]) is None
     took[8192] = 1e-4
     assert memory.fastest(network, None, {}, plans)["max_tokens"] == 8192
+
+
+@pytest.mark.parametrize("largest", [10**9, 2048])  # tokens that fit: all, or few, so that smaller sizes must do
+def test_the_probe_reads_what_a_token_takes_beyond_the_chunk_of_logits(monkeypatch, tmp_path, largest):
+    network = make_model(tmp_path, num_hidden_layers=6)
+    network.loss_chunk, recomputed = 2048, []
+    layers_bytes = lambda tokens: tokens * (1000 * 6 + 9000 * (6 - recomputed[-1]))
+    logits = lambda tokens: 5000 * min(tokens, 2048)
+    monkeypatch.setattr(memory.model, "recompute", lambda network, layers: recomputed.append(layers))
+    monkeypatch.setattr(memory, "peak_bytes", lambda network, tokens: 7_000_000 + layers_bytes(tokens) + logits(tokens) if tokens <= largest else None)
+    monkeypatch.setattr(memory.torch.cuda, "memory_allocated", lambda: 7_000_000)
+    found = memory.probe(network, False)
+    per_token = 1000 * 6 if largest > 4096 else 1000 * 6 + 5000  # among small sizes logits still grow
+    assert found["recomputed"][1] == per_token and found["stored"][1] == per_token + 9000 * 6
+    assert found["recomputed"][0] == (5000 * 2048 if largest > 4096 else 0)
+    monkeypatch.setattr(memory, "peak_bytes", lambda network, tokens: None)
+    with pytest.raises(ValueError, match="2,048 tokens do not fit on the GPU"):
+        memory.probe(network, False)
 
 
 def test_micro_batches_hold_the_longest_row_and_little_more_than_a_window():
