@@ -9,7 +9,7 @@ spec = importlib.util.spec_from_file_location("zoo", PROJECT / "bench" / "zoo.py
 zoo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(zoo)
 RUNS = {run.name: run for kind in zoo.zoo() for run in kind}
-FEW = ("graph-cut-unproved", "attention-frozen", "base-gradient-lost-later", "optimizer-empty", "evaluation-stale", "B-not-zero",
+FEW = ("graph-cut-unproved", "attention-frozen", "base-gradient-lost-later", "stale-copies", "optimizer-empty", "evaluation-stale", "B-not-zero",
        "terminator-masked", "plain")
 
 
