@@ -19,16 +19,29 @@ PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's name on di
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """x W^T with a frozen quantised W: keeps nothing for the backward pass but the quantised weight itself."""
+    """x W^T with a frozen quantised W, plus low B^T where there is an adapter: keeps nothing of W for the backward pass but the quantised weight.
+
+    The sum is rounded once, to `dtype` (x's, unless a wider one is given). Were x W^T rounded to 16 bits before, an update of less than half its last digit would vanish,
+    as most do near B = 0, and the gradient would foretell what the loss does not do.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
-        return weight.matmul(x)
+    def forward(ctx, x, weight, low=None, B=None, dtype=None):
+        ctx.weight, ctx.dtype = weight, x.dtype
+        ctx.save_for_backward(low, B)
+        if low is None:
+            return weight.matmul(x, dtype)
+        y = weight.matmul(x, torch.promote_types(x.dtype, torch.float32))
+        quant.add_product(y.flatten(0, -2), low.flatten(0, -2), B.T)
+        return y.to(dtype or x.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output @ ctx.weight.dequantize(grad_output.dtype), None
+        (low, B), grad = ctx.saved_tensors, grad_output.to(ctx.dtype)
+        grad_x = grad @ ctx.weight.dequantize(ctx.dtype) if ctx.needs_input_grad[0] else None
+        if low is None:
+            return grad_x, None, None, None, None
+        return grad_x, None, grad @ B, grad.flatten(0, -2).T @ low.flatten(0, -2), None
 
 
 class AdaptedLinear(nn.Module):
@@ -51,26 +64,26 @@ class AdaptedLinear(nn.Module):
             self.lora_magnitude_vector = nn.Parameter(torch.zeros(out_features, device=device, dtype=adapter_dtype))
 
     def forward(self, x):
-        y = base = FrozenMatmul.apply(x, self.weight)
-        if self.bias is not None:
-            y = y + self.bias
-        if not self.r:
-            return y
-        dropped = F.dropout(x, self.dropout, self.training)
-        low = dropped @ self.lora_A.to(x.dtype).T  # (..., r)
-        update = self.scaling * (low @ self.lora_B.to(x.dtype).T)
-        if self.dora:
-            update = self.with_magnitude(FrozenMatmul.apply(dropped, self.weight) if self.dropout and self.training else base, update)
-        return y + update
+        if self.r:
+            dropped = F.dropout(x, self.dropout, self.training)
+            low = self.scaling * (dropped @ self.lora_A.to(x.dtype).T)  # (..., r)
+            B = self.lora_B.to(x.dtype)
+            y = self.with_magnitude(x, dropped, low, B) if self.dora else FrozenMatmul.apply(x, self.weight, low, B)
+        else:
+            y = FrozenMatmul.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
-    def with_magnitude(self, base, update):
-        """What DoRA adds to x W^T: m (W + s B A) / |W + s B A| in place of s B A (Liu et al. 2024, equation 5), given x W^T and s x A^T B^T.
+    def with_magnitude(self, x, dropped, low, B):
+        """m (W + s B A) / |W + s B A| in place of W + s B A (Liu et al. 2024, equation 5), of the dropped x; what was dropped goes through W alone.
 
         The lengths |W + s B A| of the rows count as constants, as in its section 4.3 and in PEFT: the gradients lack what lies along the rows.
         """
-        lengths = self.row_lengths(base.dtype) if self.held is None else self.held
-        stretch = (self.lora_magnitude_vector / lengths).to(base.dtype)
-        return (stretch - 1) * base + stretch * update
+        wide = torch.promote_types(x.dtype, torch.float32)
+        lengths = self.row_lengths(x.dtype) if self.held is None else self.held
+        y = self.lora_magnitude_vector / lengths * FrozenMatmul.apply(dropped, self.weight, low, B, wide)
+        if self.dropout and self.training:
+            y = y + FrozenMatmul.apply(x - dropped, self.weight, None, None, wide)
+        return y.to(x.dtype)
 
     @torch.no_grad()
     def row_lengths(self, dtype):

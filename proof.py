@@ -46,6 +46,7 @@ ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.
 SURE = 4          # standard errors of the noise that are added to what is allowed
 USELESS = 0.25    # a tolerance beyond this says nothing; the measurement is told as such and stops no run
 SIZES = 0.71, 0.83, 0.59, 0.93, 0.67, 0.79  # of the loss, at the nodes of a way: no powers of two, so that each backward pass rounds otherwise
+MAGNITUDE = ".lora_magnitude"  # of DoRA, in its name
 SECONDS = 120     # for finding out which modules are wrong, once it is known that some are
 
 
@@ -158,7 +159,6 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
     scale: fp16's loss scale; lowered here until the gradients are finite. what: "whole", along the gradient; "even", also along the
     one in which each adapter matrix goes equally far; "parts", also for each kind of projection by itself.
 
-    DoRA's magnitudes take part in 32 bits and more only: 16 round their factor, which is near 1, in steps that no small move crosses.
     Weights, moments, generators and the working copies are as before when it returns, bit for bit, and flat.grad is what it was.
     Costs a forward and backward pass over the batches and 6 forward passes, then for each direction, three times at most, 2 forward
     passes and 2 to 6 forward and backward passes. LLM.int8() is measured without the rounding of its activations, whose backward pass
@@ -169,8 +169,7 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
     if not supervised:
         return Result(math.nan, math.nan, None, "gradients  not proved: no supervised token to prove them on")
     names, adapters = zip(*lora_layers.adapters(network).items())
-    rounded = memory.working.dtype.itemsize == 2
-    places = {name: memory.places[parameter] for name, parameter in zip(names, adapters) if not (rounded and ".lora_magnitude" in name)}
+    places = {name: memory.places[parameter] for name, parameter in zip(names, adapters)}
     kept_gradient, theta = flat.grad.cpu() if flat.grad.is_cuda else flat.grad.clone(), flat.detach().clone()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), lora_layers.rows_held(network):
         try:
@@ -248,6 +247,7 @@ class Measurement:
         self.network, self.supervised, self.theta, self.gradient, self.gradient_now = network, supervised, theta, gradient, gradient_now
         self.batches = [batch.to(network.device) for batch in batches]
         self.dtype = network.adapter_memory.working.dtype
+        self.unrounded = {network.adapter_memory.places[parameter].start for name, parameter in lora_layers.adapters(network).items() if MAGNITUDE in name}
         self.loss, self.spread, self.rounding = self.loss_now(), None, None
 
     @torch.no_grad()
@@ -273,22 +273,22 @@ class Measurement:
                 total += torch.dot(g.double(), part.double())
         return agreed(total.item() / 2)
 
-    def walk(self, direction, step, allowed):
+    def walk(self, direction, step, allowed, most=4):
         """(half the change of the loss between theta - step g and theta + step g, what gradients foretell of it, by how much that may be wrong).
 
-        The change is the integral of the gradient along the way, however the loss bends: by one Gauss node (the middle), two, and, where
-        these two differ by more than 2 x `allowed`, four. The last but one says how much the last may be wrong. The gradient at each node is
-        made with a loss of another size, so that what is rounding in it is another at each. The network sees weights in the compute dtype,
-        so the way is the one between the ends as rounded.
+        The change is the integral of the gradient along the way, however the loss bends: by one Gauss node (the middle), two, and, as long as
+        the last two differ by more than 2 x `allowed`, four, up to `most`. The last but one says how much the last may be wrong. The gradient at each node is
+        made with a loss of another size, so that what is rounding in it is another at each. The network sees weights in the compute dtype
+        (DoRA's magnitudes as they are), so the way is the one between the ends as rounded.
         """
-        ends, losses = [], []
+        ends, losses, flat = [], [], self.network.adapter_memory.flat.data
         for sign in (1, -1):
             self.put(direction, sign * step)
             losses.append(self.loss_now())
-            ends.append([self.network.adapter_memory.flat.data[place].to(self.dtype, copy=True) for place, _ in direction])
+            ends.append([flat[place].to(self.theta.dtype if place.start in self.unrounded else self.dtype, copy=True) for place, _ in direction])
         way = [(place, plus.to(self.theta.dtype) - minus.to(self.theta.dtype)) for (place, _), plus, minus in zip(direction, *ends)]
         rules, sizes = [self.foretold(self.gradient, way)], itertools.cycle(SIZES)
-        for nodes in (2, 4):
+        for nodes in [count for count in (2, 4, 8) if count <= most]:
             total = 0.0
             for node, weight in zip(*np.polynomial.legendre.leggauss(nodes)):
                 self.put(direction, step * float(node))
@@ -299,7 +299,7 @@ class Measurement:
         self.put(direction, 0.0)
         return (losses[0] - losses[1]) / 2, rules[-1], abs(rules[-1] - rules[-2])
 
-    def ratio(self, direction, move, allowed, rounds=3):
+    def ratio(self, direction, move, allowed, rounds=3, most=4):
         """(change of the loss measured / foretold, how uncertain that is, what is foretold, the way's length in relative loss) along a direction
         as in `put`; (nan, inf, 0, 0) if there is no telling.
 
@@ -309,7 +309,7 @@ class Measurement:
         squared = agreed(sum(factor * self.gradient[place].double().square().sum().item() for place, factor in direction))
         best = math.nan, math.inf, 0.0, 0.0
         for _ in range(rounds if squared > 0 else 0):
-            change, foretold, bend = self.walk(direction, move * self.loss / squared, allowed)
+            change, foretold, bend = self.walk(direction, move * self.loss / squared, allowed, most)
             if not (math.isfinite(change) and foretold > bend):
                 move /= 8
                 continue
@@ -325,30 +325,31 @@ class Measurement:
         """(ratio, tolerance, ok) along a direction; ok None where it cannot be told.
 
         What is wrong must be wrong by more than its tolerance and than gradients are rounding, also on the shortest way on which the noise
-        lets it be seen, on one that is longer by 1.6, and in what the longest has beyond the shortest: in a saturated network gradients are
+        lets it be seen, on one that is longer by 1.3, and in what the longest has beyond the shortest: in a saturated network gradients are
         mostly rounding, and its loss is rough and has steps that no gradient knows of.
         """
         seen, surely = [], self.rounding or 0.0
+        size = lambda ratio: max(1.0, abs(ratio))
         for way in range(ways):
             if way == 1:
                 ratio, _, foretold, move = seen[0]
                 visible = 4 * SURE * self.noise() / (foretold * min(0.5, abs(ratio - 1)))  # so much shorter, a way has noise of a quarter of what is wrong
-            factor = (1.0, min(0.6, max(1e-3, visible)) if seen else 1.0, 1.6)[way]
-            ratio, doubt, foretold, length = self.ratio(direction, move * factor, allowed, 1 if seen else 3)
-            tolerance = allowed * max(1.0, abs(ratio)) + doubt
-            if not math.isfinite(ratio) or not tolerance <= USELESS * max(1.0, abs(ratio)):
+            factor = (1.0, min(0.6, max(1e-3, visible)) if seen else 1.0, 1.3)[way]
+            ratio, doubt, foretold, length = self.ratio(direction, move * factor, allowed, *((1, 8) if seen else (3, 4)))
+            tolerance = allowed * size(ratio) + doubt
+            if not math.isfinite(ratio) or not tolerance <= USELESS * size(ratio):
                 return ratio, tolerance, None
             if abs(ratio - 1) <= tolerance + surely:  # and where a way before did not fit, there is no telling
                 return ratio, tolerance + surely, True if tolerance + surely <= USELESS and not seen else None
-            seen.append((ratio, tolerance, foretold, length))
-            surely = self.irreproducible() * max(1.0, abs(ratio))
+            seen.append((ratio, doubt, foretold, length))
+            surely = self.irreproducible() * size(ratio)
+        ratio, doubt, _, _ = seen[0]
         if len(seen) > 1:
-            (short, error, inner, _), (long, larger, outer, _) = min(seen, key=lambda way: way[3]), max(seen, key=lambda way: way[3])
-            if abs((long - 1) * outer - (short - 1) * inner) <= larger * outer + error * inner + surely * (outer - inner):
-                return (*seen[0][:2], None)
-        ratio, tolerance, _, _ = seen[0]
-        lost = self.dtype.itemsize == 2 and not self.network.fused_layers and 0.3 < ratio < 1  # see judge
-        return ratio, tolerance + surely, None if lost else False
+            (short, error, inner, _), (long, larger, outer, _) = min(seen, key=lambda found: found[3]), max(seen, key=lambda found: found[3])
+            excess = (long - 1) * outer - (short - 1) * inner
+            if abs(excess) <= larger * outer + error * inner + (allowed * size(ratio) + surely) * (outer - inner):
+                return ratio, allowed * size(ratio) + doubt, None
+        return ratio, allowed * size(ratio) + doubt + surely, False
 
     def evenly(self, places):
         """The direction in which each adapter matrix goes equally far along its own gradient: in g itself a few large ones outvote the others."""
@@ -455,8 +456,7 @@ def judge(measured, losses, even, parts, places, gradients):
     elif ok is None:
         rounding = measured.irreproducible()
         why = (f"much of the gradients is rounding: made again from weights that differ in their last digits they differ by {rounding:.1%}, as where a network is saturated (by too high a rate, say)"
-               if rounding > max(0.05, allowed) else "layers that are not fused add an update to a product that is rounded already, and in 16 bits lose what is smaller than its last digit"
-               if not measured.network.fused_layers and dtype.itemsize == 2 and ratio < 1 else "the loss is too noisy here, or too rough, for this precision")
+               if rounding > max(0.05, allowed) else "the loss is too noisy here, or too rough, for this precision")
         result.text = wrap(f"gradients  alive, not proved: {why}. Measured was " + (f"{ratio:.3f} +- {tolerance:.3f} of what they foretell." if math.isfinite(ratio) else "nothing that fits them."))
     else:
         judged = [kind for kind, (_, _, fine) in result.parts.items() if fine]
@@ -518,11 +518,11 @@ def kind_of(name):
 
 
 def grouped(places, key):
-    """{key(name): [(slice, 1.0)]} of {name: slice}: directions for Measurement, neighbouring slices joined."""
-    groups = {}
+    """{key(name): [(slice, 1.0)]} of {name: slice}: directions for Measurement, neighbouring slices joined, but for DoRA's magnitudes."""
+    groups, before = {}, ""
     for name, place in sorted(places.items(), key=lambda item: item[1].start):
-        slices = groups.setdefault(key(name), [])
-        if slices and slices[-1][0].stop == place.start:
+        slices, apart, before = groups.setdefault(key(name), []), MAGNITUDE in name + before, name
+        if slices and slices[-1][0].stop == place.start and not apart:
             slices[-1] = slice(slices[-1][0].start, place.stop), 1.0
         else:
             slices.append((place, 1.0))

@@ -63,9 +63,26 @@ class FrozenWeight(nn.Module):
             self._dequantize(out)
         return out
 
-    def matmul(self, x):
-        """x W^T: (..., in_features) -> (..., out_features), in x's dtype."""
-        return x @ self.dequantize(x.dtype).T
+    def matmul(self, x, dtype=None):
+        """x W^T: (..., in_features) -> (..., out_features), in x's dtype or in a wider `dtype`: then sums are not rounded to 16 bits."""
+        return product(x, self.dequantize(x.dtype).T, dtype or x.dtype)
+
+
+def product(a, b, dtype):
+    """a (..., n) b (n, m) in `dtype`: that of both, or a wider one, in which the products are summed and kept."""
+    if dtype == a.dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a.reshape(-1, a.shape[-1]), b, out_dtype=dtype).view(*a.shape[:-1], -1)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def add_product(total, a, b):
+    """total += a b, for a (t, n) b (n, m) of total's dtype or of a narrower one: their products are summed in total's."""
+    if total.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 class PlainWeight(FrozenWeight):
@@ -124,12 +141,12 @@ class LLMInt8Weight(FrozenWeight):
     def _dequantize(self, out):
         out.copy_(self.q.to(torch.float32) * (self.row_max / 127)[:, None])
 
-    def matmul(self, x):
+    def matmul(self, x, dtype=None):
         if not self.rounds:  # what the backward pass is the derivative of
-            return super().matmul(x)
+            return super().matmul(x, dtype)
         x_td = x.reshape(-1, self.in_features)
         codes, row_max, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(x_td.half(), threshold=self.threshold)
-        out, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x_td, codes, self.q, row_max, self.row_max, outliers)
+        out, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x_td.to(dtype or x.dtype), codes, self.q, row_max, self.row_max, outliers)
         return out.reshape(*x.shape[:-1], self.out_features)
 
 

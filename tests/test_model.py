@@ -449,6 +449,31 @@ def test_frozen_matmul_has_the_right_derivative():
     assert torch.autograd.gradcheck(lambda x: lora_layers.FrozenMatmul.apply(x, frozen), torch.randn(3, 7, dtype=torch.float64, requires_grad=True))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8", "llm_int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_update_far_below_the_last_digit_of_the_product_is_not_lost(kind, dtype, dora):
+    """Its mean over many outputs comes through the rounding. Added to a product that is rounded already, none of it would."""
+    module = lora_layers.AdaptedLinear(128, 256, r=4, dora=dora)
+    module.weight = quant.quantize(torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).to(dtype), make_config("x", kind, "bf16").model, dtype)
+    x = torch.randn(200, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        module.lora_A.normal_(generator=torch.Generator().manual_seed(2))
+        lengths = module.row_lengths(dtype)
+        if dora:
+            module.lora_magnitude_vector.copy_(lengths)
+        before = module(x)
+        module.lora_B.normal_(generator=torch.Generator().manual_seed(3)).mul_(torch.finfo(dtype).eps / 16)
+        module.held = lengths
+        after, update = module(x), (x.double() @ module.lora_A.to(dtype).double().T) @ module.lora_B.to(dtype).double().T
+        assert (update.abs() < torch.finfo(dtype).eps / 4 * before.abs().double()).double().mean() > 0.7
+        came = lambda change, meant: (change.double() * meant).sum() / meant.square().sum()
+        assert came(after - before, update) == pytest.approx(1, abs=0.05)
+        if dora:
+            module.lora_magnitude_vector.mul_(1 + torch.finfo(dtype).eps / 8)
+            assert came(module(x) - after, before.double() * torch.finfo(dtype).eps / 8) == pytest.approx(1, abs=0.15)
+
+
 # -------------------------------------------------------------------------------------------------------------- packing
 
 @pytest.mark.parametrize("kind, dtype", [("none", "fp32"), ("none", "bf16"), ("nf4", "bf16"), ("int8", "bf16"), ("int8", "fp16")])

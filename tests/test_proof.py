@@ -196,7 +196,8 @@ def drop_base(layers):
 
     def backward(ctx, grad_output):
         calls[0] += 1
-        return (torch.zeros_like(real(ctx, grad_output)[0]) if calls[0] in layers else real(ctx, grad_output)[0]), None
+        through, *rest = real(ctx, grad_output)
+        return (torch.zeros_like(through) if calls[0] in layers and through is not None else through), *rest
 
     return backward
 
@@ -250,6 +251,37 @@ def test_gradients_of_another_size_or_sign_are_wrong(folder, factor, dtype):
     network, forward_backward = loaded(folder, "none", dtype)
     result = proof.check(network, lambda batch, weight: forward_backward(batch, weight * factor), batches(), what="whole")
     assert result.ok is False and result.ratio == pytest.approx(1 / factor, rel=0.15), result
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("quant, settings", [("int8", {"memory": {"fused": False}}), ("llm_int8", {}), ("nf4", {"lora": {"dora": True}})])
+def test_so_they_are_in_16_bits_in_layers_that_are_not_fused(folder, quant, settings, factor):
+    network, forward_backward = loaded(folder, quant, "bf16", 0.001, **settings)
+    result = proof.check(network, lambda batch, weight: forward_backward(batch, weight * factor), batches(), what="whole")
+    assert network.fused_layers == 0 and result.ok is (factor == 1), result
+
+
+def test_doras_magnitudes_take_part_in_16_bits_too(folder):
+    network, forward_backward = loaded(folder, "nf4", "bf16", lora={"dora": True})
+    memory, named = network.adapter_memory, lora_layers.adapters(network)
+    places = [memory.places[parameter] for name, parameter in named.items() if "magnitude" in name]
+
+    def only_magnitudes(batch, weight, factor):
+        loss = forward_backward(batch, weight)
+        kept = [memory.flat.grad[place].clone() for place in places]
+        memory.flat.grad.mul_(1e-3)  # so that what the loss does along the gradient is theirs
+        for place, gradient in zip(places, kept):
+            memory.flat.grad[place] = gradient * factor
+        return loss
+
+    supervised = sum(len(batch.targets) for batch in batches())
+    gradient_now = lambda factor: lambda size: proof.gradient_of(network, lambda batch, weight: only_magnitudes(batch, weight, factor), batches()[:1], size, supervised)[1]
+    with lora_layers.rows_held(network):
+        for factor in (1.0, 2.0):
+            measured = proof.Measurement(network, batches()[:1], supervised, memory.flat.detach().clone(), gradient_now(factor)(1.0), gradient_now(factor))
+            direction = [(place, 1.0) for place in places]
+            ratio, tolerance, ok = measured.verdict(direction, proof.FIRST_MOVE[torch.bfloat16], proof.ALLOWED[torch.bfloat16])
+            assert ok is (factor == 1) and ratio == pytest.approx(1 / factor, rel=0.2), (factor, ratio, tolerance)
 
 
 def test_micro_batches_that_overwrite_instead_of_adding_up_are_wrong(folder):
