@@ -2,7 +2,7 @@
 
     python bench/kernels_table.py A [E ...] [--work=/tmp/bench] [--tldr=FILE.npz] [--write=bench/results/kernels.json] [--section.key=value ...]
 
-Matrix products are told apart by their shapes: 2 m n k operations. Our own kernels move known numbers of bytes a token or a weight
+Matrix products are told apart by their shapes, T being a micro-batch's tokens: 2 m n k operations. Our own kernels move known numbers of bytes a token or a weight
 (below). The roofline: 780 TFLOP/s of bf16 products as a short one reaches here, 3.0 TB/s of copies; --tflops= and --tbs= give others.
 CUDA graphs hide operators, so the profile runs without them; the kernels are the same. Attention's operations are those of the
 causal half, twice and a half again backward. What is left is told as one line. Prints a Markdown table, most time first.
@@ -62,7 +62,8 @@ def work_of(name, shapes, calls, shape, tokens):
     """(operations, bytes) of all calls of an operator or kernel, None where it is not known."""
     width, inner = shape["hidden_size"], shape["intermediate_size"]
     if name in ("aten::mm", "aten::addmm", "aten::_addmm_activation"):
-        a, b = [s for s in shapes if len(s) == 2][-2:]
+        matrices = [s for s in shapes if len(s) == 2]
+        a, b = matrices[:2] if name == "aten::mm" else matrices[1:3]  # behind them may come what the result is written to
         return 2 * a[0] * a[1] * b[1] * calls, None
     if "attention" in name and shapes and len(shapes[0]) == 4:  # q, or its gradient: documents, heads, tokens, width of a head
         documents, heads, n, d = shapes[0]
@@ -79,8 +80,9 @@ def table(case, found, total, tokens, tflops, tbs):
     """Markdown: kernel, calls and milliseconds a step, share of the step, operations or bytes, share of the roofline."""
     shape = speed.SHAPES[speed.CASES[case][0]]
     groups = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+    lengths = {shapes[1][-1] for name, shapes, *_ in found if name == "aten::embedding"}  # of the micro-batches
     for name, shapes, calls, spent in found:
-        label = name if name.startswith("_") else name + " " + " ".join("×".join(map(str, s)) for s in shapes[:3] if len(s) > 1)
+        label = name if name.startswith("_") else name + " " + " ".join("×".join("T" if n in lengths else str(n) for n in s) for s in shapes[:3] if len(s) > 1)
         operations, moved = work_of(name, shapes, calls, shape, tokens * STEPS)
         entry = groups[label.strip()]
         entry[0] += calls

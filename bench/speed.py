@@ -28,6 +28,7 @@ SHAPES = {
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
     "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
 }
+SUSTAINED, BANDWIDTH = 700e12, 3.0e12  # of an H100: bf16 products over 12 s (bench/pieces.py), and bytes copied a second
 CASES = {  # shape, rows, samples a step, settings
     "A": ("8b", "random 2048", 16, {"memory.budget_gib": 60}),
     "B": ("8b", "random 2048", 16, {"memory.budget_gib": 8.1}),
@@ -134,18 +135,46 @@ def real_token_count(rows):
     return total
 
 
+def floor(row):
+    """Tokens a second that a row of results cannot pass: its matrix products at SUSTAINED operations a second and nothing else but
+    dequantisation at BANDWIDTH, neither waiting for the other's memory or launches.
+
+    A token costs 4 operations a weight (forward, gradient of the input) of projections, and of the head where it is supervised; 6 a
+    number of the adapters' matrices (both ways, and their own gradients); attention 7 times its context's mean length times the width of
+    the heads (Dao et al. 2022: 2 products forward, 5 backward, half of them above the diagonal); a recomputed layer its forward pass
+    again but for the last product. A micro-batch dequantises each weight twice, unless copies are kept.
+    """
+    shape, plan = SHAPES[CASES[row["case"]][0]], row["plan"]
+    width, inner, layers, r = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"], 16
+    heads = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    pairs = [(width, width + 2 * heads), (width, width), (width, 2 * inner), (inner, width)]  # q k v; o; gate, up; down
+    weights, last = sum(a * b for a, b in pairs), inner * width
+    adapters = r * (3 * width + width + 2 * heads + width + width + 2 * width + 2 * inner + inner + width)
+    supervised = row["supervised_tokens_per_second"] / row["tokens_per_second"]
+    context = row["tokens_per_second"] / row["samples_per_second"] / 2
+    again = plan["checkpoint_layers"] / layers
+    operations = layers * (4 * weights + 6 * adapters + 14 * context * width + again * (2 * (weights - last) + 2 * adapters + 4 * context * width)) + 4 * supervised * width * shape["vocab_size"]
+    bits = {"int8": 8}.get(row["settings"].get("model.quant"), 4.25)
+    dequantised = 0 if plan["keep_dequantized"] else 2 * layers * weights * (bits / 8 + 2) / plan["max_tokens"]
+    return 1 / (operations / SUSTAINED + dequantised / BANDWIDTH)
+
+
 def table(path):
-    """The rows of a results file as a Markdown table: real tokens a second (samples for D and E), peak GiB, and how often the best other one."""
+    """The rows of a results file as a Markdown table: the fastest of each trainer on each case, in real tokens a second (samples for D and E)."""
     rows = json.loads(pathlib.Path(path).read_text())
     others = [who for who in ("peft", "trl", "trl-liger", "unsloth") if any(row["who"] == who for row in rows)]
-    lines = ["| case | " + " | ".join(["rawlora", *others, "× the best of them"]) + " |", "| --- " * (len(others) + 3) + "|"]
+    names = ["case", "rawlora", "median step, s (quartiles; steps)", "peak GiB, reserved", "of the floor", *(f"{who} (peak GiB)" for who in others), *(["× the best of them"] if others else [])]
+    lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
     for case in sorted({row["case"] for row in rows}):
         unit = "samples_per_second" if case in "DE" else "tokens_per_second"
         best = {who: max((row for row in rows if (row["case"], row["who"]) == (case, who)), key=lambda row: row[unit], default=None) for who in ("rawlora", *others)}
-        cells = [f"{row[unit]:,} ({row['peak_memory_gib']}; {row['timed_steps']} steps)" if row else "–" for row in best.values()]
-        theirs = max((best[who][unit] for who in others if best[who]), default=0)
-        times = f"{best['rawlora'][unit] / theirs:.2f}" if theirs and best["rawlora"] else "–"
-        lines.append("| " + " | ".join([f"{case}, {unit.split('_')[0]}/s", *cells, times]) + " |")
+        ours, found = best["rawlora"], [best[who] for who in others]
+        low, high = ours["step_seconds_quartiles"]
+        cells = [case, f"{ours[unit]:,.0f} {unit.split('_')[0]}/s", f"{ours['step_seconds']:.4g} ({low:.4g}-{high:.4g}; {ours['timed_steps']})",
+                 f"{ours['peak_memory_gib']:.1f}, {ours['peak_reserved_gib']:.1f}" if "peak_reserved_gib" in ours else f"{ours['peak_memory_gib']:.1f}, –",
+                 f"{ours['tokens_per_second'] / floor(ours):.0%}", *(f"{row[unit]:,.0f} ({row['peak_memory_gib']:.1f})" if row else "–" for row in found)]
+        theirs = max((row[unit] for row in found if row), default=0)
+        lines.append("| " + " | ".join(cells + ([f"{ours[unit] / theirs:.2f}" if theirs else "–"] if others else [])) + " |")
     return "\n".join(lines)
 
 
