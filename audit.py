@@ -149,6 +149,9 @@ def look(record, columns, roles, special):
         if isinstance(record, ValueError):
             raise record
         prompt, answer = sources.interpret(record, True, columns, roles)
+        length = sum(map(len, (prompt, answer))) if isinstance(answer, str) else sum(len(turn["content"]) for turn in prompt + answer)
+        if length > sources.LONGEST_TEXT:
+            raise ValueError(f"has {length:,} characters")  # and is refused where it is tokenised
     except ValueError as error:
         return None, [("unreadable", str(error))]
     if isinstance(answer, str):

@@ -26,6 +26,8 @@ KEYS = ("messages", "conversations", "instruction", "input", "output", "prompt",
 SHAPES = (("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"), ("text",))
 TURN_KEYS = ("turn.role", "turn.content")
 SUFFIXES = (".gz", ".zst")  # of packed files
+LONGEST_TEXT = 4_000_000  # characters of a row: about a million tokens, and half a gigabyte of their offsets
+LONGEST_LINE = 64 << 20   # bytes of a line or a field: so many characters take no more, even escaped
 
 
 def brief(error):
@@ -162,8 +164,13 @@ def size(source):
 
 
 def _read_jsonl(file):
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
         if not line.strip():
+            continue
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = file.readline(LONGEST_LINE)
+            yield number, ValueError(f"has more than {LONGEST_LINE:,} bytes, and a row at most {LONGEST_TEXT:,} characters; split it into several rows")
             continue
         try:
             record = json.loads(line.decode("utf-8"))
@@ -193,7 +200,7 @@ def _read_json(file):
 
 
 def _read_csv(file):
-    csv.field_size_limit(2**31 - 1)  # Python's own 128 KiB a field is less than a long document
+    csv.field_size_limit(LONGEST_LINE)  # Python's own 128 KiB a field is less than a long document
     reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8", newline=""), strict=True)
     line = 1
     try:

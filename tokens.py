@@ -18,10 +18,12 @@ import config
 import pool
 import sources
 import trust
+from sources import LONGEST_TEXT
 from sources import brief as _brief
 
 CHUNK_ROWS = 2048  # rows encoded at a time: bounds the memory of character offsets, which Python holds as tuples
-LONGEST_TEXT = 4_000_000  # characters of a row: about a million tokens, and half a gigabyte of their offsets
+CHUNK_TEXT = LONGEST_TEXT  # characters encoded at a time, for the same reason, where they are of several rows
+MOST_RENDERED = 1_000_000_000  # characters in which a row's answers are looked for: a minute of rendering
 
 
 @dataclass
@@ -179,6 +181,9 @@ def _render(record, tokenizer, ends, supervise, columns, roles):
     else:
         messages, tools = prompt + answer, sources.tools_of(record, columns)
         text = _apply(tokenizer, messages, tools=tools)
+        if len(messages) * min(len(text), LONGEST_TEXT) > MOST_RENDERED and supervise != "all":
+            raise ValueError(f"has {len(messages):,} turns in {len(text):,} characters: to find out which of them are answers, the chat is rendered up to "
+                             "each of them, which would take hours; split it into several rows, or set data.supervise=all")
         answers = [k for k in range(len(prompt), len(messages)) if messages[k]["role"] == "assistant"]
         if not answers:
             raise ValueError("no assistant turn, so there is nothing to learn from")
@@ -259,6 +264,9 @@ def _tokenize_chunk(records, tokenizer, ends, data, columns, roles):
         skipped.append(f"{name}: {reason}")
 
     (names, texts, spans), of_turns = _rendered(records, bad, tokenizer, ends, data.supervise, columns, roles)
+    if len(texts) > 1 and sum(map(len, texts)) > CHUNK_TEXT:
+        half = len(records) // 2
+        return _joined(*(_tokenize_chunk(part, tokenizer, ends, data, columns, roles) for part in (records[:half], records[half:])))
     counts = dict(rows_read=len(records), rows=0, rows_skipped=0, rows_truncated=0, rows_lost=0, rows_unsupervised=0, tokens=0,
                   supervised_tokens=0, supervised_tokens_lost=0, **of_turns)
     nothing = np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64), []
@@ -306,6 +314,16 @@ def _cut(ids, supervised, lengths, row, position, usable, data):
                   rows_unsupervised=int((targets[kept] == 0).sum()), tokens=len(ids), supervised_tokens=int(supervised.sum()),
                   supervised_tokens_lost=before_cutting - int(supervised.sum()))
     return kept, (ids, supervised, np.minimum(lengths[kept], data.max_length)), counts, longest
+
+
+def _joined(one, other):
+    """What `_tokenize_chunk` says of two halves of a chunk, as of the whole."""
+    (*arrays, names), counts, skipped, longest = one
+    (*more_arrays, more_names), more_counts, more_skipped, later = other
+    if longest and later:
+        longest = (*longest[:2], longest[2] + later[2])
+    return ((*map(np.concatenate, zip(arrays, more_arrays)), names + more_names), {name: count + more_counts[name] for name, count in counts.items()},
+            skipped + more_skipped, longest or later)
 
 
 def tokenizing(chunks, tokenizer, data, totals, workers=1):

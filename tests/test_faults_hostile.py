@@ -18,6 +18,8 @@ import config
 import continuation
 import data
 import model
+import sources
+import tokens
 import train
 import trust
 
@@ -262,6 +264,36 @@ def test_a_row_of_ten_megabytes_is_named_or_listed_before_it_is_encoded(folder, 
     tracemalloc.stop()
     assert len(kept) == 2 and [message.split(": ")[0].rpartition("/")[2] for message in kept.skipped] == ["rows.jsonl:2"]
     assert peak < 400 << 20 and time.monotonic() - began < 60
+
+
+def test_a_line_that_does_not_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST_LINE", 1000)
+    (tmp_path / "rows.jsonl").write_text('{"text": "' + "a" * 9000 + '"}\n{"text": "' + "b" * 987 + '"}\n{"text": "c"}\n' + "d" * 1000)
+    found = [(name.rpartition(":")[2], str(record)[:25]) for name, record in data.read_rows(str(tmp_path / "rows.jsonl"), "skip")]
+    assert found == [("1", "has more than 1,000 bytes"), ("2", str({"text": "b" * 987})[:25]), ("3", "{'text': 'c'}"), ("4", "has more than 1,000 bytes")]
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: has more than 1,000 bytes, .*split it"):
+        data.read_rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_chat_of_so_many_turns_that_to_find_the_answers_would_take_hours_is_refused(folder):
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")] * 20_000
+    tokenizer, began = data.load_tokenizer(str(folder)), time.monotonic()
+    with pytest.raises(ValueError, match=r"rows:1: has 40,000 turns in [\d,]+ characters: .*split it"):
+        data.tokenize([("rows:1", {"messages": turns})], tokenizer, config.Data())
+    assert time.monotonic() - began < 30
+
+
+def test_long_rows_are_encoded_a_few_at_a_time_and_are_the_same_rows(folder, monkeypatch):
+    words = ["word " * (40 + n) for n in range(40)]
+    records = [(f"rows:{n}", {"text": text} if n % 7 else {"text": 3}) for n, text in enumerate(words)]
+    tokenizer, settings, sizes, real = data.load_tokenizer(str(folder)), config.Data(bad_rows="skip", max_length=256), [], tokens._encode
+    whole = data.tokenize(records, tokenizer, settings)
+    monkeypatch.setattr(tokens, "_encode", lambda texts, tokenizer: (sizes.append(sum(map(len, texts))), real(texts, tokenizer))[1])
+    monkeypatch.setattr(tokens, "CHUNK_TEXT", 1000)
+    pieces = data.tokenize(records, tokenizer, settings)
+    assert len(sizes) > 5 and max(sizes) <= 1000
+    assert (pieces.digest, pieces.counts, pieces.skipped, pieces.names, pieces.too_long) == (whole.digest, whole.counts, whole.skipped, whole.names, whole.too_long)
+    assert whole.counts["rows_truncated"] and whole.too_long and whole.skipped
 
 
 @pytest.fixture(scope="module")
