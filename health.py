@@ -89,6 +89,7 @@ def evaluations(record):
         entry = rules.evaluation_entry(line)
         if entry is None:
             continue
+        entry["initial"] = record.initial
         since = entries[-1]["step"] if entries else -1
         between = [(step, rate) for step, rate in rates if since < step <= entry["step"]]
         if between and since >= 0:  # a logged rate stands for the steps since the one logged before it

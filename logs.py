@@ -34,6 +34,7 @@ class Record:
     planned_steps: int = 0  # 0: unknown
     rows: int = 0          # training rows; 0: unknown
     clip: float = 0.0      # gradient norm clipped at, where the steps do not hold it; 0: unknown
+    initial: bool = False  # it started from an adapter, which moves the weights before training
     rewarded: bool = False  # reinforcement learning: the level of its loss means nothing
     doubts: list = field(default_factory=list)  # what the format itself leaves open, in sentences
 
@@ -152,17 +153,24 @@ def read_lines(text, path):
     if not ours:  # others end with lines of another kind: the paths of the best checkpoint, total times
         entries = [entry for entry in entries if not isinstance(entry, dict) or any(name in entry for name in STEPS)] or entries
     totals = [number(entry.get("total_steps")) for entry in entries if isinstance(entry, dict)]
-    planned = int(next((total for total in totals if total), 0)) or (planned_beside(path) if ours else 0)
-    return to_record(kinds.get(path.name, "metrics.jsonl"), checked(entries, f"{path}, entry"), planned_steps=planned)
+    known = of_settings(settings_beside(path)) if ours else {}
+    known["planned_steps"] = int(next((total for total in totals if total), 0)) or known.get("planned_steps", 0)
+    return to_record(kinds.get(path.name, "metrics.jsonl"), checked(entries, f"{path}, entry"), **known)
 
 
-def planned_beside(path):
-    """train.max_steps of the config.json beside a metrics.jsonl of ours; 0 where it does not tell."""
+def settings_beside(path):
+    """The settings of the config.json beside a metrics.jsonl of ours as {"section.key": value}; none where it cannot be read."""
     try:
-        steps = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["train"]["max_steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0  # a record by itself is enough
-    return steps if type(steps) is int and steps > 0 else 0
+        tree = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}  # a record by itself is enough
+
+
+def of_settings(settings):
+    """What a Record takes from the settings {"section.key": value} of a run of ours."""
+    steps, start = settings.get("train.max_steps"), settings.get("lora.init", "zero")
+    return {"planned_steps": steps if type(steps) is int and steps > 0 else 0, "initial": bool(settings.get("lora.init_from")) or start != "zero"}
 
 
 def read_console(text, path):

@@ -421,8 +421,8 @@ def judge(measured, losses, even, parts, places, gradients):
     norm = measured.gradient.double().norm().item()
     zero = [name for name in lacking if not gradients[name].any()]
     if zero and zero == lacking and len(zero) < len(gradients) and math.isfinite(norm) and not measured.reacts([(places[name], 0.1) for name in zero if name in places]):
-        return Result(math.nan, math.nan, None, wrap(f"gradients  not proved: {len(zero)} of {len(gradients)} adapter matrices have a gradient of exactly 0, and rightly: they hold something, "
-                      f"and the loss stays when they are moved by a tenth. The network is saturated there (by too high a rate, say): {some(zero)}."), loss=loss)
+        return Result(math.nan, math.nan, None, wrap(f"gradients  not proved: {len(zero)} of {len(gradients)} adapter matrices have a gradient of exactly 0, perhaps rightly: they hold something, "
+                      f"and the loss stays within its noise when they are moved by a tenth. Either the network is saturated there (by too high a rate, say), or they do next to nothing: {some(zero)}."), loss=loss)
     if lacking or not math.isfinite(norm):
         return Result(math.nan, math.nan, False, wrap(f"gradients  DEAD: {len(lacking)} of {len(gradients)} adapter matrices have a gradient that is zero or not finite: {some(lacking)}. "
                       + ("Nothing reaches the adapters: the graph is cut between the loss and all of them." if len(lacking) == len([name for name in gradients if ".lora_B." in name]) else

@@ -18,6 +18,7 @@ import numpy as np
 
 import config as settings
 import health
+import logs
 import record
 from words import code, count, duration, listed, moved, number, paragraphs, plain, prose, short, side_by_side, table
 
@@ -326,8 +327,8 @@ def alerts(found):
 
 def diagnosis(found):
     """What health.py reads off the finished record, less what an alert told already."""
-    known, planned = {str(alert.get("name")) for _, alert in found["alerts"]}, found["config"].get("train.max_steps")
-    steps = health.to_record("metrics.jsonl", found["metrics"], planned_steps=planned if is_number(planned) else 0)
+    known = {str(alert.get("name")) for _, alert in found["alerts"]}
+    steps = logs.to_record("metrics.jsonl", found["metrics"], **logs.of_settings(found["config"]))
     findings = [finding for finding in health.diagnose(steps) if finding.name not in known]
     grave = [told(vars(finding)) for finding in findings if finding.severity in ("fault", "warning")]
     notes = [f"{plain(finding.name)}: {plain(finding.evidence)}" for finding in findings if finding.severity == "note"]

@@ -91,12 +91,13 @@ class Spikes:
     A spike lies `deviations` robust deviations of the logarithm above the window's median, `ratio` times above its 80th percentile (in
     mixed rows the hard ones are no exception), and above the level that the run began with: late in a run that learns by heart, one hard
     row is far above the rest and no harm. A huge one (3 times the beginning's loss, or 10 times its norm) is told at once, smaller ones
-    where three fall into 200 steps.
+    of the loss where three fall into 200 steps. Smaller ones of the norm are a note however many they are: who knows most rows has small
+    gradients of them and a large one of a hard row, and Adam and clipping bound the step that it makes. Where it does harm, the loss tells.
     """
 
     def __init__(self, what, alerts):
         self.name, self.deviations, self.size = f"spikes of the {what}", alerts.spike_deviations, alerts.window
-        self.ratio, self.huge = (alerts.loss_spike, 3.0) if what == "training loss" else (alerts.norm_spike, 10.0)
+        self.ratio, self.huge, self.crowd = (alerts.loss_spike, 3.0, 3) if what == "training loss" else (alerts.norm_spike, 10.0, math.inf)
         self.recent, self.ordered, self.start, self.seen, self.begin = deque(), [], [], 0, -math.inf
         self.spikes, self.largest, self.alarming = [], 0.0, False
 
@@ -120,7 +121,7 @@ class Spikes:
         if spike:
             self.spikes.append(step)
             self.largest = max(self.largest, math.exp(logarithm - middle))
-            close = len(self.spikes) > 2 and step - self.spikes[-3] <= 200
+            close = len(self.spikes) >= self.crowd and step - self.spikes[-self.crowd] <= 200
             self.alarming |= close or logarithm - max(middle, self.begin) > math.log(self.huge)
         self.recent.append(logarithm)
         bisect.insort(self.ordered, logarithm)

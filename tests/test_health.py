@@ -11,6 +11,7 @@ import pytest
 from conftest import PROJECT
 
 import health
+import report
 import rules
 
 FAILED_RUN = PROJECT / "docs" / "examples" / "failed-run" / "trainer_state.json"
@@ -241,6 +242,16 @@ def test_a_run_of_ours_brings_its_planned_steps_and_a_handful_of_losses_is_calle
     assert "Too little is recorded" in printed and "up to step 3 of 400: 3 losses, 3 gradient norms, 0 evaluations" in printed
     (tmp_path / "config.json").write_text("{broken")
     assert health.read(tmp_path).planned_steps == 0
+
+
+@pytest.mark.parametrize("lora, told", [({}, True), ({"init": "zero", "init_from": ""}, True), ({"init_from": "runs/a"}, False), ({"init": "loftq"}, False)])
+def test_a_run_of_ours_that_starts_from_an_adapter_may_start_away_from_zero(tmp_path, lora, told):
+    lines = [{"step": 0, "eval/loss": 2.0, "eval/adapter_digest": "a", "adapters/delta_ratio": 0.01}, *healthy(1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"max_steps": 400}, "lora": lora}))
+    names = [finding.name for finding in health.diagnose(health.read(tmp_path))]
+    assert ("adapters do not start at zero" in names) is told
+    assert ("adapters do not start at zero" in report.page(report.read_run(tmp_path), [])) is told
 
 
 def test_a_nan_that_passes_is_a_warning_and_one_that_stays_a_fault():
