@@ -3,8 +3,8 @@
 Projections that read the same input (q, k, v; gate, up) are one product with one dequantised scratch; norms, rotary embedding and
 SwiGLU are one kernel each way; adapter gradients are summed straight into their fp32 buffers; silu(gate) * up is computed again in
 the backward pass instead of stored. The plain path, transformers' own layer with AdaptedLinear, is the slow twin: `install` runs
-both on every layer it takes over and leaves alone what does not agree. Leaves out: layers with other norms, activations or
-normed queries, DoRA, and LLM.int8(), whose outliers are chosen by waiting for the GPU; they train on the plain path.
+both on every layer it takes over and leaves alone what does not agree. Leaves out: layers with other norms or activations,
+DoRA, and LLM.int8(), whose outliers are chosen by waiting for the GPU; they train on the plain path.
 """
 import functools
 
@@ -216,29 +216,39 @@ class AddNorm(torch.autograd.Function):
 
 
 class QueriesKeysValues(torch.autograd.Function):
-    """x (T, D) -> rotated q (T, heads, d) and k (T, key_value_heads, d), and v."""
+    """x (T, D) -> rotated q (T, heads, d) and k (T, key_value_heads, d), and v.
+
+    norms: ((weight (d,), eps) of the queries, of the keys), each head being normed before it is rotated; or None.
+    """
 
     @staticmethod
-    def forward(ctx, x, cos, sin, group, head_dim):
+    def forward(ctx, x, cos, sin, group, head_dim, norms):
         y, mask = group.forward(x)
         q, k, v = (y[:, group.out_bounds[module]].unflatten(1, (-1, head_dim)) for module in group.modules)
-        turned = y[:, :-v.shape[1] * head_dim].unflatten(1, (-1, head_dim))
-        gpu_kernels.rotate(turned, cos, sin, out=turned)
-        ctx.save_for_backward(x, mask, cos, sin)
-        ctx.group, ctx.head_dim = group, head_dim
+        normed = (q, k) if norms else ()  # kept as they were
+        if norms:
+            q, k = (gpu_kernels.norm_rotate(heads, *norm, cos, sin, out=torch.empty(heads.shape, device=x.device, dtype=x.dtype)) for heads, norm in zip(normed, norms))
+        else:
+            turned = y[:, :-v.shape[1] * head_dim].unflatten(1, (-1, head_dim))
+            gpu_kernels.rotate(turned, cos, sin, out=turned)
+        ctx.save_for_backward(x, mask, cos, sin, *normed)
+        ctx.group, ctx.head_dim, ctx.norms = group, head_dim, norms
         return q, k, v
 
     @staticmethod
     def backward(ctx, grad_q, grad_k, grad_v):
-        x, mask, cos, sin = ctx.saved_tensors
+        x, mask, cos, sin, *normed = ctx.saved_tensors
         group, grad = ctx.group, ctx.group.grad_room(x)
-        q, k, v = (grad[:, group.out_bounds[module]].unflatten(1, (-1, ctx.head_dim)) for module in group.modules)
-        gpu_kernels.rotate(grad_q, cos, sin, out=q, inverse=True)
-        gpu_kernels.rotate(grad_k, cos, sin, out=k, inverse=True)
+        *turned, v = (grad[:, group.out_bounds[module]].unflatten(1, (-1, ctx.head_dim)) for module in group.modules)
+        for number, (arrived, out) in enumerate(zip((grad_q, grad_k), turned)):
+            if ctx.norms:
+                gpu_kernels.norm_rotate_backward(arrived, normed[number], *ctx.norms[number], cos, sin, out=out)
+            else:
+                gpu_kernels.rotate(arrived, cos, sin, out=out, inverse=True)
         v.copy_(grad_v)
         dx, d_low = group.backward(grad, group.low(x), mask)
         group.adapter_gradient(d_low, x, mask)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 class Output(torch.autograd.Function):
@@ -387,6 +397,8 @@ class FusedLayer:
         self.layer, self.attend, self.plain = layer, attend, layer.forward
         self.window = None  # sliding window, as `install` saw it
         self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], memory)
+        normed = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.norms = tuple((norm.weight, norm.variance_epsilon) for norm in normed) if all(normed) else None
         self.o, self.wide, self.down = Group([attention.o_proj], memory), Group([mlp.gate_proj, mlp.up_proj], memory), Group([mlp.down_proj], memory)
         self.groups = [self.qkv, self.o, self.wide, self.down]
         self.recomputed, self.store = False, None  # see model.recompute
@@ -407,7 +419,7 @@ class FusedLayer:
         attention, before, after = self.layer.self_attn, self.layer.input_layernorm, self.layer.post_attention_layernorm
         cos, sin, documents = options
         x, h = AddNorm.apply(h, None, before.weight, before.variance_epsilon, self.qkv, self.down)  # made by the layer before, whose `down` is like ours
-        q, k, v = QueriesKeysValues.apply(x, cos, sin, self.qkv, attention.head_dim)
+        q, k, v = QueriesKeysValues.apply(x, cos, sin, self.qkv, attention.head_dim, self.norms)
         mixed, _ = self.attend(attention, *(heads.transpose(0, 1)[None] for heads in (q, k, v)), scaling=attention.scaling, sliding_window=self.window, **documents)
         delta = Output.apply(mixed.squeeze(0), self.o)
         x, h = AddNorm.apply(h, delta, after.weight, after.variance_epsilon, self.wide, self.o)
@@ -421,11 +433,14 @@ def half_tables(position_embeddings):
 
 
 def fits(layer):
-    """Whether a decoder layer has the parts of a Llama block, and no others."""
+    """Whether a decoder layer has the parts of a Llama block, and no others but norms of single queries and keys."""
     names = lambda module: {name for name, _ in module.named_children()}
     if names(layer) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return False
-    if names(layer.self_attn) != {"q_proj", "k_proj", "v_proj", "o_proj"} or names(layer.mlp) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+    normed = [module for name, module in layer.self_attn.named_children() if name in ("q_norm", "k_norm")]
+    if len(normed) == 1 or any(not hasattr(norm, "variance_epsilon") or norm.weight.shape != (layer.self_attn.head_dim,) for norm in normed):
+        return False
+    if names(layer.self_attn) - {"q_norm", "k_norm"} != {"q_proj", "k_proj", "v_proj", "o_proj"} or names(layer.mlp) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
     linear = [module for part in (layer.self_attn, layer.mlp) for name, module in part.named_children() if name.endswith("_proj")]
     return type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm)) \

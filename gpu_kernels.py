@@ -45,6 +45,18 @@ def rotate_twin(heads, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
 
 
+def norm_rotate_twin(heads, weight, eps, cos, sin):
+    """rotate_twin of each head (T, H, d) over its own rms, times `weight` (d,): normed queries or keys, as in Qwen3."""
+    return rotate_twin(rms_norm_twin(heads.reshape(-1, heads.shape[-1]), weight, eps)[0].view(heads.shape), cos, sin)
+
+
+def norm_rotate_backward_twin(grad, heads, weight, eps, cos, sin):
+    """d loss / d heads (T, H, d) for the gradient of norm_rotate's output and a frozen weight."""
+    turned, x = rotate_twin(grad, cos, -sin).reshape(-1, grad.shape[-1]), heads.reshape(-1, heads.shape[-1])
+    _, rstd = rms_norm_twin(x, weight, eps)
+    return rms_norm_backward_twin(turned, x, weight, rstd, torch.zeros_like(x)).view(heads.shape)
+
+
 def swiglu_twin(gate_up):
     """(T, 2I) -> (T, I): silu(gate) * up (Shazeer 2020, section 2)."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -100,19 +112,50 @@ if triton is not None:
         tl.store(out + row * out_row + columns, dx.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _rotate(source, source_row, source_head, target, target_row, target_head, cos, sin, heads, HALF: tl.constexpr, HEADS: tl.constexpr, SIGN: tl.constexpr):
+    def _rotate(source, source_row, source_head, target, target_row, target_head, cos, sin, weight, eps, heads,
+                HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, SIGN: tl.constexpr, NORM: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         head = tl.arange(0, HEADS)[:, None]
-        column = tl.arange(0, HALF)[None, :]
+        column = tl.arange(0, WIDTH)[None, :]
         inside = (head < heads) & (column < HALF)
-        c = tl.load(cos + row * HALF + column).to(tl.float32)
-        s = SIGN * tl.load(sin + row * HALF + column).to(tl.float32)
+        c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0).to(tl.float32)
+        s = SIGN * tl.load(sin + row * HALF + column, mask=column < HALF, other=0).to(tl.float32)
         first = source + row * source_row + head * source_head + column
         a = tl.load(first, mask=inside, other=0).to(tl.float32)
         b = tl.load(first + HALF, mask=inside, other=0).to(tl.float32)
+        if NORM:
+            r = 1 / tl.sqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
+            kind = target.dtype.element_ty  # rounded where transformers rounds
+            a = ((a * r).to(kind) * tl.load(weight + column, mask=column < HALF, other=0)).to(tl.float32)
+            b = ((b * r).to(kind) * tl.load(weight + HALF + column, mask=column < HALF, other=0)).to(tl.float32)
         out = target + row * target_row + head * target_head + column
         tl.store(out, (a * c - b * s).to(target.dtype.element_ty), mask=inside)
         tl.store(out + HALF, (b * c + a * s).to(target.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _norm_rotate_backward(grad, grad_row, grad_head, source, source_row, source_head, target, target_row, target_head, cos, sin, weight, eps, heads,
+                              HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        head = tl.arange(0, HEADS)[:, None]
+        column = tl.arange(0, WIDTH)[None, :]
+        inside = (head < heads) & (column < HALF)
+        c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0).to(tl.float32)
+        s = tl.load(sin + row * HALF + column, mask=column < HALF, other=0).to(tl.float32)
+        arrived = grad + row * grad_row + head * grad_head + column
+        ga = tl.load(arrived, mask=inside, other=0).to(tl.float32)
+        gb = tl.load(arrived + HALF, mask=inside, other=0).to(tl.float32)
+        wa = tl.load(weight + column, mask=column < HALF, other=0).to(tl.float32)
+        wb = tl.load(weight + HALF + column, mask=column < HALF, other=0).to(tl.float32)
+        ga, gb = (ga * c + gb * s) * wa, (gb * c - ga * s) * wb  # turned back, and through the weight
+        first = source + row * source_row + head * source_head + column
+        a = tl.load(first, mask=inside, other=0).to(tl.float32)
+        b = tl.load(first + HALF, mask=inside, other=0).to(tl.float32)
+        r = 1 / tl.sqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
+        a, b = a * r, b * r
+        along = ((tl.sum(ga * a, axis=1) + tl.sum(gb * b, axis=1)) / (2 * HALF))[:, None]
+        out = target + row * target_row + head * target_head + column
+        tl.store(out, (r * (ga - a * along)).to(target.dtype.element_ty), mask=inside)
+        tl.store(out + HALF, (r * (gb - b * along)).to(target.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _swiglu(gate_up, out, out_row, width, BLOCK: tl.constexpr):
@@ -274,8 +317,31 @@ def rotate(heads, cos, sin, out=None, inverse=False):
         out = torch.empty(heads.shape, device=heads.device, dtype=heads.dtype)
     if not on_gpu(heads):
         return out.copy_(rotate_twin(heads, cos, -sin if inverse else sin))
+    launch_rotate(heads, cos, sin, out, -1 if inverse else 1, None, 0.0)
+    return out
+
+
+def norm_rotate(heads, weight, eps, cos, sin, out):
+    """See norm_rotate_twin; heads (T, H, d) and `out` with any strides over T and H."""
+    if not on_gpu(heads):
+        return out.copy_(norm_rotate_twin(heads, weight, eps, cos, sin))
+    launch_rotate(heads, cos, sin, out, 1, weight, eps)
+    return out
+
+
+def launch_rotate(heads, cos, sin, out, sign, weight, eps):
     T, H, d = heads.shape
-    _rotate[(T,)](heads, heads.stride(0), heads.stride(1), out, out.stride(0), out.stride(1), cos, sin, H, d // 2, triton.next_power_of_2(H), -1 if inverse else 1)
+    _rotate[(T,)](heads, heads.stride(0), heads.stride(1), out, out.stride(0), out.stride(1), cos, sin, weight, eps, H,
+                  d // 2, triton.next_power_of_2(d // 2), triton.next_power_of_2(H), sign, weight is not None)
+
+
+def norm_rotate_backward(grad, heads, weight, eps, cos, sin, out):
+    """See norm_rotate_backward_twin; grad, heads and `out` (T, H, d) with any strides over T and H."""
+    if not on_gpu(heads):
+        return out.copy_(norm_rotate_backward_twin(grad, heads, weight, eps, cos, sin))
+    T, H, d = heads.shape
+    _norm_rotate_backward[(T,)](grad, grad.stride(0), grad.stride(1), heads, heads.stride(0), heads.stride(1), out, out.stride(0), out.stride(1), cos, sin, weight, eps, H,
+                                d // 2, triton.next_power_of_2(d // 2), triton.next_power_of_2(H))
     return out
 
 

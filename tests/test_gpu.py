@@ -62,6 +62,24 @@ def test_the_rotation_kernel_equals_its_twin_and_its_inverse_undoes_it(dtype):
 
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [16, 20])  # 20: heads whose halves are no power of two
+def test_the_kernels_of_normed_heads_equal_their_twins(dtype, d):
+    packed, cos, sin, weight = draw(21, 5 * d + 8, dtype=dtype), draw(21, d // 2, dtype=dtype), draw(21, d // 2, dtype=dtype), draw(d, dtype=dtype)
+    heads, grad, room = packed[:, :3 * d].unflatten(1, (3, d)), draw(21, 3, d, dtype=dtype), torch.full((21, 4 * d), math.nan, device=DEVICE, dtype=dtype)
+    out = room[:, :3 * d].unflatten(1, (3, d))
+    gpu_kernels.norm_rotate(heads, weight, 1e-5, cos, sin, out=out)
+    assert distance(out, gpu_kernels.norm_rotate_twin(heads.double(), weight.double(), 1e-5, cos.double(), sin.double())) < 2 * CLOSE[dtype]
+    gpu_kernels.norm_rotate_backward(grad, heads, weight, 1e-5, cos, sin, out=out)
+    expected = gpu_kernels.norm_rotate_backward_twin(grad.double(), heads.double(), weight.double(), 1e-5, cos.double(), sin.double())
+    assert distance(out, expected) < 2 * CLOSE[dtype] and room[:, 3 * d:].isnan().all()
+    x = heads.double().cpu().requires_grad_()
+    gpu_kernels.norm_rotate_twin(x, weight.double().cpu(), 1e-5, cos.double().cpu(), sin.double().cpu()).backward(grad.double().cpu())
+    assert distance(expected.cpu(), x.grad) < 1e-12, "the twin's backward pass is the derivative of its forward pass"
+    assert distance(gpu_kernels.rotate(heads, cos, sin), gpu_kernels.rotate_twin(heads.float(), cos.float(), sin.float())) < CLOSE[dtype]
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu_kernels_equal_their_twins(dtype):
     gate_up, room, grad = draw(9, 2 * 1100, dtype=dtype), torch.zeros(9, 1104, device=DEVICE, dtype=dtype), draw(9, 1104, dtype=dtype)
     gpu_kernels.swiglu(gate_up, out=room[:, :1100])
@@ -145,7 +163,7 @@ RAGGED = [3, 40, 17, 64, 9, 2, 31]
 @gpu
 @pytest.mark.parametrize("kept", ["yes", "no"])
 @pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_fused_layers_on_a_gpu_equal_plain_ones(tmp_path, architecture, kind, kept):
     make_model(tmp_path, architecture, num_hidden_layers=3)
     results = {}

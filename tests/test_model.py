@@ -28,7 +28,7 @@ from conftest import COMMON, PROJECT, SHAPES, make_config, make_model, packed
 
 EVERY_PROJECTION = list(config.PROJECTIONS)
 LAYERS = ["plain", "fused", "long"]  # transformers' own layers with our projections, and the fast path as small and as large layers take it
-LLAMA_SHAPED = ["llama", "mistral", "qwen2"]  # those that have a fast path
+LLAMA_SHAPED = ["llama", "mistral", "qwen2", "qwen3"]  # those that have a fast path
 SHAPES_AND_LAYERS = [(kind, which) for kind in SHAPES for which in LAYERS if which == "plain" or kind in LLAMA_SHAPED and (which, kind) != ("long", "mistral")]
 PRECISE = {"fp32": 1e-5, "fp64": 1e-10}
 
@@ -93,7 +93,8 @@ def reference(network, dtype, ours):
     """transformers' own model in `dtype`. Its norms round float64 to fp32; where `ours` has its own norms, they must not."""
     network = cast(network, dtype)
     for layer in network.get_decoder().layers if dtype == "fp64" and ours.fused_layers else ():
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        normed = [norm for norm in (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")) if norm]
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm, *normed):
             norm.forward = lambda x, norm=norm: norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
     return network
 
