@@ -5,19 +5,23 @@
     python bench/findings.py all --rows=../rows --jobs=5 --minutes=9 --write=docs/findings
     python bench/findings.py all --work=FOLDER --write=docs/findings --minutes=0          only write summaries of what ran already
 
---rows: a folder with tldr-train.jsonl, tldr-validation.jsonl and gsm8k-train.jsonl (or .jsonl.gz). --jobs so many run at a time on
-one GPU; an experiment whose time is of interest runs alone, and every summary says what ran beside it. After --minutes what runs is
-told to save and end; the same command goes on from there, and what has ended is not run again. --section.key=value goes to every
-training. Runs lie in --work (default runs/findings), with a log each; --write keeps of each what docs/make_findings.py reads: settings,
-the thinned record, the verdict, the diagnosis of health.py, and what each evaluation row came to, without any text of the rows.
+--rows: a folder with tldr-train.jsonl, tldr-validation.jsonl and gsm8k-train.jsonl (or .jsonl.gz). --jobs so many run at a time on one GPU;
+an experiment whose time is of interest runs alone, as a command of its own, the others in processes forked from one that has imported what
+all of them need; every summary says what ran beside it. After --minutes what runs is told to save and end; the same command goes on from
+there, and what has ended is not run again. --section.key=value goes to every training. Runs lie in --work (default runs/findings), with a
+log each; --write keeps of each what docs/make_findings.py reads: settings, the thinned record, the verdict, the diagnosis of health.py, and
+what each evaluation row came to, without any text of the rows.
 """
 import collections
+import contextlib
 import fnmatch
 import gzip
 import json
+import multiprocessing
 import os
 import pathlib
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -149,9 +153,35 @@ def begin(experiment, place, work, rows, overrides, threads):
     log.flush()
     if to:
         to.parent.mkdir(exist_ok=True)
-    output = open(to, "wb") if to else log
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.Popen([sys.executable, str(PROJECT / words[0]), *words[1:]], stdout=output, stderr=log, cwd=PROJECT, env=environment)
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if experiment.alone or words[0] == "bench/peers.py":  # whose time is of interest, or who changes what it imports
+        with open(to, "wb") if to else contextlib.nullcontext(log) as output:
+            return subprocess.Popen([sys.executable, str(PROJECT / words[0]), *words[1:]], stdout=output, stderr=log, cwd=PROJECT, env=os.environ | environment)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["eval", "train", "datasets", "matplotlib.pyplot", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"])
+    process = context.Process(target=run_script, args=(words, to, log.name, environment))
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that looking for a GPU does not start CUDA, which survives no fork
+    process.start()
+    return process
+
+
+def run_script(words, to, log, environment):
+    """Run a script of the project as its command would, in a process forked from one that has the large modules imported already."""
+    import torch
+    os.environ.update(environment)
+    os.chdir(PROJECT)
+    for number, path in ((2, log), (1, to or log)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if path == to else os.O_APPEND), 0o644), number)
+    if torch.cuda.is_initialized():
+        os.execv(sys.executable, [sys.executable, *words])
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = list(words)
+    runpy.run_path(str(PROJECT / words[0]), run_name="__main__")
+
+
+def exit_code(process):
+    """Of a subprocess.Popen or a multiprocessing.Process, minus the signal that killed it; None while it runs."""
+    return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
 
 
 def sittings_of(work, name):
@@ -195,7 +225,7 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done):
     while pending or running:
         for entry in list(running):
             entry["beside"] = max(entry["beside"], len(running) - 1)
-            code, experiment = entry["process"].poll(), entry["experiment"]
+            code, experiment = exit_code(entry["process"]), entry["experiment"]
             if code is None:
                 continue
             if code in experiment.ends and entry["place"] + 1 < len(experiment.commands) and not stopping:
