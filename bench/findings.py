@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import pathlib
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -30,10 +29,11 @@ import time
 import numpy as np
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path[:0] = [str(PROJECT), str(PROJECT / "bench")]
 
 import compare
 import config as settings
+import forked
 import health
 import record
 import verdict
@@ -46,6 +46,7 @@ BESIDE = {"memory.max_tokens": 8192, "memory.checkpoint_layers": 0,  # no probe 
 FIGURES = BESIDE | {"eval.samples": 0, "save.every_steps": 0}          # where only figures are compared
 SHORT = {"train.max_steps": 500, "schedule.lr_warmup_steps": 50}       # what the peers run
 CLEAN = {"data.drop": "duplicate,near_duplicate,leak"}
+FORKED = ("train.py", "eval.py", "bench/cut.py")  # not the peers, who change what they import
 UNGUARDED = {"proof.enabled": "false", "alerts.stop": "[]"}
 
 Experiment = collections.namedtuple("Experiment", "name commands seconds alone ends", defaults=(False, (0, 5)))
@@ -154,34 +155,20 @@ def begin(experiment, place, work, rows, overrides, threads):
     if to:
         to.parent.mkdir(exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if experiment.alone or words[0] == "bench/peers.py":  # whose time is of interest, or who changes what it imports
+    if experiment.alone or words[0] not in FORKED:
         with open(to, "wb") if to else contextlib.nullcontext(log) as output:
             return subprocess.Popen([sys.executable, str(PROJECT / words[0]), *words[1:]], stdout=output, stderr=log, cwd=PROJECT, env=os.environ | environment)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["eval", "train", "datasets", "matplotlib.pyplot", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"])
-    process = context.Process(target=run_script, args=(words, to, log.name, environment))
+    process = context.Process(target=forked.run_script, args=(words, to, log.name, environment))
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that looking for a GPU does not start CUDA, which survives no fork
     process.start()
     return process
 
 
-def run_script(words, to, log, environment):
-    """Run a script of the project as its command would, in a process forked from one that has the large modules imported already."""
-    import torch
-    os.environ.update(environment)
-    os.chdir(PROJECT)
-    for number, path in ((2, log), (1, to or log)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if path == to else os.O_APPEND), 0o644), number)
-    if torch.cuda.is_initialized():
-        os.execv(sys.executable, [sys.executable, *words])
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.argv = list(words)
-    runpy.run_path(str(PROJECT / words[0]), run_name="__main__")
-
-
 def exit_code(process):
     """Of a subprocess.Popen or a multiprocessing.Process, minus the signal that killed it; None while it runs."""
-    return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+    return process.exitcode if hasattr(process, "exitcode") else process.poll()
 
 
 def sittings_of(work, name):
