@@ -12,6 +12,7 @@ import datetime
 import functools
 import os
 import sys
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -63,8 +64,13 @@ def lost():
     try:
         yield
     except RuntimeError as error:
-        raise Lost(f"rank {RANK}: another rank has ended, or did not come within train.rank_wait; the newest checkpoint is whole, go on from it "
-                   f"with --resume ({str(error).splitlines()[0][:100]})") from error
+        raise as_lost(error) from error
+
+
+def as_lost(error):
+    """An error of torch.distributed as what it means."""
+    return Lost(f"rank {RANK}: another rank has ended, or did not come within train.rank_wait; the newest checkpoint is whole, go on from it "
+                f"with --resume ({str(error).splitlines()[0][:100]})")
 
 
 @contextlib.contextmanager
@@ -164,7 +170,12 @@ def together(main):
             code = main(argv)
             finish()
             return code
-        except Lost as error:
+        except RuntimeError as error:
+            raised_in = traceback.extract_tb(error.__traceback__)[-1].filename  # torch's own exchanges, where weights are gathered
+            if RANKS > 1 and f"torch{os.sep}distributed{os.sep}" in raised_in:
+                error = as_lost(error)
+            if not isinstance(error, Lost):
+                raise
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # torch.distributed would wait for the lost one before it lets this process go
     return run

@@ -256,6 +256,13 @@ def test_a_rank_that_is_killed_ends_the_others_at_once_and_nothing_is_lost(run, 
     assert run(2, "killed", *DROPOUT, "--resume") == [0, 0] and differences(tmp_path / "peace", tmp_path / "killed") == []
 
 
+def test_a_rank_that_is_killed_while_others_wait_for_its_part_of_the_weights_ends_them_with_one_message(run, tmp_path):
+    options = [*DROPOUT, "--memory.shard=true"]
+    assert run(2, "killed", *options, fault=(in_backward, 6, send, signal.SIGKILL), rank=1) == [1, -signal.SIGKILL]
+    assert log(tmp_path, "killed").count("another rank has ended") == 1 and "Traceback" not in log(tmp_path, "killed")
+    assert run(2, "killed", *options, "--resume") == [0, 0]
+
+
 def test_the_first_rank_killed_ends_the_others_too(run, tmp_path):
     assert run(2, "killed", *DROPOUT, fault=(at_sample, 20, send, signal.SIGKILL), rank=0) == [-signal.SIGKILL, 1]
     assert "another rank has ended" in log(tmp_path, "killed", 1)
