@@ -26,7 +26,7 @@ def lines(rows, tokenizer, end_ids, chosen, packed, max_tokens, ids=False, colou
         marked = text(tokens, supervised, tokenizer, end_ids, colour)
         out += wrapped(marked, width if all(words.columns_of(c) < 2 for c in set(marked)) else width // 2)  # wide characters take two columns
         if not any(t in end_ids for t, s in zip(tokens, supervised) if s):
-            out.append("  ! no supervised token ends a turn: this row was cut, or does not teach the model to stop")
+            out.append("  ! no supervised token ends a turn: the row was cut, or teaches no end")
         if ids:
             listed = " ".join(f"[{t}]" if s else str(t) for t, s in zip(tokens, supervised))
             out += textwrap.wrap(listed, width, initial_indent="  ", subsequent_indent="  ")

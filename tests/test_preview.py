@@ -57,7 +57,7 @@ def test_a_row_that_was_cut_before_its_end_is_told(tmp_path):
     tokenizer = make_tokenizer()
     rows = tokenized([{"prompt": "a", "completion": "b" * 100}], tokenizer, max_length=60)
     lines = preview.lines(rows, tokenizer, data.end_of_turn(tokenizer), [0], data.pack(rows, [0], 64), 64)
-    assert any("no supervised token ends a turn" in line for line in lines)
+    assert any("no supervised token ends a turn" in line for line in lines) and max(map(len, lines)) <= 80
 
 
 def test_the_command_shows_the_first_rows_of_the_run_and_the_micro_batches_of_its_first_step(tmp_path, capsys, monkeypatch):
