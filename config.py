@@ -22,6 +22,10 @@ DROPS = ("duplicate", "near_duplicate", "leak", "unanswered", "empty", "one_word
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+LARGEST = 16 << 20  # characters of a configuration
+MOST_SAMPLES = 1 << 22  # a step
+
+
 def key(default, help, choices=(), low=None, high=None, above=None):
     """A dataclass field with its help text and its rule: one of `choices`, low <= value <= high, value > above."""
     rule = dict(help=help, choices=choices, low=low, high=high, above=above)
@@ -300,6 +304,10 @@ def _contradictions(c, errors):
         errors.append(f"schedule.lr_points, schedule.lr_kind: points are only read where the kind is points (it is {c.schedule.lr_kind}); set that or remove them")
     if c.schedule.lr_decay_steps and c.schedule.lr_kind != "wsd":
         errors.append(f"schedule.lr_decay_steps, schedule.lr_kind: only read where the kind is wsd (it is {c.schedule.lr_kind}); set that or 0")
+    if c.samples_per_step > MOST_SAMPLES:
+        errors.append(f"train.micro_batch_size, train.accumulation: a step of {c.samples_per_step:,} samples is beyond what one can hold ({MOST_SAMPLES:,}); lower them")
+    if any(isinstance(p, list) and len(p) == 2 and type(p[1]) is int and p[1] > MOST_SAMPLES for p in c.schedule.batch_points):
+        errors.append(f"schedule.batch_points: a step takes at most {MOST_SAMPLES:,} samples, got {json.dumps(c.schedule.batch_points)}")
     _points("schedule.lr_points", c.schedule.lr_points, errors, "factor", (int, float), 0)
     _points("schedule.batch_points", c.schedule.batch_points, errors, "whole number of samples", (int,), 1)
     if c.schedule.clip_percentile and not c.schedule.clip_norm:
@@ -401,7 +409,11 @@ def read(path, overrides=()):
         return dict(pairs)
 
     try:
-        tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=collect)
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(LARGEST)
+        if len(text) == LARGEST:
+            raise ValueError(f"it has {LARGEST:,} characters or more, which no configuration has")
+        tree = json.loads(text, object_pairs_hook=collect)
     except OSError as error:
         raise ValueError(f"{path}: cannot read the configuration ({error.strerror}); the ones that come with rawlora are in {PROJECT / 'configs'}") from None
     except json.JSONDecodeError as error:
@@ -476,6 +488,12 @@ def run_command(main):
         nameless = isinstance(error, OSError) and error.errno and not error.filename and str(error).endswith(error.strerror or "")
         where = "; it names no file: look at the folders of the run, of data.cache and of temporary files (TMPDIR)" * bool(nameless)
         print(f"error: {error}{where}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        print(f"error: memory ran out ({str(error).split(chr(10))[0][:200] or 'of the host'}); give it more, fewer bits (model.quant), a lower lora.r, shorter "
+              "rows (data.max_length) or a smaller model; what was saved is whole", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -107,6 +107,9 @@ def generate(network, tokenizer, prompts, max_new_tokens, end_ids, interrupted=(
         with attention.own_attention(network):
             written = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[stop], synced_gpus=network.sharded)[:, width:].tolist()
     except (RuntimeError, MemoryError) as error:
+        if len(prompts) == 1 and model.out_of_memory(error) and ranks.RANKS == 1:
+            raise model.DoesNotFit(f"eval.samples, eval.prompts: the prompt {prompts[0]['prompt'][:60]!r} of {width:,} tokens does not fit into memory with "
+                                   f"{max_new_tokens:,} more; lower eval.max_new_tokens, or give shorter prompts") from error
         if len(prompts) == 1 or not model.out_of_memory(error):
             raise
         fits = False

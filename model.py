@@ -231,6 +231,10 @@ def inject(network, lora, device, adapter_dtype):
         if not any(("." + name).endswith("." + target) for name in linear):
             there = sorted({name.rpartition(".")[2] for name in linear})
             raise ValueError(f"lora.targets: {target!r} matches no projection of {type(network).__name__}; it has {', '.join(there)}")
+    widest = max(max(module.in_features, module.out_features) for module in linear.values())
+    if lora.r > widest:
+        raise ValueError(f"lora.r: {lora.r:,} is beyond the width of every projection of {type(network).__name__} (at most {widest:,}), and an update "
+                         "has no higher rank than that; lower it")
     scaling = lora.alpha / (math.sqrt(lora.r) if lora.rslora else lora.r)
     for name, module in linear.items():
         adapted = everything or any(("." + name).endswith("." + target) for target in lora.targets)

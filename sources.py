@@ -84,7 +84,7 @@ def kind(source):
     """
     path = pathlib.Path(config.find(source))
     suffix, packed = kind_of_name(path.name)
-    if path.is_dir() or path.exists() and not suffix:
+    if path.is_dir() or path.exists() and not (suffix and path.is_file()):  # a pipe or a device has no end
         remedy = f". Of a folder, name the files: {source.rstrip('/')}/*.parquet" if path.is_dir() else ""
         raise ValueError(f"{source}: is not a kind of file that rows are read from; those are {', '.join(READERS)}, each also with "
                          f"{' or '.join(SUFFIXES)}{remedy}")
@@ -144,7 +144,10 @@ def read_lines(source):
     """[(name, line)] of a file of text, without blank lines. Raises ValueError naming file and line."""
     try:
         with _opened(source, kind_of_name(source)[1]) as file:
-            lines = file.read().decode("utf-8").split("\n")
+            text = file.read(LONGEST_LINE)
+            if len(text) == LONGEST_LINE:
+                raise ValueError(f"{source}: holds {LONGEST_LINE:,} bytes or more; shorten it")
+            lines = text.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}:{_not_utf8(source, kind_of_name(source)[1], error)}") from None
     except (OSError, EOFError, zlib.error) as error:

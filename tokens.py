@@ -72,9 +72,12 @@ def load_tokenizer(path, template_file="", revision=""):
                          "stands for; name a model whose tokenizer transformers can convert to a fast one")
     if template_file:
         try:
-            tokenizer.chat_template = pathlib.Path(config.find(template_file)).read_text(encoding="utf-8-sig")
+            with open(config.find(template_file), encoding="utf-8-sig") as file:
+                tokenizer.chat_template = file.read(trust.LARGEST_TEXT)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"data.chat_template: {template_file!r} cannot be read ({error}); name a Jinja template in UTF-8") from None
+        if len(tokenizer.chat_template) == trust.LARGEST_TEXT:
+            raise ValueError(f"data.chat_template: {template_file!r} has {trust.LARGEST_TEXT:,} characters or more; name a Jinja template")
     if isinstance(tokenizer.chat_template, dict):  # by name: what is trained, saved and served is one of them
         names = ", ".join(sorted(tokenizer.chat_template))
         if "default" not in tokenizer.chat_template:

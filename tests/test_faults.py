@@ -666,6 +666,9 @@ def test_samples_that_do_not_fit_together_are_written_in_halves(tiny_inputs, mon
 
     monkeypatch.setattr(network, "generate", generate)
     assert [sample["text"] for sample in evaluation.generate(network, tokenizer, prompts, 5, end_ids)] == [sample["text"] for sample in expected] and sizes == [3, 1, 2, 1, 1]
+    monkeypatch.setattr(network, "generate", lambda **rest: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(model.DoesNotFit, match="eval.prompts: the prompt .* does not fit into memory"):
+        evaluation.generate(network, tokenizer, prompts, 5, end_ids)
     monkeypatch.setattr(network, "generate", lambda **rest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluation.generate(network, tokenizer, prompts, 5, end_ids)

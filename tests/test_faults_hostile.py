@@ -296,6 +296,18 @@ def test_long_rows_are_encoded_a_few_at_a_time_and_are_the_same_rows(folder, mon
     assert whole.counts["rows_truncated"] and whole.too_long and whole.skipped
 
 
+@pytest.mark.parametrize("option, said", [("--data.chat_template=/dev/zero", "characters or more"), ("--eval.prompts=/dev/zero", "bytes or more"), ("--data.train={folder}/endless.jsonl", "is not a kind of file"),
+                                          ("--lora.r=1000000000", "beyond the width of every projection")])
+def test_settings_that_ask_for_what_has_no_end_are_refused_before_it_takes_memory(tiny_inputs, tmp_path, option, said):
+    (tmp_path / "endless.jsonl").symlink_to("/dev/zero")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=said):
+        train.main([str(settings_of(tiny_inputs, tmp_path / "tiny.json")), f"--out={tmp_path / 'run'}", option.replace("{folder}", str(tmp_path))])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400 << 20 and not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def stopped(tiny_inputs, tmp_path_factory):
     """(settings, run folder) of a run of 4 steps, with checkpoints of steps 2 and 4."""

@@ -79,7 +79,7 @@ def test_any_command_line_is_understood_or_refused_in_one_message(arguments):
 
 
 @pytest.mark.parametrize("arguments", [["configs/approach1.json", "--lora.r=\udcff"], ["\udcff"], ["configs/approach1.json", "--train.seed=" + "9" * 5000], ["configs/approach1.json", "--lora.targets=[[[["],
-                                       ["a\0b"], ["configs/approach1.json", "--data.train=\0", "--model.path=x"], ["configs/approach1.json", "--model.path=\0"]])
+                                       ["a\0b"], ["/dev/zero"], ["configs/approach1.json", "--train.accumulation=1000000000"], ["configs/approach1.json", "--schedule.batch_points=[[1,1000000000000]]"], ["configs/approach1.json", "--data.train=\0", "--model.path=x"], ["configs/approach1.json", "--model.path=\0"]])
 def test_a_command_prints_one_error_and_exits_2_whatever_it_is_given(arguments, monkeypatch, capsys):
     import train
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -88,6 +88,15 @@ def test_a_command_prints_one_error_and_exits_2_whatever_it_is_given(arguments, 
         config.run_command(train.main)
     sys.stderr.flush()
     assert end.value.code == 2 and buffer.getvalue().startswith(b"error: ") and b"Traceback" not in buffer.getvalue()
+
+
+def test_a_lack_of_memory_anywhere_is_one_message_and_another_error_is_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        config.run_command(lambda argv: torch.empty(1 << 60, dtype=torch.uint8))
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: memory ran out (")
+    with pytest.raises(RuntimeError, match="another"):
+        config.run_command(lambda argv: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
