@@ -151,7 +151,8 @@ class Log:
 
 
 FORECAST_WARNINGS = ("coverage below one epoch", "many epochs", "small rate area", "rate ends at nothing", "high rate", "long warm-up",
-                     "few supervised tokens", "heavy truncation", "rows lost", "leaked rows", "duplicate rows", "memory nearly full")
+                     "few supervised tokens", "heavy truncation", "rows lost", "leaked rows", "duplicate rows", "duplicate evaluation rows",
+                     "memory nearly full")
 ALERTS = ("dead gradients", "steps without gradient", "steps not applied", "non-finite training loss", "non-finite gradient norm",
           "non-finite evaluation loss", "loss of zero", "nothing left to learn", "wrong gradients", "always clipped", "never clipped",
           "spikes of the training loss", "spikes of the gradient norm", "plateau", "training loss flat", "divergence", "loss above guessing",

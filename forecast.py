@@ -21,7 +21,7 @@ SMALL_AREA = 0.02      # see docs/HEALTH.md for these: a twentieth of what QLoRA
 MANY_EPOCHS = 20
 FEW_SUPERVISED = 0.03  # of all tokens
 CUT, CUT_TOKENS, LOST = 0.10, 0.05, 0.05  # of the rows; of the supervised tokens; of the rows
-LEAKED, DUPLICATE = 0.01, 0.10  # of the evaluation rows; of the training rows
+LEAKED, DUPLICATE = 0.01, 0.10  # of the evaluation rows; of the training rows, or of the evaluation rows
 LONG_WARMUP = 0.5      # of the steps
 NEARLY_FULL = 0.95     # of the memory
 KNOWN = ("By itself that fails no run: with correct gradients, settings of 8.9 % coverage and area 0.0125 took SmolLM2-135M in NF4 "
@@ -35,6 +35,7 @@ class Facts:
     tokens: int
     supervised_tokens: int
     eval_rows: int | None = None
+    eval_repeats: int = 0                 # evaluation rows whose tokens are those of an earlier one
     longest: int | None = None            # tokens of the longest row
     counts: dict = field(default_factory=dict)   # data.Rows.counts: rows_read, rows_truncated, rows_lost, …
     audit: dict = field(default_factory=dict)    # {check: rows} of data's audit: duplicate, near_duplicate, leak
@@ -49,7 +50,8 @@ class Facts:
         """Facts of two data.Rows."""
         longest = int((rows.offsets[1:] - rows.offsets[:-1]).max()) if len(rows) else 0
         evaluated, counts = None if eval_rows is None else len(eval_rows), rows.counts
-        return cls(len(rows), counts["tokens"], counts["supervised_tokens"], evaluated, longest, counts, rows.audit)
+        distinct = {hash(eval_rows.ids[start:end].tobytes()) for start, end in zip(eval_rows.offsets, eval_rows.offsets[1:])} if evaluated else ()
+        return cls(len(rows), counts["tokens"], counts["supervised_tokens"], evaluated, (evaluated or 0) - len(distinct), longest, counts, rows.audit)
 
 
 @dataclass
@@ -161,6 +163,10 @@ def forecast(config, facts):
         warn("duplicate rows", f"{twice:,} of {facts.rows:,} training rows repeat an earlier one, or nearly.",
              "A row that stands twice is learnt twice: more epochs for some rows than were asked for.",
              "--data.drop=duplicate,near_duplicate; python data.py CONFIG --check shows them.")
+    if facts.eval_repeats > DUPLICATE * (facts.eval_rows or math.inf):
+        warn("duplicate evaluation rows", f"{facts.eval_repeats:,} of {facts.eval_rows:,} evaluation rows are the same as an earlier one.",
+             "They count twice, and tell nothing twice: the verdict's intervals, which take rows for independent, are then too narrow.",
+             "Leave each of them once in data.eval.")
     if facts.peak_bytes and facts.available_bytes and NEARLY_FULL * facts.available_bytes < facts.peak_bytes <= facts.available_bytes:
         warn("memory nearly full", f"A step takes {gib(facts.peak_bytes)} of {gib(facts.available_bytes)}.",
              "Fragmentation or a neighbour on the same device ends such runs.",

@@ -21,7 +21,6 @@ How train.py uses it, in short (the docstrings say the rest):
     matrix = proof.due_matrix(applied, looked_at)                                 behind a step; applied: moments["step"], those really taken
     if matrix and proof.telling(window): names = proof.dead(views(flat.grad, adapters), matrix); less proof.asleep(network, names)
 """
-import contextlib
 import itertools
 import math
 import re
@@ -36,7 +35,6 @@ import config as settings
 import data
 import lora_layers
 import model
-import quant
 import ranks
 
 # half the relative change of the loss that is foretold for the first way that is tried, and the error that is allowed before anything
@@ -161,8 +159,7 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
 
     Weights, moments, generators and the working copies are as before when it returns, bit for bit, and flat.grad is what it was.
     Costs a forward and backward pass over the batches and 6 forward passes, then for each direction, three times at most, 2 forward
-    passes and 2 to 6 forward and backward passes. LLM.int8() is measured without the rounding of its activations, whose backward pass
-    pretends that there is none; what training makes with it is compared with that.
+    passes and 2 to 6 forward and backward passes.
     """
     began, memory, device, even, parts = time.perf_counter(), network.adapter_memory, network.device, what != "whole", what == "parts"
     flat, supervised = memory.flat, sum(len(batch.targets) for batch in batches)
@@ -171,20 +168,14 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
     names, adapters = zip(*lora_layers.adapters(network).items())
     places = {name: memory.places[parameter] for name, parameter in zip(names, adapters)}
     kept_gradient, theta = flat.grad.cpu() if flat.grad.is_cuda else flat.grad.clone(), flat.detach().clone()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), lora_layers.rows_held(network):
+    held = lora_layers.rows_held(network)  # DoRA's gradients are those of a loss in which the lengths of rows are constants
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), held:
         try:
             gradient_now = lambda factor: gradient_of(network, forward_backward, batches, factor * float(scale), supervised, again=True)[1]
             loss, gradient = gradient_of(network, forward_backward, batches, float(scale), supervised)
             gradients = {name: gradient[memory.places[parameter]].view_as(parameter) for name, parameter in zip(names, adapters)}
-            with lora_layers.rows_held(network):  # DoRA's gradients are those of a loss in which the lengths of rows are constants
-                measured = Measurement(network, batches, supervised, theta, gradient, gradient_now)
-                losses = loss, measured.loss
-                with unrounded(network) as found:
-                    if found:
-                        measured = Measurement(network, batches, supervised, theta, gradient_now(1.0), gradient_now)
-                    result = judge(measured, losses, even, parts, places, gradients)
-                if found and result.ok:
-                    result = compare(result, gradient, measured.gradient)
+            measured = Measurement(network, batches, supervised, theta, gradient, gradient_now)
+            result = judge(measured, loss, even, parts, places, gradients)
         finally:
             with torch.no_grad():
                 flat.copy_(theta)
@@ -214,19 +205,6 @@ def gradient_of(network, forward_backward, batches, scale, supervised, again=Fal
         if scale <= 1 or agreed(bool(torch.isfinite(gradient).all())):
             return agreed(loss.item() / supervised), gradient
         scale = max(1.0, scale / 16)
-
-
-@contextlib.contextmanager
-def unrounded(network):
-    """LLM.int8() without the rounding of activations: a forward pass that its backward pass is the derivative of. Nothing for other weights."""
-    weights = [module for module in network.modules() if isinstance(module, quant.LLMInt8Weight)]
-    for weight in weights:
-        weight.rounds = False
-    try:
-        yield weights
-    finally:
-        for weight in weights:
-            weight.rounds = True
 
 
 def agreed(number):
@@ -412,9 +390,9 @@ class Measurement:
         return self.rounding if math.isfinite(self.rounding) else math.inf
 
 
-def judge(measured, losses, even, parts, places, gradients):
-    """The Result of a Measurement. losses: of the training pass and of a forward pass alone; gradients, places: by PEFT's name."""
-    dtype, (loss, forward) = measured.dtype, losses
+def judge(measured, loss, even, parts, places, gradients):
+    """The Result of a Measurement. loss: of the training pass, where Measurement has that of a forward pass alone; gradients, places: by PEFT's name."""
+    dtype, forward = measured.dtype, measured.loss
     move, allowed = FIRST_MOVE[dtype], ALLOWED[dtype]
     lacking = dead(gradients, "lora_B")
     lacking += [name for name in dead(gradients, "lora_A") if name not in asleep(measured.network, [name])] if not lacking else []
@@ -462,23 +440,6 @@ def judge(measured, losses, even, parts, places, gradients):
         judged = [kind for kind, (_, _, fine) in result.parts.items() if fine]
         result.text = wrap(f"gradients  proved: the loss changes {ratio:.4f} times as much as they foretell (1 +- {tolerance:.4f} is right)"
                            + (f"; so it does for each of {', '.join(judged)}" if judged else "") + ".")
-    return result
-
-
-def compare(result, gradient, exact):
-    """`result` of LLM.int8() without rounded activations, told and judged for the gradient that training makes with them.
-
-    gradient = p exact + rest, the rest across. Rounding changes the gradient in all directions alike, so that p may be off 1 by no more than
-    the rest is large: what doubles, halves or loses the gradient only where activations are rounded is found.
-    """
-    along = (torch.dot(gradient.double(), exact.double()) / exact.double().square().sum()).item()
-    rest = ((gradient.double() - along * exact.double()).norm() / exact.double().norm()).item()
-    told = f"those of training, where they are rounded to 8 bits, are {along:.3f} times these and {rest:.0%} of something else"
-    if abs(along - 1) > 0.1 + rest:
-        result.ok, result.text = False, wrap(f"gradients  WRONG: with activations as they are they foretell the loss ({result.ratio:.3f} +- {result.tolerance:.3f}), but {told}, "
-                                             "more than rounding explains.")
-    else:
-        result.text = wrap(" ".join(result.text.split()).replace("proved:", "proved with activations as they are:", 1).removesuffix(".").replace("gradients ", "gradients  ", 1) + f"; {told}.")
     return result
 
 

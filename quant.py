@@ -136,16 +136,15 @@ class LLMInt8Weight(FrozenWeight):
         import bitsandbytes.functional  # noqa: F401  (registers the operators)
         q, row_max, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight.half())
         self.store(q=q, row_max=row_max)  # (out, in) int8, (out,) fp32: W = q * row_max / 127
-        self.threshold, self.rounds = threshold, True
+        self.threshold = threshold
 
     def _dequantize(self, out):
         out.copy_(self.q.to(torch.float32) * (self.row_max / 127)[:, None])
 
     def matmul(self, x, dtype=None):
-        if not self.rounds:  # what the backward pass is the derivative of
-            return super().matmul(x, dtype)
         x_td = x.reshape(-1, self.in_features)
-        codes, row_max, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(x_td.half(), threshold=self.threshold)
+        half = x_td.to(torch.float16, copy=True)  # the operator takes outliers out of what it is given and puts them back, which autograd forbids in x
+        codes, row_max, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(half, threshold=self.threshold)
         out, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x_td.to(dtype or x.dtype), codes, self.q, row_max, self.row_max, outliers)
         return out.reshape(*x.shape[:-1], self.out_features)
 

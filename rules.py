@@ -318,12 +318,13 @@ def damage(entry, alerts):
 
 def coherence(evals, alerts):
     """Whether the newest evaluation's samples stop, repeat themselves, and follow the loss. Asked from half of the run on, and only where the
-    model predicts half of the tokens (six tenths for the last): the samples of a model that has not learnt much yet are bad without a fault.
+    model predicts half of the tokens: the samples of a model that has not learnt much yet are bad without a fault.
 
     Never stopping is judged by samples that ran on past one and a half times their reference: others were cut off by eval.max_new_tokens.
     Repetition is compared with the references' own.
     Not following the loss: a model that puts the right token first with probability a begins an answer with a right word (of some two tokens)
-    with a^2, so all of n samples miss their references with (1 - a^2)^n at most. Below a hundredth, that is no chance.
+    with a^2, so all of n samples miss their references with (1 - a^2)^n at most, and all are empty, wrong in their first token, with
+    (1 - a)^n. Below a hundredth, that is no chance.
     """
     last, first = evals[-1], evals[0]
     samples, able = last.get("samples") or [], last.get("accuracy", 1.0)
@@ -342,11 +343,11 @@ def coherence(evals, alerts):
     if share > max(alerts.repetition, usual + 0.3):
         told = f"At step {last['step']:,} {share:.0%} of the samples' four-word sequences stood in them before"
         yield finding("warning", "samples repeat themselves", told + (f" ({usual:.0%} in the references)." if known else "."), share=share)
-    overlap = last.get("overlap", 1.0)
-    if overlap <= 0.15 * able and (1 - able ** 2) ** len(known) < 0.01 and first["loss"] - last["loss"] > 0.5:
+    overlap, empty = last.get("overlap", 1.0), not any(sample["text"].strip() for sample in known)
+    if overlap <= 0.15 * able and (1 - able ** (1 if empty else 2)) ** len(known) < 0.01 and first["loss"] - last["loss"] > 0.5:
         told = f"The evaluation loss fell from {first['loss']:.4f} to {last['loss']:.4f}"
         told += f" and {able:.0%} of its tokens are put first" if "accuracy" in last else ""
-        told += f", yet the overlap of {len(known)} samples with their references is {overlap:.2f}."
+        told += f", yet the overlap of {len(known)} samples with their references is {overlap:.2f}{', since all are empty' * empty}."
         yield finding("warning", "samples do not follow the loss", told, overlap=overlap)
 
 

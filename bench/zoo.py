@@ -109,6 +109,11 @@ def splits(seed, count=240, held=24, **how):
     return rows, [row for row in chats(seed + 1000, 2 * held, **how) if row["messages"][0]["content"] not in known][:held]
 
 
+def paired(rows):
+    """Chats of two neighbours' turns."""
+    return [{"messages": a["messages"] + b["messages"]} for a, b in zip(rows[::2], rows[1::2])]
+
+
 def chat(words, answer):
     return {"messages": [{"role": "user", "content": " ".join(words)}, {"role": "assistant", "content": " ".join(answer)}]}
 
@@ -267,6 +272,19 @@ def empty_handed(real):
     return AdamW
 
 
+def upwards(real):
+    return lambda parameters, **settings: real(parameters, maximize=True, **settings)
+
+
+def prompt_alone(batch):
+    """The micro-batch with the tokens as targets that are none in it."""
+    import torch
+    places = torch.arange(len(batch.input_ids) - 1)
+    inside = batch.position_ids[1:] > 0  # a row's first token is nobody's target
+    kept = places[inside & ~torch.isin(places, batch.rows)]
+    return dataclasses.replace(batch, rows=kept, targets=batch.input_ids[kept + 1], document=torch.bucketize(kept, batch.cu_seqlens[1:], right=True))
+
+
 def by_micro_batch(real):
     """A scheduler that is advanced once for each of 4 micro-batches. (The forecast computes the schedule that was meant.)"""
     def learning_rate(step, schedule, max_steps):
@@ -345,6 +363,10 @@ def zoo():
         rows = chats(seed, 240)
         return rows, rows[:24]
 
+    def one_held_out(seed):
+        rows, held = splits(seed)
+        return rows, held[:1] * 24
+
     def able(folder, seed):
         return [f"--model.path={folder.parent / f'able-{seed}'}"]
 
@@ -387,6 +409,10 @@ def zoo():
         Run("labels-shifted-in-training", "the same, in training alone",
             ("alert: evaluation does not follow training", "alert: evaluation worse than before training"),
             (), micro_batches(shifted(1), evaluated=False), rows=lambda seed: splits(seed, 480)),
+        Run("prompts-learnt", "the labels are those of the prompt, in training and evaluation; the answer is masked",
+            ("alert: samples do not follow the loss",), (), micro_batches(prompt_alone)),
+        Run("optimizer-ascends", "the optimizer goes up the gradient",
+            ("alert: divergence", "alert: evaluation worse than before training"), (), replaced((torch.optim, "AdamW", upwards))),
         Run("random-labels", "answers that have nothing to do with their questions, for a model that could answer",
             ("alert: growing gap", "alert: evaluation worse than before training"), (), rows=lambda seed: copies(seed, wrong=1.0),
             prepare=able),
@@ -412,6 +438,8 @@ def zoo():
             replaced((data, "prompts", lambda real: lambda *a: [prompt | {"ids": prompt["ids"][:-5]} for prompt in real(*a)]))),
         Run("evaluated-on-training-rows", "the evaluation rows are training rows", ("forecast: leaked rows",), (),
             rows=leaked),
+        Run("evaluation-rows-repeated", "the evaluation rows are one row 24 times", ("forecast: duplicate evaluation rows",), (),
+            rows=one_held_out),
         Run("half-duplicates", "every row stands there twice", ("forecast: duplicate rows",), (), rows=repeated),
         Run("learnt-by-heart", "12 rows with half their answers at random, for 20 passes", ("alert: growing gap",),
             ("--train.accumulation=1", "--eval.every_steps=10"), rows=lambda seed: (chats(seed, 12, wrong=0.5), splits(seed, 12)[1])),
@@ -452,6 +480,11 @@ def zoo():
             options=("--schedule.clip_norm=0.2", "--train.max_steps=100", "--train.accumulation=1")),
         Run("growing-batch", "2 rows a step, then 4, then 12", options=("--schedule.batch_points=[[1,2],[20,4],[40,12]]",)),
         Run("nf4", "4 bits, computing in bf16", options=("--model.quant=nf4", "--model.compute_dtype=bf16", "--eval.unquantised=auto")),
+        Run("learnt-and-flat", "five times as many steps as the task takes", options=("--train.max_steps=300", "--eval.every_steps=50"),
+            rows=lambda seed: splits(seed, 900)),
+        Run("two-turns", "chats of two questions and two answers", rows=lambda seed: [paired(rows) for rows in splits(seed, 480, 48)]),
+        Run("plain-layers-and-dora", "DoRA over int8 weights, computing in bf16, on layers that are not fused",
+            options=("--lora.dora=true", "--model.quant=int8", "--model.compute_dtype=bf16")),
         Run("early-stopping", "stopped by its evaluations",
             options=("--eval.patience=1", "--eval.every_steps=10", "--schedule.learning_rate=1e-2"),
             rows=lambda seed: splits(seed, 60)),

@@ -136,6 +136,12 @@ SICK_AND_WELL = [
         dict(facts=dataclasses.replace(FACTS, audit={"duplicate": 3000, "near_duplicate": 2000})),
         dict(facts=dataclasses.replace(FACTS, audit={"duplicate": 3000})),
     ),
+    (
+        "duplicate evaluation rows",
+        "warning",
+        dict(facts=dataclasses.replace(FACTS, eval_rows=500, eval_repeats=60)),
+        dict(facts=dataclasses.replace(FACTS, eval_rows=500, eval_repeats=40)),
+    ),
     ("memory nearly full", "warning", dict(facts=dataclasses.replace(FACTS, peak_bytes=int(7.9 * GIB), available_bytes=8 * GIB)), {}),
 ]
 
@@ -264,7 +270,9 @@ def test_facts_come_from_rows_of_data(tmp_path):
         np.zeros(9, np.int32), np.array([0, 4, 9]), np.ones(9, bool), ["a", "b"], {"tokens": 9, "supervised_tokens": 7, "rows_read": 2}, ""
     )
     facts = forecast.Facts.of(rows, rows)
-    assert (facts.rows, facts.eval_rows, facts.longest, facts.tokens, facts.supervised_tokens) == (2, 2, 5, 9, 7)
+    assert (facts.rows, facts.eval_rows, facts.eval_repeats, facts.longest, facts.tokens, facts.supervised_tokens) == (2, 2, 0, 5, 9, 7)
+    again = dataclasses.replace(rows, ids=np.array([5, 6, 7, 5, 6, 5, 6, 7], dtype=np.int32), offsets=np.array([0, 3, 5, 8]))
+    assert forecast.Facts.of(rows, again).eval_repeats == 1
 
 
 def test_forecast_alerts_and_diagnosis_need_no_torch():

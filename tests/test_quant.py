@@ -164,8 +164,9 @@ def test_llm_int8_forward_is_bitsandbytes_own_bit_for_bit(shape, dtype, outliers
     original = gaussian(48, 64, dtype=dtype)
     x = activations(shape, dtype, outliers)
     weight = quant.quantize(original, settings("llm_int8"), dtype)
-    before = x.clone()
+    before, version = x.clone(), x._version
     got = weight.matmul(x)
+    assert x._version == version, "autograd lets nobody write to what another layer's backward pass needs"
     with torch.no_grad():
         expected = bitsandbytes_linear8(original)(x.clone())
     assert got.dtype == dtype and got.shape == (*shape[:-1], 48)
