@@ -19,9 +19,10 @@ PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's name on di
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """x W^T with a frozen quantised W, plus low B^T where there is an adapter: keeps nothing of W for the backward pass but the quantised weight.
+    """x W^T with a frozen quantised W, plus low B^T where there is an adapter.
 
-    The sum is rounded once, to `dtype` (x's, unless a wider one is given). Were x W^T rounded to 16 bits before, an update of less than half its last digit would vanish,
+    Keeps nothing of W for the backward pass but the quantised weight. The sum is rounded once, to `dtype` (x's, unless a wider one is
+    given). Were x W^T rounded to 16 bits before, an update of less than half its last digit would vanish,
     as most do near B = 0, and the gradient would foretell what the loss does not do.
     """
 
@@ -51,7 +52,8 @@ class AdaptedLinear(nn.Module):
     `weight` is a quant.FrozenWeight, set when its tensor has been read. With `dora`, lora_magnitude_vector (out,) is trained too.
     """
 
-    def __init__(self, in_features, out_features, bias=None, r=0, scaling=1.0, dropout=0.0, device=None, adapter_dtype=torch.float32, dora=False):
+    def __init__(self, in_features, out_features, bias=None, r=0, scaling=1.0, dropout=0.0, device=None, adapter_dtype=torch.float32,
+                 dora=False):
         super().__init__()
         self.in_features, self.out_features, self.r, self.scaling, self.dropout = in_features, out_features, r, scaling, dropout
         self.weight = None
@@ -74,9 +76,10 @@ class AdaptedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def with_magnitude(self, x, dropped, low, B):
-        """m (W + s B A) / |W + s B A| in place of W + s B A (Liu et al. 2024, equation 5), of the dropped x; what was dropped goes through W alone.
+        """m (W + s B A) / |W + s B A| in place of W + s B A (Liu et al. 2024, equation 5), of the dropped x.
 
-        The lengths |W + s B A| of the rows count as constants, as in its section 4.3 and in PEFT: the gradients lack what lies along the rows.
+        What was dropped goes through W alone. The lengths |W + s B A| of the rows count as constants, as in its section 4.3 and in
+        PEFT: the gradients lack what lies along the rows.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         lengths = self.row_lengths(x.dtype) if self.held is None else self.held
@@ -89,7 +92,8 @@ class AdaptedLinear(nn.Module):
     def row_lengths(self, dtype):
         """|W + s B A|, the lengths of its rows, (out,) in the adapters' dtype, for W in `dtype`."""
         weight, low = self.weight.dequantize(dtype), self.scaling * self.lora_B
-        return torch.cat([torch.linalg.vector_norm(weight[rows] + low[rows] @ self.lora_A, dim=1) for rows in quant.pieces(self.out_features, 1024)])
+        pieces = quant.pieces(self.out_features, 1024)
+        return torch.cat([torch.linalg.vector_norm(weight[rows] + low[rows] @ self.lora_A, dim=1) for rows in pieces])
 
 
 def adapters(network):
@@ -103,7 +107,8 @@ def adapters(network):
         if isinstance(module, AdaptedLinear) and module.r:
             blocks.setdefault(name.rpartition(".")[0], []).append((f"{PEFT_PREFIX}{name}", module))
     parts = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
-    return {f"{name}.{part}{ending}": getattr(module, part) for modules in blocks.values() for part, ending in parts.items() for name, module in modules if hasattr(module, part)}
+    ordered = ((name, module, part) for modules in blocks.values() for part in parts for name, module in modules if hasattr(module, part))
+    return {f"{name}.{part}{parts[part]}": getattr(module, part) for name, module, part in ordered}
 
 
 @torch.no_grad()
@@ -126,7 +131,8 @@ def correct(module, weight):
     adapter is one that anything can load over it. Raises ValueError for a rank that the matrix cannot have.
     """
     if module.r > min(weight.shape):
-        raise ValueError(f"lora.init: loftq needs a rank of {min(weight.shape)} at most for a projection of shape {tuple(weight.shape)}, lora.r is {module.r}")
+        raise ValueError(f"lora.init: loftq needs a rank of {min(weight.shape)} at most for a projection of shape {tuple(weight.shape)}, "
+                         f"lora.r is {module.r}")
     u, s, v = torch.linalg.svd(weight.float() - module.weight.dequantize(torch.float32), full_matrices=False)
     root = (s[:module.r] / module.scaling).sqrt()
     module.lora_A.copy_(root[:, None] * v[:module.r])
@@ -193,13 +199,19 @@ class AdapterMemory:
 
 @torch.no_grad()
 def set_adapters(own, tensors, origin):
-    """Copy matrices {name: tensor} into those of `adapters`. Raises ValueError naming `origin` for names or shapes that are not the network's."""
+    """Copy matrices {name: tensor} into those of `adapters`.
+
+    Raises ValueError naming `origin` for names or shapes that are not the network's.
+    """
     different = sorted(set(own) ^ set(tensors))
     if different:
-        raise ValueError(f"{origin}: {different[0]} is in {'the file but not in the model' if different[0] in tensors else 'the model but not in the file'} ({len(different)} such); the adapter belongs to other targets or another model")
+        where = "the file but not in the model" if different[0] in tensors else "the model but not in the file"
+        raise ValueError(f"{origin}: {different[0]} is in {where} ({len(different)} such); the adapter belongs to other targets or another "
+                         "model")
     for name, parameter in own.items():
         if parameter.shape != tensors[name].shape:
-            raise ValueError(f"{origin}: {name} has the shape {tuple(tensors[name].shape)}, this model and lora.r need {tuple(parameter.shape)}")
+            raise ValueError(f"{origin}: {name} has the shape {tuple(tensors[name].shape)}, this model and lora.r need "
+                             f"{tuple(parameter.shape)}")
         parameter.copy_(tensors[name])
 
 
@@ -207,8 +219,10 @@ def peft_settings(lora, network, base):
     """The adapter_config.json text under which PEFT (and what reads PEFT) loads what `adapters` holds."""
     from peft import LoraConfig
     names = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in adapters(network)})
-    settings = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha if lora.alpha % 1 else int(lora.alpha), lora_dropout=lora.dropout,
-                          use_rslora=lora.rslora, use_dora=lora.dora, target_modules=names, bias="none", base_model_name_or_path=str(base), inference_mode=True).to_dict()
+    alpha = lora.alpha if lora.alpha % 1 else int(lora.alpha)
+    settings = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
+                          use_dora=lora.dora, target_modules=names, bias="none", base_model_name_or_path=str(base),
+                          inference_mode=True).to_dict()
     return json.dumps({name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}, indent=1, default=str)
 
 
@@ -225,16 +239,21 @@ def read_adapter(folder):
             raise ValueError(f"{folder}: no {name} there, so it is no adapter in PEFT's format")
     settings = trust.read_json(folder / "adapter_config.json")
     trust.tensor_shapes(folder / "adapter_model.safetensors")
-    honoured = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "base_model_name_or_path", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "init_lora_weights"}
+    honoured = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "base_model_name_or_path", "task_type",
+                "inference_mode", "revision", "auto_mapping", "peft_version", "init_lora_weights"}
     usual = json.loads(json.dumps(LoraConfig().to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
     for name, value in settings.items():
         if name not in honoured and value and value != usual.get(name):
-            raise ValueError(f"{folder}/adapter_config.json: {name} = {json.dumps(value)} is not supported; LoRA and DoRA adapters on projections are")
+            raise ValueError(f"{folder}/adapter_config.json: {name} = {json.dumps(value)} is not supported; LoRA and DoRA "
+                             "adapters on projections are")
     if settings.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"{folder}/adapter_config.json: init_lora_weights = {settings['init_lora_weights']!r} changes the base weights; convert it to a plain LoRA adapter with PEFT first")
+        raise ValueError(f"{folder}/adapter_config.json: init_lora_weights = {settings['init_lora_weights']!r} changes the base weights; "
+                         "convert it to a plain LoRA adapter with PEFT first")
     if type(settings.get("r")) is not int or not all(type(settings.get(name)) in (int, float) for name in ("lora_alpha", "lora_dropout")):
-        raise ValueError(f"{folder}/adapter_config.json: r must be a whole number, lora_alpha and lora_dropout must be numbers, as PEFT writes them")
+        raise ValueError(f"{folder}/adapter_config.json: r must be a whole number, lora_alpha and lora_dropout must be numbers, as PEFT "
+                         "writes them")
     tensors = load_file(folder / "adapter_model.safetensors")
     modules = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in tensors})
-    lora = config.Lora(r=settings["r"], alpha=float(settings["lora_alpha"]), dropout=float(settings["lora_dropout"]), rslora=bool(settings.get("use_rslora")), dora=bool(settings.get("use_dora")), targets=modules)
+    lora = config.Lora(r=settings["r"], alpha=float(settings["lora_alpha"]), dropout=float(settings["lora_dropout"]),
+                       rslora=bool(settings.get("use_rslora")), dora=bool(settings.get("use_dora")), targets=modules)
     return lora, tensors, settings.get("base_model_name_or_path") or ""
