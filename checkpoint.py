@@ -148,6 +148,8 @@ def load(path):
     manifest = _inventory(folder) if not _is_plain_adapter(folder) else {"step": None, "files": {name: None for name in REQUIRED[:2]}}
     tensors, texts = {}, {}
     for name, entry in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: not an ordinary file")
         if not name.endswith(".safetensors") and (folder / name).stat().st_size > LARGEST_TEXT:
             raise ValueError(f"{folder / name}: larger than {LARGEST_TEXT} bytes")
         data = (folder / name).read_bytes()

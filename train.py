@@ -165,14 +165,15 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
 
     def agree():
         """What one rank was told, or found, all of them act on: a signal, an alert that ends the run, a row that does not fit."""
-        told = [json.loads(text) for text in ranks.words(json.dumps([interrupted, fatal, too_large]) if interrupted or fatal or too_large else "")]
+        own = json.dumps([interrupted, fatal, too_large]) if interrupted or fatal or too_large else ""
+        told = [json.loads(text) for text in ranks.words(own)]
         for place, known in enumerate((ending, fatal, too_large)):  # a signal that comes while the others are heard is for the next time
             known[:] = [what for of_rank in told for what in of_rank[place]]
 
     def attend(step, values):
         """Write figures of a step down, and raise the alerts that they call for."""
         recorder.write(step, values)
-        found = watch.see({"step": step, **values}) if ranks.FIRST else []  # it alone knows the steps before a resume; the figures are all ranks'
+        found = watch.see({"step": step, **values}) if ranks.FIRST else []  # the figures are all ranks', the steps before a resume its own
         if found:
             raised[step] = [*raised.get(step, []), *found]
             recorder.write(step, {"alerts": alerts.as_text(raised[step])})
@@ -322,9 +323,9 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
                 graphs.forget(forward_backward)
                 model.release_memory()
                 window = data.share(rows, samples, plan["fits"])
-        late, fits = ranks.most(late, -plan["fits"])
-        if plan["fits"] > -fits:
-            pack_smaller(plan, step, -fits, "on another rank")
+        late, least = ranks.most(late, -plan["fits"])
+        if -least < plan["fits"]:
+            pack_smaller(plan, step, -least, "on another rank:")
         if late:  # the window is given up, and the step before it is where the run ends
             continuation.set_generators(drawn, device)
             while pending:
@@ -422,10 +423,11 @@ def be_deterministic():
 
 
 def claim(run):
-    """The lock on a run folder that was not there when the run was asked for. ValueError where another process has made a run in it since."""
+    """The lock on a run folder that was not there when the run was asked for. Raises ValueError where another process made a run in it since."""
     guard = checkpoint.lock(run)
     if any(run.glob("checkpoints/step-*")):
-        raise ValueError(f"{run}: another process made a run in this folder while this one was loading; choose another with --out=, or go on with --resume")
+        raise ValueError(f"{run}: another process made a run in this folder while this one was loading; choose another with --out=, "
+                         "or go on with --resume")
     return guard
 
 

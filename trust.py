@@ -108,6 +108,8 @@ def _check_config(tree, path):
             _check_config(value, path)
         elif type(value) in (int, float) and not abs(value) <= largest:
             raise ValueError(f"{path}: {name} = {value}, beyond what any model has; copy or fetch it again")
+        elif name == "sliding_window" and not (value is None or type(value) in (int, bool)):  # transformers takes it as it is
+            raise ValueError(f"{path}: {name} = {json.dumps(value)[:100]}, and a window is a whole number; copy or fetch it again")
 
 
 def check_sizes(tree, tensors, path):

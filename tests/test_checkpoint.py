@@ -583,6 +583,10 @@ def test_pickles_are_never_opened_wherever_they_lie(tmp_path):
     (adapter / "adapter_model.safetensors").write_bytes(bomb)
     with pytest.raises(ValueError, match="not a safetensors file"):
         checkpoint.load(checkpoint.find(adapter))
+    (adapter / "adapter_model.safetensors").unlink()
+    os.mkfifo(adapter / "adapter_model.safetensors")  # opening it would wait for ever
+    with pytest.raises(ValueError, match="adapter_model.safetensors: not an ordinary file"):
+        checkpoint.load(adapter)
     folder = save(tmp_path / "run", 500)
     (folder / "optimizer.pt").write_bytes(bomb)
     reseal(folder)
