@@ -24,6 +24,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -241,9 +242,16 @@ def keep_dropped(rows, folder):
 
 
 def _write_dropped(rows, path):
-    rows.dropped.seek(0)
-    with open(path, "wb") as file:
-        shutil.copyfileobj(rows.dropped, file)
+    """Write the rows that data.drop left out into the file `path`, which is there whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            if rows.dropped:
+                rows.dropped.seek(0)
+                shutil.copyfileobj(rows.dropped, file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_evaluation(cfg, tokenizer):
@@ -550,8 +558,12 @@ def main(argv):
     for flag in ("check", "preview"):
         if isinstance(flags[flag], str) and not (flags[flag].isdigit() and int(flags[flag])):
             raise ValueError(f"--{flag}: takes a number above 0, got {flags[flag]}")
+    if flags["out"] and not flags["check"] or flags["ids"] and not flags["preview"]:
+        raise ValueError("--out goes with --check, --ids with --preview")
     cfg = config.located(config.read(config.find(words[0]), overrides))
     tokenizer = load_tokenizer(cfg.model.path, cfg.data.chat_template, cfg.model.revision)
+    if flags["out"]:
+        _check_out(pathlib.Path(flags["out"]), cfg.data)
     if flags["check"]:
         _check(cfg, tokenizer, 2 if flags["check"] is True else int(flags["check"]), flags["out"])
     if flags["preview"]:
@@ -563,6 +575,14 @@ def main(argv):
         packed, ends, colour = pack(rows, window, max_tokens), end_of_turn(tokenizer), sys.stdout.isatty()
         print(*preview.lines(rows, tokenizer, ends, window[:count], packed, max_tokens, flags["ids"], colour), sep="\n")
     return 0
+
+
+def _check_out(out, data):
+    """Raises ValueError where dropped rows cannot be written to `out`, or would be over rows that are read."""
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out: {out} cannot be a file; name one in a folder that exists")
+    if any(pathlib.Path(config.find(part)).resolve() == out.resolve() for source in _named_sources(data) for part in sources.parts(source)):
+        raise ValueError(f"--out: {out} holds the rows that are looked through; name another file")
 
 
 def _check(cfg, tokenizer, examples, out):
@@ -587,7 +607,7 @@ def _check(cfg, tokenizer, examples, out):
     if refused:
         raise ValueError(refused)
     if out:
-        _write_dropped(rows, out) if rows.dropped else pathlib.Path(out).write_bytes(b"")
+        _write_dropped(rows, pathlib.Path(out))
         print(f"written    {out}: the {rows.counts['rows_dropped']:,} rows left out by data.drop")
 
 

@@ -342,6 +342,7 @@ def test_examples_are_readable_in_any_script_and_under_a_mapping_and_fit_80_colu
 @pytest.mark.parametrize("argv, message", [
     (["c.json"], "give one configuration and what to do"), (["--check"], "give one configuration"), (["c.json", "--check", "3"], "give one configuration"),
     (["c.json", "--check=none"], "--check: takes a number above 0"), (["c.json", "--preview=0"], "--preview: takes a number above 0"),
+    (["c.json", "--preview", "--out=x"], "--out goes with --check"), (["c.json", "--check", "--ids"], "--ids with --preview"),
     (["none.json", "--check"], "none.json"), (["c.json", "--check", "--data.drop=dupes"], "data.drop: there is no check called \"dupes\""),
 ])
 def test_a_command_that_asks_for_nothing_sensible_is_refused(tmp_path, monkeypatch, argv, message):
@@ -349,6 +350,28 @@ def test_a_command_that_asks_for_nothing_sensible_is_refused(tmp_path, monkeypat
     write(tmp_path / "c.json", "{}")
     with pytest.raises(ValueError, match=message):
         data.main(argv)
+
+
+def test_rows_left_out_are_written_whole_or_not_at_all_and_never_over_rows_that_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_tokenizer().save_pretrained("model")
+    project(tmp_path, [*unlike(5), *unlike(5)], unlike(3, seed=4))
+    write_settings(tmp_path, drop=["duplicate"])
+    before = (tmp_path / "train.jsonl").read_bytes()
+    for out, said in (("train.jsonl", "holds the rows"), ("eval.jsonl", "holds the rows"), ("none/x", "cannot be a file"), ("model", "cannot be a file")):
+        with pytest.raises(ValueError, match=f"--out: {out} {said}"):
+            data.main(["c.json", "--check", f"--out={out}"])
+    assert (tmp_path / "train.jsonl").read_bytes() == before
+
+    def full(source, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.shutil, "copyfileobj", full)
+    write(tmp_path / "out.jsonl", "older")
+    with pytest.raises(OSError):
+        data.main(["c.json", "--check", "--out=out.jsonl"])
+    assert (tmp_path / "out.jsonl").read_text() == "older" and not list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*.part"))
 
 
 def test_check_tells_of_rows_too_long_and_of_held_out_rows_with_a_twin(tmp_path, capsys, monkeypatch):
