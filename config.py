@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import pathlib
 import sys
 import textwrap
@@ -484,7 +485,12 @@ def run_command(main):
     for library in ("bitsandbytes", "transformers", "datasets", "huggingface_hub"):  # they report on what is not used here
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        sys.exit(141)
     except (ValueError, OSError) as error:
         nameless = isinstance(error, OSError) and error.errno and not error.filename and str(error).endswith(error.strerror or "")
         where = "; it names no file: look at the folders of the run, of data.cache and of temporary files (TMPDIR)" * bool(nameless)

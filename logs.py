@@ -174,15 +174,18 @@ def of_settings(settings):
 
 
 def read_console(text, path):
-    """A saved console log: the dictionaries that the Trainer prints, each at the step that the progress bar before it names.
+    """A saved console log: the dictionaries that the Trainer prints, each at the step that the training's progress bar before it names.
 
-    Without a progress bar the dictionaries are counted, and a step is one of them.
+    The bars of loading and tokenising have their name before them ("Map:  50%|"), and an evaluation's is shorter. A bar that is drawn less
+    often than losses are printed names a step twice: each later loss is then taken for one of the step after. Without a progress bar the
+    dictionaries are counted, and a step is one of them.
     """
-    step, total, counted, entries = 0, 0, 0, []
-    bars = any(re.finditer(r"\d+/\d+ \[", text))
-    for match in re.finditer(r"(\d+)/(\d+) \[|\{'[^{}\n]*\}", text):
+    step, total, last, entries = 0, 0, 0, []
+    bar = r"\d+%\|[^|\r\n]*\| *(\d+)/(\d+) \["
+    for match in re.finditer(rf"{bar}|{{'[^{{}}\n]*}}", text):
         if match[1]:
-            if int(match[2]) >= total:  # an evaluation has a shorter bar of its own
+            named = re.search(r"[^\]\s]: *$", text[max(0, match.start() - 80):match.start()])
+            if not named and int(match[2]) >= total:
                 step, total = int(match[1]), int(match[2])
             continue
         try:
@@ -190,13 +193,13 @@ def read_console(text, path):
         except (ValueError, SyntaxError):
             continue
         if isinstance(values, dict) and {"loss", "eval_loss", "grad_norm"} & set(values):
-            counted += "loss" in values
-            entries.append({"step": step if bars else counted, **values})
+            last = max(step, last + ("loss" in values))
+            entries.append({"step": last, **values})
     if not entries:
         raise ValueError(f"{path}: holds no line such as {{'loss': 2.1, 'grad_norm': 0.7, …}}, which the Trainer prints; "
                          "name a file that does")
     record = to_record("a console log", entries, planned_steps=total)
-    if not bars:
+    if not total:
         record.doubts.append("steps: the log has no progress bar, so its lines are counted, and sums over steps count lines")
     return record
 

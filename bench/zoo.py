@@ -410,7 +410,7 @@ def zoo():
             ("alert: evaluation does not follow training", "alert: evaluation worse than before training"),
             (), micro_batches(shifted(1), evaluated=False), rows=lambda seed: splits(seed, 480)),
         Run("prompts-learnt", "the labels are those of the prompt, in training and evaluation; the answer is masked",
-            ("alert: samples do not follow the loss",), (), micro_batches(prompt_alone)),
+            ("alert: samples do not follow the loss",), ("--eval.samples=16",), micro_batches(prompt_alone)),
         Run("optimizer-ascends", "the optimizer goes up the gradient",
             ("alert: divergence", "alert: evaluation worse than before training"), (), replaced((torch.optim, "AdamW", upwards))),
         Run("random-labels", "answers that have nothing to do with their questions, for a model that could answer",

@@ -480,6 +480,9 @@ def test_samples_that_do_not_follow_the_loss_are_told():
     assert told(**{"eval/overlap": 0.0, "eval/token_accuracy": 0.5}) == []  # a model that has barely begun writes nothing right yet
     one_sample = json.dumps(json.loads(evaluation(0, 0, "", 0)["eval/samples"])[:1])
     assert told(**{"eval/overlap": 0.0, "eval/token_accuracy": 0.8, "eval/samples": one_sample}) == []  # one may be bad luck
+    six = lambda text: json.dumps([{"prompt": "p", "text": text, "stopped": True, "reference": "red fox"}] * 6)
+    assert told(**{"eval/overlap": 0.0, "eval/token_accuracy": 0.6, "eval/samples": six("cat")}) == []
+    assert told(**{"eval/overlap": 0.0, "eval/token_accuracy": 0.6, "eval/samples": six(" \n")}) == ["warning"]  # wrong in the first token, all of them
 
 
 def test_what_the_gradient_proof_says_by_its_own_word_counts_before_its_figures():

@@ -209,3 +209,9 @@ def test_a_path_is_taken_as_given_and_else_beside_the_program_and_else_as_a_hub_
     (tmp_path / "configs/approach1.json").write_text("{}")
     assert config.find("configs/approach1.json") == "configs/approach1.json"
     assert config.find("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    command = f"{sys.executable} train.py --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command + '; echo ${PIPESTATUS[0]}'], cwd=PROJECT, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "141") and len(done.stdout.splitlines()) == 2

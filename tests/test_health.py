@@ -493,6 +493,13 @@ def test_a_console_log_is_read_with_the_steps_of_its_progress_bar_or_by_counting
     assert (
         stepped.steps[-1]["step"] == 300 and stepped.planned_steps == 300 and "dead gradients" in {f.name for f in health.diagnose(stepped)}
     )
+    others = "Map: 100%|##| 45000/45000 [00:01<00:00]\rLoading weights: 100%|##| 290/290 [00:00<00:00]\n"
+    torchrun = bars.replace("  1%|# | 10/300", "[rank0]:   1%|# | 10/300")
+    for name, text in (("named.log", others + bars), ("torchrun.log", others + torchrun)):  # bars that are not the training's
+        (tmp_path / name).write_text(text)
+        assert health.read(tmp_path / name).steps == stepped.steps and health.read(tmp_path / name).planned_steps == 300
+    (tmp_path / "fast.log").write_text("  2%|# | 5/300 [00:01<00:59]\n" + "\n".join(line % (i, i) for i in range(4)))  # a bar that lags
+    assert [entry["loss"] for entry in health.read(tmp_path / "fast.log").steps] == [2.70, 2.71, 2.72, 2.73]
     (tmp_path / "other.log").write_text("{'colour': 'red'}")
     with pytest.raises(ValueError, match="holds no line such as"):
         health.read(tmp_path / "other.log")
