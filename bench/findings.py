@@ -92,7 +92,7 @@ def experiments():
             *seeded("cure-steps", "seed-failure", failure | {"train.max_steps": 2000, "eval.every_steps": 500}, 50),
             *seeded("approach1", "approach1", TLDR | BESIDE | {"eval.samples": 16}, 65, later),
             training("approach2", "approach2", TLDR | BESIDE | {"eval.samples": 16}, 160)]
-    plan += [training("approach3", "approach3", TLDR | BESIDE | {"eval.samples": 16}, 330, alone=True),
+    plan += [training("approach3", "approach3", TLDR | BESIDE | {"eval.samples": 16}, 330),
              generation("generation-before", ["--untrained"]), generation("generation-after", []),
              generation("generation-before-bf16", ["--untrained", "--model.quant=none"]),
              training("gsm8k", "approach1", GSM8K | BESIDE | {"eval.samples": 16, "eval.every_steps": 250}, 110),
@@ -112,6 +112,10 @@ def experiments():
     plan += [run for name in chosen for run in seeded(f"schedule-{name}", "approach1", chosen[name], 50, first)]
     plan += seeded("clean", "approach1", TLDR | FIGURES | CLEAN, 55, first)
     plan += [peer("peer-trl-time", "trl", 60, 60, alone=True), peer("peer-unsloth-time", "unsloth", 60, 80, alone=True)]
+    brief = TLDR | FIGURES | {"train.max_steps": 200, "schedule.lr_warmup_steps": 20}
+    slow = brief | {"memory.fused": "false", "memory.graphs": "no", "memory.keep_dequantized": "no"}
+    plan += [run for seed in (*first, *later) for name, values in (("fast-200", brief), ("slow-200", slow))
+             for run in seeded(name, "approach1", values, 35 if name == "fast-200" else 90, (seed,))]
     for seed in later:
         plan += seeded("clean", "approach1", TLDR | FIGURES | CLEAN, 55, (seed,))
         plan += [run for kind in bits for run in seeded(f"bits-{kind}", "approach1", bits[kind], 50, (seed,))]

@@ -86,8 +86,8 @@ def loss(run, step=None):
 
 def seed_deviation(runs, like="approach1"):
     """The standard deviation of the last evaluation loss between seeds, pooled over the settings of one kind that ran with several: those of
-    the failed run's length, the peers' 500 steps, or approach 1's 2,000. NaN without."""
-    kind = lambda name: name.split("-")[0] if name.startswith(("seed", "ours")) else "seed" if name.startswith("cure") else "approach1"
+    the failed run's length, the peers' 500 steps, 200 steps of both paths, or approach 1's 2,000. NaN without."""
+    kind = lambda name: name.split("-")[0] if name.startswith(("seed", "ours")) else "200" if name.startswith(("fast-200", "slow-200")) else "seed" if name.startswith("cure") else "approach1"
     squares, freedom = 0.0, 0
     for name in sorted({re.sub(r"-s\d$", "", name) for name in runs if re.search(r"-s\d$", name)}):
         values = [value for value in (loss(run) for run in seeds_of(runs, name)) if math.isfinite(value)] if kind(name) == kind(like) else []
@@ -284,6 +284,10 @@ def peers(runs):
     return words.paragraphs(table, words.table(["alone on the GPU", "ms, median step", "samples/s", "peak GiB"], rows))
 
 
+def paths(runs):
+    return differences_table(runs, "200 steps of approach 1", ("fast paths on", "fast-200"), {"off": "slow-200"})
+
+
 def gsm8k(runs):
     curve, run, early = runs.get("gsm8k"), runs.get("gsm8k-early"), f"Early stopping: {NOT_RUN}."
     if run:
@@ -360,7 +364,8 @@ def results(runs):
 
 
 BLOCKS = {"state": machine, "results": results, "said": said, "cures": cures, "approaches": approaches, "bits-before": bits_before,
-          "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "peers": peers, "gsm8k": gsm8k, "generation": generation}
+          "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "peers": peers, "gsm8k": gsm8k, "generation": generation,
+          "paths": paths}
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
