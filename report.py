@@ -285,7 +285,7 @@ def verdict(found):
         basis = f"The outcome is that of the {' and '.join(map(str, judged))} set{'s' * (len(judged) > 1)}."
     if given.get("rows") and is_number(given["rows"]) and is_number(confidence):
         basis += f" The intervals are of {confidence:.0%}, from {given['rows']:,} evaluation rows."
-    parts, before = [f"## Verdict: {plain(given.get('outcome', 'not stated'))}", prose(plain(basis))], set()
+    parts, before = [f"## Verdict: {plain(given.get('outcome', 'not stated'))}", prose(plain(basis))], {}
     criteria = [entry for entry in given.get("criteria") or [] if isinstance(entry, dict)]
     for group in dict.fromkeys(str(entry.get("set")) for entry in criteria):
         rows, reasons = [], []
@@ -296,8 +296,8 @@ def verdict(found):
             if is_number(low) and is_number(high) and low < high:
                 measured += f" [{number(low, '.3g')}, {number(high, '.3g')}]"
             rows.append([name, plain(entry.get("outcome", "?")), sign + " " + number(entry.get("threshold")), measured])
-            reasons.append(prose(f"**{name}**: " + ("as above." if reason in before else plain(reason)), "- "))
-            before.add(reason)
+            reasons.append(prose(f"**{name}**: " + (f"as for {before[reason]} above." if reason in before else plain(reason)), "- "))
+            before.setdefault(reason, name)
         parts += [f"### {plain(group)}" + (f": {plain(outcomes[group])}" if group in outcomes else ""),
                   table(["criterion", "outcome", "needed", "measured"], rows), "\n".join(reasons)]
     notes = given.get("notes") if isinstance(given.get("notes"), list) else []

@@ -399,7 +399,9 @@ def counted(run, set, name, threshold, gain, reason, which, unit=1.0, paired=Tru
         repair, quant = repair_measured(run, which), run.quant or "quantising"
         if repair is not None:
             gain = minus(gain, unit * repair) if paired else gain - unit * repair
-            reason += f" Of it {unit * repair[0]:{form}} repair what {quant} cost the untrained model on evaluation rows; the rest counts."
+            cost = f"{unit * repair[0]:{form}}"
+            reason += (f" Of it {cost} repair what {quant} cost the untrained model on evaluation rows; the rest counts." if float(cost) > 0 else
+                       f" {quant} cost the untrained model nothing on evaluation rows.")
         else:
             low_allowance = unit * MOST_REPAIR.get(run.quant, MOST_REPAIR["nf4"])[which]
             reason += f" Up to {low_allowance:.2g} {what} of it may only repair what {quant} cost: the unquantised model was not measured."
@@ -602,7 +604,7 @@ def plain(verdict):
 
 def shown(verdict):
     """A Verdict as text of at most 80 columns."""
-    facts, lines, told = verdict.facts, [], set()
+    facts, lines, told = verdict.facts, [], {}
     wrap = lambda text, indent: textwrap.wrap(text, 80, initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False)
     planned = f" of {facts['planned_steps']:,}" if facts["planned_steps"] else ""
     lines += wrap(f"verdict    {verdict.outcome} ({' and '.join(facts['judged'])}), "
@@ -618,8 +620,8 @@ def shown(verdict):
             if c.low is not None and c.low < c.high:
                 figure += f" [{c.low:.4g}, {c.high:.4g}]"
             lines += [f"  {c.outcome:<13} {c.name} {sign} {c.threshold:g}: {figure}"]
-            lines += wrap("As above." if c.reason in told else c.reason, 16)
-            told.add(c.reason)
+            lines += wrap(f"As for {told[c.reason]} above." if c.reason in told else c.reason, 16)
+            told.setdefault(c.reason, c.name)
     for note in verdict.notes:
         lines += [""] + wrap("note: " + note, 0)
     return "\n".join(lines)

@@ -239,6 +239,18 @@ def test_undoing_the_quantisations_damage_is_not_learning(tmp_path):
     )
 
 
+def test_a_quantisation_that_cost_nothing_has_nothing_to_repair(tmp_path):
+    reason = outcomes(make_run(tmp_path / "run", start=4.6, evals={0: 4.6, 100: 3.0, 200: 2.5}, unquantised=4.601))["minimum eval loss drop"].reason
+    assert "nf4 cost the untrained model nothing" in reason and "repair" not in reason
+
+
+def test_a_reason_that_was_given_is_referred_to_by_its_criterion(tmp_path):
+    run = make_run(tmp_path / "run")
+    kept = [{name: value for name, value in line.items() if not name.startswith("eval/")} for line in record.read_metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert "As for eval loss drop above." in " ".join(verdict.shown(verdict.of_run(run)).split())
+
+
 @pytest.mark.parametrize(
     "quant, last, expected",
     [("nf4", 4.0, "INCONCLUSIVE"), ("nf4", 3.0, "PASS"), ("nf4", 4.58, "FAIL"), ("int8", 4.0, "PASS"), ("none", 4.0, "PASS")],
