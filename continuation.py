@@ -34,6 +34,12 @@ def _number(value):
     return type(value) in (int, float)
 
 
+def _figure(entry):
+    """Whether a (tag, value) is what a step's line holds: a number, one that is not finite as text, or text that is told and not reckoned with."""
+    tag, value = entry
+    return _number(value) or isinstance(value, str) and (value in ("nan", "inf", "-inf") or not tag.startswith(("train/", "adapters/")))
+
+
 def _noise(value):
     """Whether a saved noise scale is what telemetry.NoiseScale.state returns."""
     if not isinstance(value, list) or len(value) != 3 or not all(map(_number, value[:2])):
@@ -51,7 +57,7 @@ def _plan(value):
 STATE = {  # what state.json must hold, by name
     **dict.fromkeys(("samples", "tokens", "supervised_tokens", "nonfinite", "skipped", "without_improvement"), _count),
     "norms": lambda v: isinstance(v, list) and all(isinstance(pair, list) and len(pair) == 2 and _count(pair[0]) and _number(pair[1]) for pair in v),
-    "line": lambda v: isinstance(v, dict) and "step" not in v and all(_number(value) or value in ("nan", "inf", "-inf") for value in v.values()),
+    "line": lambda v: isinstance(v, dict) and "step" not in v and all(map(_figure, v.items())),
     "accepted": lambda v: isinstance(v, list) and all(isinstance(entry, dict) and _count(entry.get("step")) for entry in v),
     "evaluated": lambda v: v == -1 or _count(v), "best_step": lambda v: v is None or _count(v), "best_loss": lambda v: v is None or _number(v),
     "origin": lambda v: isinstance(v, dict), "plan": _plan, "noise": _noise}
