@@ -58,7 +58,7 @@ MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152\u0153\u0160\u0161\u01
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")  # but tab, line breaks, and the escape of terminal colours
 PERIODS = range(2, 201)  # characters of a piece that is said over and over
 RUNAWAY_CHARACTERS = 60
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{5}")  # of scripts without spaces: more than a word
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{5}")  # without spaces, yet no single word
 
 
 def _as_byte(character):
@@ -608,7 +608,8 @@ def _example(names, row, why, other, names_of_keys, width):
     lines += wrapped("      ", why, width)
     for record in [record] + ([names[other][1]] if other is not None and why != "the same turns" else []):
         text = _said(record, names_of_keys)
-        lines += textwrap.wrap(text, _fitting(text, width), initial_indent="      ", subsequent_indent="        ", max_lines=2, placeholder=" …")
+        lines += textwrap.wrap(text, words.fitting(text, width), initial_indent="      ", subsequent_indent="        ", max_lines=2,
+                               placeholder=" …")
     return lines
 
 
@@ -623,12 +624,7 @@ def _said(record, names_of_keys):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in answer)
 
 
-def _fitting(text, width):
-    """Characters of `text` that surely fit into `width` columns: some scripts' take two."""
-    return width if all(words.columns_of(c) < 2 for c in set(text)) else width // 2
-
-
 def wrapped(lead, text, width=80):
     """`text` as lines of at most `width` columns, `lead` before the first and spaces before the others; words are kept whole."""
     whole = dict(break_on_hyphens=False, break_long_words=False)
-    return textwrap.wrap(text, _fitting(text, width), initial_indent=lead, subsequent_indent=" " * len(lead), **whole) or [lead]
+    return textwrap.wrap(text, words.fitting(text, width), initial_indent=lead, subsequent_indent=" " * len(lead), **whole) or [lead]

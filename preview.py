@@ -24,7 +24,7 @@ def lines(rows, tokenizer, end_ids, chosen, packed, max_tokens, ids=False, colou
         counts = f": {len(tokens):,} tokens, {sum(supervised):,} supervised"
         out.append(_tail(rows.names[r], width - len(counts)) + counts)
         marked = text(tokens, supervised, tokenizer, end_ids, colour)
-        out += wrapped(marked, width if all(words.columns_of(c) < 2 for c in set(marked)) else width // 2)  # wide characters take two columns
+        out += wrapped(marked, words.fitting(marked, width))
         if not any(t in end_ids for t, s in zip(tokens, supervised) if s):
             out.append("  ! no supervised token ends a turn: the row was cut, or teaches no end")
         if ids:

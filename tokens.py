@@ -126,7 +126,8 @@ def ends_of(tokenizer):
     closing = [n for n in range(len(ids)) if chars[n, 0] >= start and ids[n] in special]
     if answer not in text or not closing:
         raise ValueError(f"data.chat_template: the template renders a small chat as {sources.shown(text)}, with no special token behind the "
-                         "answer, so the model could not learn to stop; set the tokenizer's eos_token if it is missing, or give another template")
+                         "answer, so the model could not learn to stop; set the tokenizer's eos_token if it is missing, or give another "
+                         "template")
     terminator, end = int(ids[closing[0]]), int(chars[closing[0], 1])
     # A tokenizer read from a GGUF file may name the token that opens turns as eos: what stands within a chat ends nothing.
     stops = [terminator] if eos is None or eos in ids else [terminator, eos]

@@ -40,6 +40,11 @@ def columns_of(text):
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def fitting(text, width):
+    """Characters of `text` that surely fit into `width` columns: half as many where it has wide ones."""
+    return width if all(columns_of(c) < 2 for c in set(text)) else width // 2
+
+
 def padded(text, width):
     return text + " " * (width - columns_of(text))
 
