@@ -95,7 +95,8 @@ def learnt(loss, lowest):
 
 
 def judge(lines, lowest, contradictions):
-    """(exit code, text): 0 where the rows were learnt by heart, else 5 with the likely reason and what to do.
+    """(exit code, text): 0 where the rows were learnt by heart (their loss is next to the lowest, or each of their tokens is put first at the end),
+    else 5 with the likely reason and what to do.
 
     lines: the run's record as from record.read_metrics. lowest, contradictions: from `floor`.
     """
@@ -114,6 +115,11 @@ def judge(lines, lowest, contradictions):
                 f"The lowest mean loss that these rows allow is {lowest:.3f}.")
     if learnt(best[1], lowest):
         return 0, wrap(f"overfit    LEARNT: loss {start:.3f} -> {best[1]:.3f} by step {best[0]:,}, at most {target} was asked.{note}")
+
+    last = next((line for line in reversed(lines) if "eval/token_accuracy" in line), {})
+    if last.get("eval/token_accuracy") == 1.0 and best[1] < 0.9 * start:
+        return 0, wrap(f"overfit    LEARNT: at step {last['step']:,} the model puts every token of the rows first. Their loss came down from {start:.3f} to {best[1]:.3f}, not to the "
+                       f"{target} that was asked: more steps may bring it there, or a frozen head can be no surer.{note}")
 
     steps, quarter = len(losses), max(1, len(finite) // 4)
     late, before = statistics.median(finite[-quarter:]), statistics.median(finite[-2 * quarter:-quarter] or finite[:quarter])

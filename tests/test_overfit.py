@@ -93,11 +93,11 @@ def test_the_floor_is_the_least_that_a_table_of_probabilities_reaches():
 
 # -------------------------------------------------------------------------------------------------------- the verdict
 
-def lines_of(losses, evals=(), **tags):
+def lines_of(losses, evals=(), accuracy=0.5, **tags):
     lines = [{"step": i + 1, "train/loss": loss, "train/grad_norm": 1.0, "train/learning_rate": 1e-3, "train/clipped": 0.0, "train/skipped": 0.0, "train/clip_threshold": 1.0}
              | {f"train/{tag}": value for tag, value in tags.items()} for i, loss in enumerate(losses)]
     for step, loss in evals:
-        lines[step - 1]["eval/loss"] = loss
+        lines[step - 1] |= {"eval/loss": loss, "eval/token_accuracy": accuracy}
     return lines
 
 
@@ -118,6 +118,9 @@ FALLING = [4 * 0.95**i for i in range(200)]
     (lines_of([math.nan] * 200, skipped=1.0), 0.0, 5, "no verdict"),
     (lines_of([4.0] + [math.nan] * 200, skipped=1.0), 0.0, 5, "not applied"),
     ([], 0.0, 5, "no verdict"),
+    (lines_of([max(0.14, loss) for loss in FALLING], [(200, 0.14)], accuracy=1.0), 0.0, 0, "puts every token of the rows first"),
+    (lines_of([max(0.14, loss) for loss in FALLING], [(200, 0.14)], accuracy=0.99), 0.0, 5, "no longer fell"),
+    (lines_of([0.14] * 200, [(200, 0.14)], accuracy=1.0), 0.0, 5, "NOT LEARNT"),
     (lines_of([4.0]), 0.0, 5, "NOT LEARNT"),
 ])
 def test_the_reason_is_named(lines, floor, code, words):
