@@ -104,12 +104,12 @@ def _check_config(tree, path):
                          "use a model whose architecture transformers has")
     for name, value in tree.items():
         largest = LARGEST_SIZE if name.endswith(("_size", "_dim", "_heads", "_layers", "_embd", "_inner")) else LARGEST_NUMBER
+        if name == "sliding_window" and not (value is None or type(value) in (int, bool)):  # transformers takes it as it is
+            raise ValueError(f"{path}: {name} = {json.dumps(value)[:100]}, and a window is a whole number; copy or fetch it again")
         if isinstance(value, dict):
             _check_config(value, path)
         elif type(value) in (int, float) and not abs(value) <= largest:
             raise ValueError(f"{path}: {name} = {value}, beyond what any model has; copy or fetch it again")
-        elif name == "sliding_window" and not (value is None or type(value) in (int, bool)):  # transformers takes it as it is
-            raise ValueError(f"{path}: {name} = {json.dumps(value)[:100]}, and a window is a whole number; copy or fetch it again")
 
 
 def check_sizes(tree, tensors, path):

@@ -163,7 +163,7 @@ def test_a_hostile_weight_file_is_refused_before_a_tensor_is_read(folder, tmp_pa
     ({"auto_map": {"AutoConfig": "evil.Evil"}}, "auto_map"), ({"text_config": {"auto_map": {}}}, "auto_map"), ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
     ({"num_hidden_layers": -1}, "model"), ({"hidden_size": 10**9}, "hidden_size"), ({"head_dim": 1 << 30}, "head_dim"), ({"vocab_size": 1e300}, "vocab_size"),
     ({"hidden_size": "64"}, "model"), ({"num_attention_heads": 0}, "model"), ({"num_key_value_heads": 3}, "model"), ({"rope_theta": float("nan")}, "rope_theta"), ({"hidden_act": "os.system"}, "model"),
-    ({"quantization_config": []}, "model"), ({"sliding_window": "16"}, "sliding_window"), ({"text_config": {"sliding_window": []}}, "sliding_window"), ({"model_type": ["llama"]}, "model"), ({"vocab_size": 640}, "model.safetensors")])
+    ({"quantization_config": []}, "model"), ({"sliding_window": "16"}, "sliding_window"), ({"sliding_window": {}}, "sliding_window"), ({"text_config": {"sliding_window": []}}, "sliding_window"), ({"model_type": ["llama"]}, "model"), ({"vocab_size": 640}, "model.safetensors")])
 def test_a_hostile_configuration_is_refused_before_it_takes_memory(folder, changes, word):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
