@@ -1,6 +1,6 @@
 """Runs that are sick and runs that are well: what the tools say of each, beside what ought to be said.
 
-    python bench/zoo.py                              every run, three seeds: three minutes on two cores
+    python bench/zoo.py                              every run, three seeds: some minutes on two cores
     python bench/zoo.py --seeds=1 --only=graph-cut,small-rank
     python bench/zoo.py --list                       the runs, and what counts as naming them rightly
     python bench/zoo.py --json=FILE --keep=FOLDER    figures for programs; the runs' own folders

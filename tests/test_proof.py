@@ -318,7 +318,7 @@ def test_forward_passes_on_stale_copies_are_wrong(folder, monkeypatch, dtype):
 def test_a_training_pass_on_stale_weights_is_wrong_though_its_gradients_are_those_of_its_own_loss(folder):
     """A replayed graph that reads old weights, say."""
     network, forward_backward = loaded(folder)
-    old, flat = torch.zeros_like(network.adapter_memory.flat), network.adapter_memory.flat
+    flat = network.adapter_memory.flat
 
     def on_old_weights(batch, weight):
         now = flat.detach().clone()
