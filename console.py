@@ -2,7 +2,6 @@
 import math
 import sys
 import textwrap
-import time
 
 from tqdm import tqdm
 
@@ -49,26 +48,6 @@ def say(text):
     """Lines to the console, above the progress bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
-
-
-class Startup:
-    """Where the time before the first step goes: each call notes what has just ended."""
-
-    def __init__(self, began):
-        self.last, self.seconds = began, {}
-
-    def __call__(self, name):
-        now = time.perf_counter()
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self.last, 3)
-        self.last = now
-
-    def total(self):
-        return sum(self.seconds.values())
-
-    def shown(self):
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
-        return textwrap.fill(f"{self.total():.1f} s from the command to the end of its first step: {parts}",
-                             80, initial_indent="start-up  ", subsequent_indent=" " * 10)
 
 
 def duration(seconds):

@@ -11,6 +11,7 @@ import time
 
 import torch
 
+import console
 import data
 import graphs
 import model
@@ -117,6 +118,26 @@ def seconds_a_token(network, rows, max_tokens, passes=1):
     network.adapter_memory.flat.grad.zero_()
     torch.cuda.empty_cache()
     return None if any(ranks.most(seconds is None)) else seconds
+
+
+def shrink(plan, step, batch, rows, error, sharded):
+    """Halve what is packed into a micro-batch, for the rest of the run, after `batch` raised `error`. Raises `error` where memory was not what it lacked.
+
+    Returns [], or, where a row does not even fit alone, [which].
+    """
+    try:
+        fits = model.smaller(batch, rows, error, sharded)
+    except model.DoesNotFit as alone:
+        return [str(alone)]
+    pack_smaller(plan, step, fits, f"over {len(batch.input_ids):,} tokens: again, and")
+    return []
+
+
+def pack_smaller(plan, step, fits, where):
+    """Pack at most `fits` tokens into a micro-batch for the rest of the run, and say so."""
+    console.say(f"step {step}: memory ran out {where} from now on, with at most {fits:,}")
+    plan["shrunk"].append({"step": step, "from": plan["fits"], "to": fits})
+    plan.update(fits=fits, evaluates=min(fits, plan["evaluates"]))
 
 
 def rehearse(network, window, forward_backward, budget_gib):

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import alerts
 import checkpoint
+import clock
 import config as settings
 import console
 import continuation
@@ -67,7 +68,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     preflight: end with the forecast. by_heart: --overfit, so evaluate on the training rows, and end once they are known. Every rank runs
     all of this; the first alone reads and writes the run folder.
     """
-    ended = console.Startup(BEGAN)
+    ended = clock.Startup(BEGAN)
     ended("imports")
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     with ranks.one_first():
@@ -96,10 +97,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         lora_layers.set_adapters(adapters, initial, config.lora.init_from)
     flat = network.adapter_memory.flat  # every adapter matrix in one buffer, with one gradient
     rate = torch.tensor(0.0, device=device)
-    optimizer = torch.optim.AdamW([flat], lr=rate, betas=(config.train.adam_beta1, config.train.adam_beta2), eps=config.train.adam_eps,
-                                  weight_decay=config.train.weight_decay, fused=True, capturable=device.type == "cuda")
-    moments = optimizer.state[flat]
-    moments |= {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+    optimizer, moments = make_optimizer(config, flat, rate)
     fp16 = config.model.compute_dtype == "fp16"
     scaler = {"scale": torch.tensor(65536.0 if fp16 else 1.0, device=device), "good_steps": torch.zeros((), device=device)}
     torch.manual_seed(continuation.seed_of(config.train.seed))  # dropout's generator; the data order and the adapters' start have their own
@@ -190,7 +188,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         step, values = done["step"], done["values"]
         loss, grad_norm, finite, scale, *rest = done["figures"]()
         of_pair, adapter_norms = rest[:done["of_pair"]], rest[done["of_pair"]:]
-        seconds = elapsed(*done["clock"])
+        seconds = clock.elapsed(*done["marks"])
         values |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/clipped": float(grad_norm > values["train/clip_threshold"]),
                    "train/skipped": float(not finite), "train/seconds": seconds, "train/tokens_per_second": values["train/tokens"] / seconds,
                    "train/peak_memory_gib": memory.peak(device) / 2**30} | memory.reserved(device)
@@ -297,7 +295,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     if leaving or owed and state["step"]:
         where = save(state["step"])
     for step in range(first, max_steps + 1) if not leaving else ():
-        clock = [mark(device)]
+        marks = [clock.mark(device)]
         start, count = schedule.window_samples(step, config, total_samples)
         samples = data.samples(rows, config.train.seed, start, count)
         drawn = continuation.generators(device) if config.lora.dropout else {}
@@ -316,7 +314,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
                     loss += forward_backward(batch, scaler["scale"] / supervised) / supervised
             except (RuntimeError, MemoryError) as error:
                 loss = None
-                too_large += shrink(plan, step, batch, rows, error, network.sharded)
+                too_large += memory.shrink(plan, step, batch, rows, error, network.sharded)
             late = late or bool(too_large)
             if loss is None or late:
                 continuation.set_generators(drawn, device)
@@ -325,7 +323,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
                 window = data.share(rows, samples, plan["fits"])
         late, least = ranks.most(late, -plan["fits"])
         if -least < plan["fits"]:
-            pack_smaller(plan, step, -least, "on another rank:")
+            memory.pack_smaller(plan, step, -least, "on another rank:")
         if late:  # the window is given up, and the step before it is where the run ends
             continuation.set_generators(drawn, device)
             while pending:
@@ -359,12 +357,12 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
                 console.say(f"gradients  DEAD: after step {step} {len(dead)} of the {matrix} have a gradient that is zero or not finite: {proof.some(dead)}")
                 fatal.append("dead gradients")
 
-        clock.append(mark(device))
+        marks.append(clock.mark(device))
         figures = torch.cat((torch.stack((loss, grad_norm, finite, scaler["scale"])).float(), of_pair.float()))
         if due(config.log.every_steps, step):
             figures = torch.cat((figures, torch.stack(torch._foreach_norm(list(adapters.values()))).float()))
         state |= {"step": step, "samples": start + count, "tokens": state["tokens"] + tokens, "supervised_tokens": state["supervised_tokens"] + supervised}
-        pending.append({"step": step, "samples": samples, "clock": clock, "of_pair": len(of_pair), "figures": to_host(figures), "values": {
+        pending.append({"step": step, "samples": samples, "marks": marks, "of_pair": len(of_pair), "figures": clock.to_host(figures), "values": {
             "train/learning_rate": learning_rate, "train/clip_threshold": threshold, "train/samples": count, "train/tokens": tokens,
             "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)} | ({"train/max_tokens": plan["fits"]} if plan["shrunk"] else {})})
 
@@ -414,6 +412,16 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
 
 # ------------------------------------------------------------------------------------------------------------ set-up
 
+def make_optimizer(config, flat, rate):
+    """(fused AdamW over the one buffer `flat`, its state "step", "exp_avg" and "exp_avg_sq"). rate: a scalar tensor, read at each step."""
+    train, device = config.train, flat.device
+    optimizer = torch.optim.AdamW([flat], lr=rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_eps, weight_decay=train.weight_decay,
+                                  fused=True, capturable=device.type == "cuda")
+    moments = optimizer.state[flat]  # AdamW would make them at its first step, but a run that goes on fills them before
+    moments |= {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+    return optimizer, moments
+
+
 def be_deterministic():
     """On a GPU, the same bits in every run: sums in a fixed order everywhere, or an error. Before CUDA starts."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which CUDA's library reads when it starts
@@ -447,57 +455,12 @@ def open_record(run, config, state, resume, owed, outlook):
 
 # -------------------------------------------------------------------------------------------------- pieces of the loop
 
-def shrink(plan, step, batch, rows, error, sharded):
-    """Halve what is packed into a micro-batch, for the rest of the run, after `batch` raised `error`. Raises `error` where memory was not what it lacked.
-
-    Returns [], or, where a row does not even fit alone, [which].
-    """
-    try:
-        fits = model.smaller(batch, rows, error, sharded)
-    except model.DoesNotFit as alone:
-        return [str(alone)]
-    pack_smaller(plan, step, fits, f"over {len(batch.input_ids):,} tokens: again, and")
-    return []
-
-
-def pack_smaller(plan, step, fits, where):
-    """Pack at most `fits` tokens into a micro-batch for the rest of the run, and say so."""
-    console.say(f"step {step}: memory ran out {where} from now on, with at most {fits:,}")
-    plan["shrunk"].append({"step": step, "from": plan["fits"], "to": fits})
-    plan.update(fits=fits, evaluates=min(fits, plan["evaluates"]))
-
-
 def rescale(scaler, finite):
     """fp16 loss scaling (Micikevicius et al. 2018, section 3.2): halve the scale after a non-finite step, double it after 2000 finite ones."""
     good = torch.where(finite, scaler["good_steps"] + 1, 0)
     doubled = torch.where(good >= 2000, scaler["scale"] * 2, scaler["scale"])
     scaler["scale"].copy_(torch.where(finite, doubled, torch.clamp(scaler["scale"] / 2, min=1.0)))
     scaler["good_steps"].copy_(torch.where(good >= 2000, 0, good))
-
-
-def to_host(figures):
-    """Start copying a small tensor to the host; returns a function that waits for it and gives its numbers."""
-    if figures.device.type != "cuda":
-        return figures.tolist
-    copy = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
-    copy.copy_(figures, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return lambda: (arrived.synchronize(), copy.tolist())[1]
-
-
-def mark(device):
-    """A point in time: on a GPU when it gets there, which may be later than now."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def elapsed(start, end):
-    """Seconds between two marks."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
 def catch_signals():
