@@ -219,6 +219,7 @@ class Proof:
     enabled: bool = key(True, "gradient proof: stop unless the gradients are those of the loss, before step 1, after step 2 and after the first evaluation")
     tokens: int = key(0, "gradient proof: supervised tokens of the first rows that it measures the loss on; 0: 64 on a CPU, 512 on a GPU", low=0)
     parts: str = key("auto", "gradient proof: after step 2 repeat it for each kind of projection; auto: on a GPU", choices=("auto", "yes", "no"))
+    seconds: float = key(60.0, "gradient proof: time after which it begins nothing more, but for finding out what is wrong; what was left out is told", above=0)
 
 
 @dataclass(frozen=True)

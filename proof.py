@@ -15,7 +15,7 @@ How train.py uses it, in short (the docstrings say the rest):
 
     what = proof.due(config, step, first, max_steps, device)                      at each boundary, `first` being this process's first step
     batches = proof.sample(config, rows, samples_of_the_first_window, device)
-    result = proof.check(network, forward_backward, batches, scaler["scale"], what)
+    result = proof.check(network, forward_backward, batches, scaler["scale"], what, config.proof.seconds)
     say(result.text); recorder.write(step, result.values); if result.ok is False: save nothing, exit code 4
 
     matrix = proof.due_matrix(applied, looked_at)                                 behind a step; applied: moments["step"], those really taken
@@ -148,14 +148,15 @@ def sample(config, rows, order, device="cpu"):
     return [batch for part in (chosen[:half], chosen[half:]) for batch in data.pack(rows, part, max(total, 1))]
 
 
-def check(network, forward_backward, batches, scale=1.0, what="parts"):
+def check(network, forward_backward, batches, scale=1.0, what="parts", seconds=math.inf):
     """Compare the gradients that training uses with the loss itself. Returns a Result; changes nothing.
 
     forward_backward(batch, weight): train.py's own, which adds weight x d loss / d adapters to network.adapter_memory.flat.grad and
     returns the summed loss; graphs.Replayed is called twice, so that a replay is what is checked, and its eager twin is taken where
     adapters have dropout, since padded masks would be others. batches: data.MicroBatch on the host, as from `sample`.
     scale: fp16's loss scale; lowered here until the gradients are finite. what: "whole", along the gradient; "even", also along the
-    one in which each adapter matrix goes equally far; "parts", also for each kind of projection by itself.
+    one in which each adapter matrix goes equally far; "parts", also for each kind of projection by itself. seconds: after so many no
+    further direction is begun and none measured a second time, unless one looks wrong; what was left out is told.
 
     Weights, moments, generators and the working copies are as before when it returns, bit for bit, and flat.grad is what it was.
     Costs a forward and backward pass over the batches and 6 forward passes, then for each direction, three times at most, 2 forward
@@ -174,7 +175,7 @@ def check(network, forward_backward, batches, scale=1.0, what="parts"):
             gradient_now = lambda factor: gradient_of(network, forward_backward, batches, factor * float(scale), supervised, again=True)[1]
             loss, gradient = gradient_of(network, forward_backward, batches, float(scale), supervised)
             gradients = {name: gradient[memory.places[parameter]].view_as(parameter) for name, parameter in zip(names, adapters)}
-            measured = Measurement(network, batches, supervised, theta, gradient, gradient_now)
+            measured = Measurement(network, batches, supervised, theta, gradient, gradient_now, began + seconds)
             result = judge(measured, loss, even, parts, places, gradients)
         finally:
             with torch.no_grad():
@@ -218,15 +219,19 @@ class Measurement:
     """The loss of some micro-batches as the adapters move: how far it goes, by forward passes alone, and how far gradients say that it goes.
 
     gradient: of the mean loss at `theta`, for directions; gradient_now(factor): the same at the weights as they are, made with a loss that is
-    `factor` times as large. A backward pass is linear in it, but for its rounding.
+    `factor` times as large. A backward pass is linear in it, but for its rounding. deadline: by time.perf_counter(), see `check`.
     """
 
-    def __init__(self, network, batches, supervised, theta, gradient, gradient_now):
-        self.network, self.supervised, self.theta, self.gradient, self.gradient_now = network, supervised, theta, gradient, gradient_now
+    def __init__(self, network, batches, supervised, theta, gradient, gradient_now, deadline=math.inf):
+        self.network, self.supervised, self.theta, self.gradient, self.gradient_now, self.deadline = network, supervised, theta, gradient, gradient_now, deadline
         self.batches = [batch.to(network.device) for batch in batches]
         self.dtype = network.adapter_memory.working.dtype
         self.unrounded = {network.adapter_memory.places[parameter].start for name, parameter in lora_layers.adapters(network).items() if MAGNITUDE in name}
         self.loss, self.spread, self.rounding = self.loss_now(), None, None
+
+    def late(self):
+        """Whether the time is over, by the first rank's clock."""
+        return bool(agreed(time.perf_counter() > self.deadline))
 
     @torch.no_grad()
     def loss_now(self):
@@ -286,7 +291,9 @@ class Measurement:
         """
         squared = agreed(sum(factor * self.gradient[place].double().square().sum().item() for place, factor in direction))
         best = math.nan, math.inf, 0.0, 0.0
-        for _ in range(rounds if squared > 0 else 0):
+        for attempt in range(rounds if squared > 0 else 0):
+            if attempt and self.late():
+                break
             change, foretold, bend = self.walk(direction, move * self.loss / squared, allowed, most)
             if not (math.isfinite(change) and foretold > bend):
                 move /= 8
@@ -407,13 +414,15 @@ def judge(measured, loss, even, parts, places, gradients):
                          "The graph is cut behind them, or their layers do not run."), ), lacking, wrong=[], loss=loss)
     whole = grouped(places, lambda name: "")[""]
     ratio, tolerance, ok = measured.verdict(whole, move, allowed)
-    evenly = even and ok is not False and measured.verdict(measured.evenly(places), move, allowed)
+    evenly = even and ok is not False and not measured.late() and measured.verdict(measured.evenly(places), move, allowed)
     if evenly and evenly[2] is False:
         ratio, tolerance, ok = evenly
     result = Result(ratio, tolerance, ok, "", loss=loss)
     apart = abs(loss - forward) > max({8: 1e-9, 4: 1e-4, 2: 0.02}[dtype.itemsize] * max(forward, 0.05), 2 * SURE * measured.noise())
     if ok and parts and not apart:
         for kind, direction in grouped(places, kind_of).items():
+            if measured.late():
+                break
             result.parts[kind] = measured.verdict(direction, move, allowed)
         result.wrong = [kind for kind, (_, _, fine) in result.parts.items() if fine is False]
     if ok is False:
@@ -438,8 +447,9 @@ def judge(measured, loss, even, parts, places, gradients):
         result.text = wrap(f"gradients  alive, not proved: {why}. Measured was " + (f"{ratio:.3f} +- {tolerance:.3f} of what they foretell." if math.isfinite(ratio) else "nothing that fits them."))
     else:
         judged = [kind for kind, (_, _, fine) in result.parts.items() if fine]
+        left = [kind for kind in grouped(places, kind_of) if kind not in result.parts] if parts else []
         result.text = wrap(f"gradients  proved: the loss changes {ratio:.4f} times as much as they foretell (1 +- {tolerance:.4f} is right)"
-                           + (f"; so it does for each of {', '.join(judged)}" if judged else "") + ".")
+                           + (f"; so it does for each of {', '.join(judged)}" if judged else "") + (f"; the time was over before {', '.join(left)} (proof.seconds)" if left else "") + ".")
     return result
 
 

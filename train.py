@@ -258,7 +258,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
             return
         start, count = schedule.window_samples(min(step + 1, max_steps), config, total_samples)
         batches = proof.sample(config, rows, data.sample_stream(len(rows), config.train.seed, start, count), device)
-        result = proof.check(network, forward_backward, batches, scaler["scale"], what)
+        result = proof.check(network, forward_backward, batches, scaler["scale"], what, config.proof.seconds)
         console.say(result.text)
         if step >= first or owed:  # the line of an earlier step is closed
             recorder.write(step, result.values)

@@ -242,6 +242,16 @@ def test_gradients_of_another_size_or_sign_are_wrong(folder, factor, dtype):
     assert result.ok is False and result.ratio == pytest.approx(1 / factor, rel=0.15), result
 
 
+def test_where_the_time_is_over_what_was_left_out_is_told_and_what_is_wrong_is_found_all_the_same(folder):
+    network, forward_backward = loaded(folder, "none", "fp32")
+    asked = []
+    gradients = lambda batch, weight: (asked.append(weight), forward_backward(batch, weight))[1]
+    result, short = proof.check(network, gradients, batches(), seconds=0.0), len(asked)
+    assert result.ok and not result.parts and "the time was over before q_proj, k_proj," in " ".join(result.text.split())
+    assert proof.check(network, gradients, batches()).parts and len(asked) - short > 3 * short
+    assert proof.check(network, lambda batch, weight: forward_backward(batch, weight * 2), batches(), seconds=0.0).ok is False
+
+
 @pytest.mark.parametrize("factor", [1.0, 2.0, 0.5])
 @pytest.mark.parametrize("quant, settings", [("int8", {"memory": {"fused": False}}), ("llm_int8", {}), ("nf4", {"lora": {"dora": True}})])
 def test_so_they_are_in_16_bits_in_layers_that_are_not_fused(folder, quant, settings, factor):
