@@ -13,8 +13,12 @@ os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0", HF_HUB_OFFLINE=
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="rawlora-tests-")  # token caches of tests, removed with the last of them
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+hypothesis.settings.register_profile("same each time", derandomize=True, database=None)  # --hypothesis-profile=default looks elsewhere each time
+hypothesis.settings.load_profile("same each time")
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers on two cores
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # pytest keeps what is logged, with it an exception, its frames, and the lock of a run that is over

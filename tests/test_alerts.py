@@ -116,8 +116,8 @@ def test_no_healthy_noisy_run_raises_an_alarm(data):
     floor, speed, onset = draw(st.floats(0.0, 0.8)), draw(st.floats(0.5, 30)), draw(st.floats(0.0, 0.7))
     base, growth, spread = draw(st.floats(1e-3, 10)), draw(st.floats(-3, 1)), draw(st.floats(0.05, 0.25 if tails else 0.5))
 
-    def gauss(rng, deviation):  # with tails: Student's t of 5 degrees of freedom
-        return deviation * rng.gauss(0, 1) / (math.sqrt(rng.gammavariate(2.5, 2) / 5) if tails else 1)
+    def gauss(rng, deviation):  # with tails: Student's t of 5 degrees of freedom, up to what one of 2,000 values passes: more is a spike
+        return deviation * max(-8, min(8, rng.gauss(0, 1) / (math.sqrt(rng.gammavariate(2.5, 2) / 5) if tails else 1)))
 
     course = lambda t: start * (floor + (1 - floor) * math.exp(-speed * max(0.0, t - onset)))
     lines = healthy(
