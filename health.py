@@ -381,7 +381,7 @@ def headline(record, findings):
         later = [name for name in warnings if name in ("coverage below one epoch", "rate ends at nothing", "training loss flat")]
         rest = f"; only then look at the rest ({', '.join(later)})" if later else ""
         return (f"Dead gradients. {since} learnt nothing, and could not. Other rates, batch sizes or bits would not have cured it, nor more "
-                f"steps or more rows: every update was made from a gradient of zero. Repair the gradients first{rest}.")
+                f"steps or more rows, and so none of the three approaches in configs would: every update was made from a gradient of zero. Repair the gradients first{rest}.")
     if faults:
         return f"Faulty: {', '.join(faults)}. See to the first fault below before anything else."
     if warnings:

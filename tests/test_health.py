@@ -287,6 +287,9 @@ def test_the_failed_run_is_diagnosed_as_dead_gradients_and_not_as_low_coverage(c
     printed = capsys.readouterr().out
     text = " ".join(printed.split())
     assert max(map(len, printed.splitlines())) <= max(80, len(str(FAILED_RUN)))
+    shown = printed[printed.index("Dead gradients."):printed.index("  cause")].rstrip()
+    page = (FAILED_RUN.parents[3] / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(f"    {line}".rstrip() for line in shown.splitlines()) in page, "what the README shows is what it prints"
     assert (
         text.index("Dead gradients.")
         < text.index("FAULT: dead gradients")
@@ -294,7 +297,7 @@ def test_the_failed_run_is_diagnosed_as_dead_gradients_and_not_as_low_coverage(c
         < text.index("WARNING: coverage below one epoch")
     )
     for fact in (
-        "Other rates, batch sizes or bits would not have cured it",
+        "Other rates, batch sizes or bits would not have cured it, nor more steps or more rows, and so none of the three approaches in configs would",
         "look at the rest (training loss flat, coverage below one epoch, rate ends at nothing)",
         "exactly 0.0 in 20 of 20",
         "2.9310, 3 times",
