@@ -217,7 +217,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         progress.set_postfix(loss=f"{loss:.3f}", lr=f"{values['train/learning_rate']:.1e}", tok_s=f"{values['train/tokens_per_second']:.0f}", refresh=False)
         progress.update(step - progress.n)
         if due(config.log.every_steps, step) or step == 1:
-            left = (time.perf_counter() - began) / (step - first + 1) * (max_steps - step)
+            left = (time.perf_counter() - began) / (state["step"] - first + 1) * (max_steps - state["step"])
             console.say(f"step {step}/{max_steps}  loss {loss:.4f}  norm {grad_norm:.3f}  rate {values['train/learning_rate']:.1e}  "
                 f"{values['train/tokens_per_second']:,.0f} tok/s  {console.duration(left)} left")
 
@@ -280,7 +280,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         texts = {"adapter_config.json": lora_layers.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(state, indent=1)}
         return checkpoint.save(run, step, tensors, texts | tokenizer_files, config.save.keep, state["best_step"])
 
-    began, first, pending, applied, alive = time.perf_counter(), state["step"] + 1, [], 0, set()
+    first, pending, applied, alive = state["step"] + 1, [], 0, set()
     ended("telemetry")
     try:
         if owed:
@@ -294,6 +294,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     leaving = bool(ending or too_large) or stopped_early() or stopped()
     if leaving or owed and state["step"]:
         where = save(state["step"])
+    began = time.perf_counter()
     for step in range(first, max_steps + 1) if not leaving else ():
         marks = [clock.mark(device)]
         start, count = schedule.window_samples(step, config, total_samples)
