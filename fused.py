@@ -137,10 +137,8 @@ class Group:
 
 def accumulate(total, a, b, alpha):
     """total += alpha a b with `total` in fp32 and a, b in any dtype, without rounding the product to 16 bits where the GPU allows."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, alpha=alpha)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, alpha=alpha, out=total)
+    if a.is_cuda or a.dtype == total.dtype:
+        quant.add_product(total, a, b, alpha)
     else:
         total.add_((a @ b).to(total.dtype), alpha=alpha)
 

@@ -77,12 +77,12 @@ def product(a, b, dtype):
     return a.to(dtype) @ b.to(dtype)
 
 
-def add_product(total, a, b):
-    """total += a b, for a (t, n) b (n, m) of total's dtype or of a narrower one: their products are summed in total's."""
+def add_product(total, a, b, alpha=1.0):
+    """total += alpha a b, for a (t, n) b (n, m) of total's dtype or of a narrower one: their products are summed in total's."""
     if total.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, alpha=alpha, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=alpha)
 
 
 class PlainWeight(FrozenWeight):
