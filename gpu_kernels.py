@@ -395,9 +395,9 @@ def nf4_dequantize(weight, codebook, out):
     return out
 
 
-def int8_dequantize(weight, out):
-    """Dequantise a quant.Int8Weight into `out` (out_features, in_features), whose rows may lie apart."""
-    _int8[(out.shape[0], triton.cdiv(out.shape[1], 1024))](weight.q, weight.scale, out, out.stride(0), out.shape[1], 1024)
+def int8_dequantize(q, scale, out):
+    """Writes q (out, in) int8 times scale (out,) fp32 to `out` (out, in), whose rows may lie apart."""
+    _int8[(out.shape[0], triton.cdiv(out.shape[1], 1024))](q, scale, out, out.stride(0), out.shape[1], 1024)
     return out
 
 

@@ -3,7 +3,7 @@
 A graph replays fixed shapes, so a micro-batch is padded up to a bucket: its tokens by documents that nothing supervises, its
 supervised positions by ones without a target. What is padded adds exactly nothing to loss and gradients. The first micro-batch of
 a bucket runs eagerly, and its graph is recorded behind it. Leaves out: the optimizer step (a few kernels, launched while the
-GPU is busy), recomputed layers, sharded weights, and LLM.int8(), which waits for the GPU.
+GPU is busy), recomputed layers, sharded weights, and LLM.int8() where it waits for the GPU.
 """
 import gc
 
@@ -24,7 +24,7 @@ def serves(network, checkpoint_layers):
         return "weights are sharded"
     if checkpoint_layers:
         return "some layers are recomputed"
-    if any(isinstance(module, quant.LLMInt8Weight) for module in network.modules()):
+    if any(isinstance(module, quant.LLMInt8Weight) and module.waits(LARGEST) for module in network.modules()):
         return "LLM.int8() waits for the GPU"
     if any(getattr(module, "dora", False) for module in network.modules()):
         return "DoRA measures its rows anew in each pass"

@@ -21,6 +21,7 @@ import gpu_kernels
 
 NF4_BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # block scales that share a scale, with double quantisation
+MASKED = 1 << 34  # multiplications in 16 bits, some 50 us on an H100: what waiting for the GPU costs at least
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -118,7 +119,7 @@ class Int8Weight(FrozenWeight):
 
     def _dequantize(self, out):
         if gpu_kernels.on_gpu(out):
-            gpu_kernels.int8_dequantize(self, out)
+            gpu_kernels.int8_dequantize(self.q, self.scale, out)
         else:
             for rows in pieces(self.out_features):
                 out[rows] = self.q[rows] * self.scale[rows, None]
@@ -127,8 +128,8 @@ class Int8Weight(FrozenWeight):
 class LLMInt8Weight(FrozenWeight):
     """int8 weights (row-wise) times int8 activations (row-wise); activation columns beyond the threshold in 16 bits.
 
-    Which columns are outliers is decided over all tokens of a micro-batch, so packed neighbours move each other by rounding;
-    finding them waits for the GPU.
+    Which columns are outliers is decided over all tokens of a micro-batch, so packed neighbours move each other by rounding.
+    Gathering them waits for the GPU to say which they are; small products on a GPU take all columns instead, the others as zeros.
     """
 
     def __init__(self, weight, threshold):
@@ -139,14 +140,36 @@ class LLMInt8Weight(FrozenWeight):
         self.threshold = threshold
 
     def _dequantize(self, out):
-        out.copy_(self.q.to(torch.float32) * (self.row_max / 127)[:, None])
+        scale = self.row_max / 127
+        if gpu_kernels.on_gpu(out):
+            gpu_kernels.int8_dequantize(self.q, scale, out)
+        else:
+            out.copy_(self.q.to(torch.float32) * scale[:, None])
+
+    def waits(self, tokens):
+        """Whether a product with so many tokens waits for the GPU: gathering columns is then less work than taking all."""
+        return self.device.type != "cuda" or tokens * self.in_features * self.out_features > MASKED
 
     def matmul(self, x, dtype=None):
         x_td = x.reshape(-1, self.in_features)
-        half = x_td.to(torch.float16, copy=True)  # the operator takes outliers out of what it is given and puts them back, which autograd forbids in x
+        product_of = self.gathered if self.waits(len(x_td)) else self.masked
+        return product_of(x_td, dtype or x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def gathered(self, x, dtype):
+        """(t, in) -> (t, out) in `dtype`, as bitsandbytes does it."""
+        half = x.to(torch.float16, copy=True)  # the operator takes outliers out of what it is given and puts them back, which autograd forbids in x
         codes, row_max, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(half, threshold=self.threshold)
-        out, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x_td.to(dtype or x.dtype), codes, self.q, row_max, self.row_max, outliers)
-        return out.reshape(*x.shape[:-1], self.out_features)
+        return torch.ops.bitsandbytes.int8_mixed_scaled_mm(x.to(dtype), codes, self.q, row_max, self.row_max, outliers)[0]
+
+    def masked(self, x, dtype):
+        """The same without waiting: outlier columns are zeros in the int8 product, all others zeros in the product in x's dtype."""
+        half = x.to(torch.float16)
+        outliers = half.abs() >= self.threshold
+        columns = outliers.any(dim=0)
+        codes, row_max, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(half.masked_fill(outliers, 0))
+        y = torch.ops.bitsandbytes.int8_scaled_mm(codes.masked_fill_(columns, 0), self.q, row_max, self.row_max, dtype=dtype)
+        add_product(y, x.masked_fill(~columns, 0), self.dequantize(x.dtype).T)
+        return y
 
 
 class NF4Weight(FrozenWeight):

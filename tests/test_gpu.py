@@ -120,8 +120,27 @@ def test_the_nf4_kernel_equals_the_formula_and_bitsandbytes(double_quant):
 @kernel
 def test_the_int8_kernel_equals_the_formula():
     weight, room = quant.Int8Weight(draw(130, 192)), torch.zeros(130, 200, device=DEVICE)
-    gpu_kernels.int8_dequantize(weight, room[:, :192])
+    gpu_kernels.int8_dequantize(weight.q, weight.scale, room[:, :192])
     assert torch.equal(room[:, :192], weight.q * weight.scale[:, None]) and not room[:, 192:].any()
+
+
+@gpu
+@pytest.mark.parametrize("outliers", [[], [0, 17, 191]])
+def test_llm_int8_on_a_gpu_masks_small_products_and_gathers_large_ones(monkeypatch, outliers):
+    weight = quant.LLMInt8Weight(draw(130, 192).to("cuda", torch.bfloat16), 6.0)
+    x = draw(40, 192).to("cuda", torch.bfloat16)
+    x[3, outliers] = 20.0
+    torch.cuda.synchronize()
+    with torch.cuda.device(0):
+        torch.cuda.set_sync_debug_mode("error")  # raises where the host waits
+        try:
+            masked = weight.matmul(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(quant, "MASKED", 0)
+    gathered = weight.matmul(x)
+    assert distance(masked, gathered) < 2 * torch.finfo(torch.bfloat16).eps
+    assert distance(masked, x.float() @ weight.dequantize(torch.float32).T) < 0.02
 
 
 def rows_of(lengths, seed=0, supervised_share=0.5):
@@ -208,7 +227,7 @@ def test_neighbours_do_not_move_a_document_through_varlen_attention(tmp_path):
 
 
 @gpu
-@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none", "llm_int8"])
 def test_replayed_graphs_give_the_gradients_of_the_eager_pass(tmp_path, kind):
     make_model(tmp_path, "llama", num_hidden_layers=3)
     network = random_b(model.load(make_config(tmp_path, kind, "bf16"), "cuda"))

@@ -194,6 +194,31 @@ def test_llm_int8_forward_is_the_papers_formula(outliers):
         assert relative(rounded, x64 @ w.T) > 1.5 * relative(weight.matmul(x), x64 @ w.T)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("outliers", [[], [5], [0, 17, 63]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_llm_int8_with_columns_masked_is_llm_int8_with_columns_gathered(dtype, outliers, wide):
+    """Small products on a GPU do not ask it which columns are outliers. The int8 parts are the same to the bit, the sums but for rounding."""
+    weight = quant.quantize(gaussian(48, 64, dtype=dtype), settings("llm_int8"), dtype)
+    x, out_dtype = activations((9, 64), dtype, outliers), torch.float32 if wide else dtype
+    x[4] = 0
+    before, gathered, masked = x.clone(), weight.gathered(x, out_dtype), weight.masked(x, out_dtype)
+    assert masked.dtype == out_dtype and torch.equal(x, before) and not masked[4].any()
+    if not outliers:
+        assert torch.equal(masked, gathered)
+    assert relative(masked, gathered) < torch.finfo(dtype).eps
+    wrong = weight.masked(x.masked_fill(x.abs() >= 6, 0), out_dtype)
+    assert not outliers or relative(wrong, gathered) > 0.1, "the outliers of this test are too small to matter"
+
+
+def test_whether_llm_int8_waits_is_decided_by_size_and_only_on_a_gpu(monkeypatch):
+    weight = quant.quantize(gaussian(48, 64, dtype=torch.bfloat16), settings("llm_int8"), torch.bfloat16)
+    assert weight.waits(1)
+    monkeypatch.setattr(quant.LLMInt8Weight, "device", torch.device("cuda"))
+    most = quant.MASKED // (48 * 64)
+    assert not weight.waits(most) and weight.waits(most + 1)
+
+
 def test_llm_int8_threshold_decides_which_columns_stay_in_16_bits():
     original = gaussian(48, 64, dtype=torch.float16)
     x = activations((9, 64), torch.float16, [5])
