@@ -495,6 +495,9 @@ def token_accuracy_gain(run):
 def gradient_norm(run):
     """Every step that was applied had a norm above the threshold. A count of what happened, so there is no interval."""
     threshold, name = run.criteria.minimum_gradient_norm, "gradient norm in every step"
+    dead = [line["step"] for line in run.metrics if str(line.get("proof/outcome", "")).startswith("dead")]
+    if dead:
+        return unmeasured("minimum", name, threshold, f"The gradient proof at step {dead[0]:,} found adapter matrices that no gradient reaches.", FAIL)
     lines = [line for line in run.metrics if "train/grad_norm" in line]
     if not lines:
         return unmeasured("minimum", name, threshold, "The record holds no gradient norm.")

@@ -377,6 +377,15 @@ def test_gradient_norms_of_zero_fail_whatever_else_is_said(tmp_path):
     assert norm.outcome == "FAIL" and "120 of 120" in norm.reason
 
 
+def test_what_the_gradient_proof_found_dead_before_step_1_is_a_failure_and_no_missing_figure(tmp_path):
+    run = make_run(tmp_path / "run", change={0: {"proof/outcome": "dead: 210 of 420 adapter matrices have a gradient that is zero"}})
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    (run / "metrics.jsonl").write_text(first + "\n")
+    norm = outcomes(run)["minimum gradient norm in every step"]
+    assert norm.outcome == "FAIL" and "proof at step 0" in norm.reason
+    assert verdict.of_run(run).outcome == "FAIL"
+
+
 def test_a_zero_norm_in_a_step_that_was_not_applied_is_no_failure(tmp_path):
     empty = {7: {"train/grad_norm": 0.0, "train/skipped": 1.0}}
     norm = outcomes(make_run(tmp_path / "run", change=empty))["minimum gradient norm in every step"]
