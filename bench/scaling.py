@@ -1,12 +1,14 @@
 """What ranks cost each other: the gradient's sum, a layer gathered, a word agreed on; and what follows for more of them.
 
     torchrun --standalone --nproc-per-node=2 bench/scaling.py [--write=bench/results/scaling.json]     measure, on GPUs or CPUs
-    python bench/scaling.py --table=bench/results/scaling.json                                         docs/SCALING.md's tables
+    python bench/scaling.py --table=bench/results/scaling.json                                         what was measured, as a table
+    python bench/scaling.py --computed=bench/results/h100.json [--measured=FILE or --inside=300] [--between=40]
+                                                           what follows for 8 and 64 GPUs; GB/s a GPU inside and between hosts
 
 Measured: median time of `--rounds` (20) rounds of an all-reduce of each model's adapter gradient (fp32, rank 16, all seven
-projections), an all-gather of one quantised layer, and one exchange of a number between the hosts. Computed, and marked so: the
-same for more ranks, by the ring's formula (Patarasuk and Yuan 2009: each rank sends 2 (N - 1) / N of the bytes to sum, (N - 1) / N of
-them to gather) with the bandwidth measured, or one given with --network=GB/s for the slowest link between hosts.
+projections), an all-gather of one quantised layer, and one exchange of a number between the hosts. Computed, and marked so: more
+ranks, by the ring's formula (Patarasuk and Yuan 2009: each rank sends 2 (N - 1) / N of the bytes to sum, (N - 1) / N of
+them to gather) with the bandwidth measured or given.
 """
 import json
 import pathlib
@@ -67,29 +69,68 @@ def measure(rounds):
     return found
 
 
-def table(path, network):
-    """The measured figures and what the formula makes of them, as Markdown. network: bytes a second between hosts, or None."""
+def table(path):
+    """The measured figures as Markdown."""
     found = json.loads(pathlib.Path(path).read_text())
-    n = found["ranks"]
-    lines = [f"Measured, {n} x {found['device']}:", "", "| model | gradient, MB | its sum, ms | layer, MB | gathered in, ms |", "| --- | --- | --- | --- | --- |"]
+    lines = [f"Measured, {found['ranks']} x {found['device']}:", "", "| model | gradient, MB | its sum, ms | layer, MB | gathered in, ms |", "| --- | --- | --- | --- | --- |"]
     for model, gradient in found["gradient"].items():
         layer = found["layer"][model]
         lines.append(f"| {model} | {gradient['bytes'] / 1e6:.1f} | {gradient['seconds'] * 1e3:.2f} | {layer['bytes'] / 1e6:.1f} | {layer['seconds'] * 1e3:.2f} |")
-    lines += ["", f"A number agreed on between the hosts: {found['word'] * 1e3:.2f} ms.", "", "Computed:", "",
-              "| model | ranks | gradient's sum, ms | a layer gathered, ms | all layers twice, ms |", "| --- | --- | --- | --- | --- |"]
-    largest = max(found["gradient"].values(), key=lambda entry: entry["bytes"])
-    rate = network or 2 * (n - 1) / n * largest["bytes"] / largest["seconds"]
-    for model in MODELS:
-        for more in (8, 64):
-            summed, gathered = (factor * (more - 1) / more * sizes(model)[what] / rate for what, factor in (("gradient", 2), ("layer", 1)))
-            lines.append(f"| {model} | {more} | {summed * 1e3:.2f} | {gathered * 1e3:.2f} | {2 * sizes(model)['layers'] * gathered * 1e3:.0f} |")
-    return "\n".join(lines + ["", f"at {rate / 1e9:.0f} GB/s" + (", given" if network else ", from the largest sum measured")])
+    return "\n".join([*lines, "", f"A number agreed on between the hosts: {found['word'] * 1e3:.2f} ms."])
+
+
+def measured_rate(path):
+    """Bytes a second that each rank sent while the largest gradient was summed."""
+    found = json.loads(pathlib.Path(path).read_text())
+    largest, n = max(found["gradient"].values(), key=lambda entry: entry["bytes"]), found["ranks"]
+    return 2 * (n - 1) / n * largest["bytes"] / largest["seconds"]
+
+
+def shares(model, n, rate, tokens_per_second, window, micro_batch):
+    """(replicated, sharded, seconds to sum a gradient, to gather a layer): what share of n single GPUs' speed n ranks reach, each way.
+
+    rate: bytes a second of the slowest link; tokens_per_second: of one GPU; window, micro_batch: tokens of a rank in a step and in a
+    micro-batch. Replicated: compute / (compute + sum). Sharded: each layer is gathered for a forward and for a backward pass of each
+    micro-batch while the layer before it computes (a third of the time forward, two thirds backward and recomputed), so a pass takes the
+    longer of the two.
+    """
+    size, compute = sizes(model), window / tokens_per_second
+    summed, gathered = (factor * (n - 1) / n * size[what] / rate for what, factor in (("gradient", 2), ("layer", 1)))
+    layer = micro_batch / tokens_per_second / size["layers"]
+    stretched = (max(layer / 3, gathered) + max(2 * layer / 3, gathered)) / layer
+    return compute / (compute + summed), compute / (compute * stretched + summed), summed, gathered
+
+
+def computed(speeds, inside, between, hosts_of=8, micro_batch=8192, micro_batches=4):
+    """What follows for 8 and 64 GPUs, as Markdown. speeds: bench/results/h100.json; inside, between: bytes a second in and between hosts.
+
+    One GPU's rate is case A's for the 8B shape; another shape's is that times the ratio of their weights, and two thirds of it sharded,
+    where every layer is recomputed: 4 and 6 operations a weight and token.
+    """
+    rows = json.loads(pathlib.Path(speeds).read_text())
+    ours = next(row for row in rows if row["case"] == "A" and row["who"] == "rawlora" and row.get("gpus", 1) == 1)
+    weights = {model: sizes(model)["weights"] * sizes(model)["layers"] + MODELS[model][1] * MODELS[model][4] for model in MODELS}
+    lines = ["| model | GPUs | sum, ms | layer gathered, ms | tokens/s, replicated | of N GPUs alone | tokens/s, sharded | of N GPUs alone |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for model in ("8B", "70B"):
+        alone = ours["tokens_per_second"] * weights["8B"] / weights[model]
+        for n in (8, 64):
+            rate = inside if n <= hosts_of else between
+            whole, _, summed, gathered = shares(model, n, rate, alone, micro_batch * micro_batches, micro_batch)
+            split = shares(model, n, rate, alone * 2 / 3, micro_batch * micro_batches, micro_batch)[1]
+            lines.append(f"| {model} | {n} | {summed * 1e3:.1f} | {gathered * 1e3:.2f} | {n * alone * whole:,.0f} | {whole:.1%} | {n * alone * 2 / 3 * split:,.0f} | {split:.1%} |")
+    return "\n".join([*lines, "", f"at {inside / 1e9:.0f} GB/s inside a host of {hosts_of} and {between / 1e9:.0f} GB/s between hosts, for each GPU; "
+                      f"{micro_batches} micro-batches of {micro_batch:,} tokens a rank and step"])
 
 
 def main(argv):
     options = dict(arg[2:].split("=", 1) for arg in argv)
     if "table" in options:
-        print(table(options["table"], float(options["network"]) * 1e9 if "network" in options else None))
+        print(table(options["table"]))
+        return
+    if "computed" in options:
+        inside = measured_rate(options["measured"]) if "measured" in options else 1e9 * float(options.get("inside", 300))
+        print(computed(options["computed"], inside, 1e9 * float(options.get("between", 40))))
         return
     found = measure(int(options.get("rounds", 20)))
     if found.pop("first"):

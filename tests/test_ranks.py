@@ -362,3 +362,19 @@ def test_torchrun_runs_it(tiny_settings, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("packing ") == 1 and [line["step"] for line in record.read_metrics(tmp_path / "run")] == list(range(9))
     assert json.loads((tmp_path / "run" / "environment.json").read_text())
+
+
+# -------------------------------------------------------------------------------------------------- what more ranks would do
+
+def test_what_is_computed_for_more_ranks_has_the_limits_that_it_must(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "bench"))
+    import scaling
+    size = scaling.sizes("8B")
+    assert size["gradient"] == 4 * 41_943_040, "rank 16 on the seven projections of Llama 3 8B has as many trained numbers, as PEFT counts them"
+    free = scaling.shares("8B", 8, 1e30, 1000.0, 8192, 8192)
+    assert free[0] == pytest.approx(1) and free[1] == pytest.approx(1)
+    as_long = 2 * 7 / 8 * size["gradient"] / (8192 / 1000.0)  # bytes a second at which the sum takes as long as the computation
+    replicated, sharded, summed, gathered = scaling.shares("8B", 8, as_long, 1000.0, 8192, 8192)
+    assert replicated == pytest.approx(0.5) and summed == pytest.approx(8.192) and gathered == pytest.approx(7 / 8 * size["layer"] / as_long)
+    layer = 8.192 / size["layers"]
+    assert gathered > layer and sharded == pytest.approx(8.192 / (2 * gathered * size["layers"] + summed)), "gathering alone is left of each pass"
