@@ -71,7 +71,7 @@ class Data:
     first_rows: int = key(0, "take the first so many rows of each training source and read no further (a hub data set is then streamed); 0: all", low=0)
     drop: list = key([], "training rows to leave out, by what `python data.py CONFIG --check` finds: " + ", ".join(DROPS))
     audit: str = key("auto", "what a start looks for: auto: all, but near duplicates in files up to 16 MiB only", choices=("auto", "full", "off"))
-    cache: str = key("auto", "folder where tokens are kept between starts; auto: rawlora in $XDG_CACHE_HOME or ~/.cache; off: nowhere")
+    cache: str = key("auto", "folder where tokens, and what the unquantised model is worth, are kept between starts; auto: rawlora in $XDG_CACHE_HOME or ~/.cache; off: nowhere")
     near_duplicate: float = key(0.8, "rows are near duplicates from this Jaccard similarity of their 5-character shingles on, or one word apart", low=0.7, high=1.0)
     columns: list = key([], "rows with other column names: KEY=COLUMN, as in prompt=question,completion=answers.text.0")
     roles: list = key([], "turns with other role names: NAME=ROLE, as in bot=assistant")

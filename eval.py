@@ -15,8 +15,8 @@ Any key of train.py --help can be given as --section.key=value.
 The loss is the one of training (model.summed_loss): summed over supervised tokens and divided once, so it does not
 depend on how rows are packed. Leaves out: benchmarks of other kinds, which lm-eval has, and sampling with temperature.
 """
+import concurrent.futures
 import dataclasses
-import gc
 import hashlib
 import json
 import math
@@ -25,8 +25,10 @@ import textwrap
 import time
 
 import torch
+from safetensors.numpy import load_file, save_file
 
 import attention
+import cache
 import checkpoint
 import config as settings
 import data
@@ -168,24 +170,52 @@ def show(samples, width=80):
     return "\n".join(lines)
 
 
+SHAPES_FIGURES = ("attention.py", "eval.py", "fused.py", "gpu_kernels.py", "loading.py", "lora_layers.py", "model.py", "quant.py")
+
+
 def evaluate_unquantised(config, device, eval_rows):
     """(figures, by row) of the untouched model in 16 or 32 bits, as eval.evaluate gives them; None where it is not asked for or does not fit.
 
-    What training gains is told against it too: making good what quantisation spoilt is not yet learning.
+    What training gains is told against it too: making good what quantisation spoilt is not yet learning. Kept between starts beside
+    the tokens (data.cache), since the same model, rows and code give the same figures.
     """
     if config.eval.unquantised == "no" or config.model.quant == "none":
         return None
-    if config.eval.unquantised == "auto" and any(ranks.most(1.3 * loading.stored_bytes(config) > model.free_memory(device))):
+    place = cache.folder(config.data.cache) if ranks.RANKS == 1 else None  # ranks evaluate together, whatever each finds
+    name = place and cache.key(unquantised_figures_shaped_by(config, device, eval_rows))
+    known = place and (place / name).is_dir()
+    if not known and config.eval.unquantised == "auto" and any(ranks.most(1.3 * loading.stored_bytes(config) > model.free_memory(device))):
         print("note: the unquantised model does not fit beside what is in memory, so it is not evaluated; eval.unquantised=no leaves it out without a word")
         return None
-    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quant="none"))
-    network = model.load(plain, device)
-    figures = evaluate(network, eval_rows, config.eval.max_rows, config.memory.max_tokens or (8192 if device.type == "cuda" else 2048))
-    del network
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return figures
+
+    def build(folder):
+        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quant="none"))
+        network = model.load(plain, device)
+        figures, by_row = evaluate(network, eval_rows, config.eval.max_rows, config.memory.max_tokens or (8192 if device.type == "cuda" else 2048))
+        del network
+        model.release_memory()
+        save_file(by_row, folder / "by_row.safetensors")
+        return figures
+
+    return cache.entry(place, name, build, lambda folder: (cache.meta(folder), load_file(folder / "by_row.safetensors")))
+
+
+def unquantised_figures_shaped_by(config, device, eval_rows):
+    """What the figures of evaluate_unquantised follow from, JSON-ready, with the SHA-256 of every file of the model and of our code."""
+    import transformers
+
+    def sha(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    folder, here = loading.local_folder(config.model.path, config.model.revision), pathlib.Path(__file__).parent
+    files = [folder / "config.json", *sorted(set(loading.weight_files(folder).values())), *(here / name for name in SHAPES_FIGURES)]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        digests = list(threads.map(sha, files))
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    started = [config.lora.dora, config.lora.init, config.lora.init_from]  # r and alpha add exactly nothing at B = 0
+    return ["unquantised", digests, eval_rows.digest, config.eval.max_rows, config.model.compute_dtype, config.model.attention, started,
+            dataclasses.asdict(config.memory), where, torch.__version__, transformers.__version__]
 
 
 def check_vocabulary(network, *data_sets):

@@ -1,6 +1,7 @@
 """How good a model is said to be: against transformers' own loss, however rows are packed, whatever holds the adapter."""
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import PROJECT, make_model, settings_of
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import config
@@ -301,3 +303,46 @@ def test_template_tokens_that_the_model_never_trained_are_warned_of(tiny_inputs,
     assert train.main([str(settings), f"--out={tmp_path / 'run'}", *options]) == 0
     told = capsys.readouterr().err
     assert ("warning: model.path: the rows use '<|im_start|>', which the base model seems never to have been trained on" in told) == (how != "trained"), told
+
+
+# ------------------------------------------------------------------------------------- the untouched model, kept between starts
+
+def test_the_unquantised_figures_are_kept_and_every_row_of_theirs(tiny_inputs, tmp_path, monkeypatch):
+    cfg = configured(tiny_inputs, model={"quant": "nf4"}, data={"cache": str(tmp_path / "cache")})
+    rows, cpu = tokenized(tiny_inputs), torch.device("cpu")
+    figures, by_row = evaluation.evaluate_unquantised(cfg, cpu, rows)
+    assert figures["loss"] == pytest.approx(reference(tiny_inputs / "model", rows, len(rows))[0], rel=1e-5)
+    real, loads = model.load, []
+    monkeypatch.setattr(model, "load", lambda *given: loads.append(given) or real(*given))
+    again, rows_again = evaluation.evaluate_unquantised(cfg, cpu, rows)
+    assert not loads and again == figures and set(rows_again) == set(by_row)
+    assert all(rows_again[name].dtype == by_row[name].dtype and (rows_again[name] == by_row[name]).all() for name in by_row)
+    for other in ({"model": {"compute_dtype": "fp32"}, "lora": {"r": 2}}, {"model": {"double_quant": False}}):  # nothing of the figures
+        evaluation.evaluate_unquantised(configured(tiny_inputs, **{"data": {"cache": str(tmp_path / "cache")}} | other | {"model": {"quant": "nf4"} | other["model"]}), cpu, rows)
+    assert not loads
+    for file in (tmp_path / "cache").glob("*/by_row.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    assert evaluation.evaluate_unquantised(cfg, cpu, rows)[0]["loss"] == figures["loss"] and len(loads) == 1, "damaged, so made anew"
+
+
+def test_unquantised_figures_of_another_model_or_other_rows_are_not_taken(tiny_inputs, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_inputs / "model", tmp_path / "model")
+    sections = {"model": {"path": str(folder), "quant": "nf4"}, "data": {"cache": str(tmp_path / "cache")}}
+    rows, cpu = tokenized(tiny_inputs), torch.device("cpu")
+    loss = lambda which=rows, **more: evaluation.evaluate_unquantised(configured(tiny_inputs, **sections | more), cpu, which)[0]["loss"]
+    first = loss()
+    assert loss(tokenized(tiny_inputs, "eval.jsonl")) != first
+    assert loss(eval={"max_rows": 3}) != first
+    weights = load_file(folder / "model.safetensors")
+    before = (folder / "model.safetensors").stat()
+    save_file({name: tensor * 1.5 if "norm" in name else tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    os.utime(folder / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (folder / "model.safetensors").stat().st_size == before.st_size and loss() != first, "the same name, size and time, and other weights"
+
+
+def test_without_a_cache_the_unquantised_model_is_evaluated_each_time(tiny_inputs, tmp_path, monkeypatch):
+    cfg = configured(tiny_inputs, model={"quant": "int8"}, data={"cache": "off"})
+    rows, loads, real = tokenized(tiny_inputs), [], model.load
+    monkeypatch.setattr(model, "load", lambda *given: loads.append(given) or real(*given))
+    values = [evaluation.evaluate_unquantised(cfg, torch.device("cpu"), rows) for _ in range(2)]
+    assert len(loads) == 2 and values[0][0]["loss"] == values[1][0]["loss"] and set(values[0][1]) == {"nll", "tokens", "correct"}
