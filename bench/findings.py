@@ -8,9 +8,11 @@
 --rows: a folder with tldr-train.jsonl, tldr-validation.jsonl and gsm8k-train.jsonl (or .jsonl.gz). --jobs so many run at a time on one GPU;
 an experiment whose time is of interest runs alone, as a command of its own, the others in processes forked from one that has imported what
 all of them need; every summary says what ran beside it. After --minutes what runs is told to save and end; the same command goes on from
-there, and what has ended is not run again. --section.key=value goes to every training. Runs lie in --work (default runs/findings), with a
-log each; --write keeps of each what docs/make_findings.py reads: settings, the thinned record, the verdict, the diagnosis of health.py, and
-what each evaluation row came to, without any text of the rows.
+there, and what has ended is not run again. So a training may begin shortly before the end; not with --last, which begins only what can
+end. --section.key=value goes to every training. Runs lie in --work (default runs/findings), with a log each; --write keeps of each what
+docs/make_findings.py reads: settings, the thinned record, the verdict, the diagnosis of health.py, and what each evaluation row came to,
+without any text of the rows. What is kept there, or in --kept=FOLDER, is not run again unless it is named in full.
+--peers-site=FOLDER: packages of the peers (trl, unsloth, ...), which no other process sees.
 """
 import collections
 import contextlib
@@ -39,6 +41,7 @@ import record
 import verdict
 
 GRACE = 20  # seconds that a run gets to save
+SOON = 45   # seconds that must be left for a training to begin, which the next sitting goes on with
 TLDR = {"data.train": "tldr-train.jsonl", "data.eval": "tldr-validation.jsonl"}
 GSM8K = {"data.train": "gsm8k-train.jsonl", "data.eval": "", "data.eval_rows": 500}
 BESIDE = {"memory.max_tokens": 8192, "memory.checkpoint_layers": 0,  # no probe of a GPU that others use
@@ -47,6 +50,7 @@ FIGURES = BESIDE | {"eval.samples": 0, "save.every_steps": 0}          # where o
 SHORT = {"train.max_steps": 500, "schedule.lr_warmup_steps": 50}       # what the peers run
 CLEAN = {"data.drop": "duplicate,near_duplicate,leak"}
 FORKED = ("train.py", "eval.py", "bench/cut.py")  # not the peers, who change what they import
+TRAININGS = ("train.py", "bench/cut.py")  # they save when told to end, and go on
 UNGUARDED = {"proof.enabled": "false", "alerts.stop": "[]"}
 
 Experiment = collections.namedtuple("Experiment", "name commands seconds alone ends", defaults=(False, (0, 5)))
@@ -62,11 +66,11 @@ def seeded(name, config, values, seconds, seeds=(0, 1, 2)):
     return [training(f"{name}-s{seed}", config, values | {"train.seed": seed}, seconds) for seed in seeds]
 
 
-def peer(name, who, steps, seconds, alone=False):
+def peer(name, who, steps, seconds, alone=False, more=()):
     """A peer on our rows in our order, and, unless only its time is of interest, our evaluation of what it saved."""
     values = TLDR | SHORT | {"data.audit": "off"} | ({} if not alone else {"train.max_steps": steps})
     run = f"WORK/{name}"
-    commands = [["bench/peers.py", who, "configs/approach1.json", f"--out={run}", *(f"--{key}={value}" for key, value in values.items())]]
+    commands = [["bench/peers.py", who, "configs/approach1.json", f"--out={run}", *more, *(f"--{key}={value}" for key, value in values.items())]]
     keep = [] if alone else [["eval.py", f"--ckpt={run}", "--keep", "--eval.samples=0"]]
     return Experiment(name, commands + keep, seconds, alone)
 
@@ -79,10 +83,12 @@ def generation(name, more, seconds=40):
 
 
 def experiments():
-    """All of them, in the order in which they are run: what matters most first, further seeds last."""
+    """All of them, in the order in which they are run: what is timed alone, then what matters most, further seeds last."""
     failure = TLDR | BESIDE | {"eval.samples": 4}
     first, later = (0,), (1, 2)
-    plan = [training("approach1-s0", "approach1", TLDR | {"train.seed": 0, "eval.samples": 16}, 92, alone=True),
+    plan = [training("approach1-s0", "approach1", TLDR | {"train.seed": 0, "eval.samples": 16}, 120, alone=True),
+            peer("peer-trl-time", "trl", 60, 60, alone=True), peer("peer-unsloth-time", "unsloth", 60, 80, alone=True),
+            training("approach3", "approach3", TLDR | BESIDE | {"eval.samples": 16}, 150, alone=True),
             *seeded("seed-failure", "seed-failure", failure, 35),
             training("cut", "seed-failure", failure, 25, ends=(4,), program="bench/cut.py"),
             training("cut-unguarded", "seed-failure", failure | UNGUARDED, 35, program="bench/cut.py"),
@@ -91,36 +97,39 @@ def experiments():
             *seeded("cure-floor", "seed-failure", failure | {"schedule.lr_min": "1e-5"}, 35),
             *seeded("cure-steps", "seed-failure", failure | {"train.max_steps": 2000, "eval.every_steps": 500}, 50),
             *seeded("approach1", "approach1", TLDR | BESIDE | {"eval.samples": 16}, 65, later),
-            training("approach2", "approach2", TLDR | BESIDE | {"eval.samples": 16}, 160)]
-    plan += [training("approach3", "approach3", TLDR | BESIDE | {"eval.samples": 16}, 330),
-             generation("generation-before", ["--untrained"]), generation("generation-after", []),
-             generation("generation-before-bf16", ["--untrained", "--model.quant=none"]),
-             training("gsm8k", "approach1", GSM8K | BESIDE | {"eval.samples": 16, "eval.every_steps": 250}, 110),
-             training("gsm8k-early", "approach1", GSM8K | FIGURES | {"eval.every_steps": 100, "eval.patience": 2}, 90)]
+            training("approach2", "approach2", TLDR | BESIDE | {"eval.samples": 16}, 160),
+            generation("generation-before", ["--untrained"]), generation("generation-after", []),
+            generation("generation-before-bf16", ["--untrained", "--model.quant=none"]),
+            training("gsm8k", "approach1", GSM8K | BESIDE | {"eval.samples": 16, "eval.every_steps": 250}, 110),
+            training("gsm8k-early", "approach1", GSM8K | FIGURES | {"eval.every_steps": 100, "eval.patience": 2}, 90)]
+    variant = lambda name, values, seeds=first, seconds=50: seeded(name, "approach1", TLDR | FIGURES | values, seconds, seeds)
     single = {"bits-single": {"model.double_quant": "false"}, "factor-rank": {"lora.r": 32, "lora.alpha": 64},
               "factor-rslora": {"lora.rslora": "true"}, "factor-targets": {"lora.targets": "q_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"},
               "factor-dropout": {"lora.dropout": 0.1}}
-    bits = {kind: FIGURES | TLDR | {"model.quant": kind} for kind in ("none", "int8")}
-    plan += [run for kind in bits for run in seeded(f"bits-{kind}", "approach1", bits[kind], 50, first)]
-    plan += [run for name in single for run in seeded(name, "approach1", TLDR | FIGURES | single[name], 55, first)]
-    plan += seeded("factor-all-but-bits", "approach3", TLDR | FIGURES | {"model.quant": "nf4"}, 60, first)
-    plan += [*seeded("ours-500", "approach1", TLDR | FIGURES | SHORT, 40), peer("peer-trl", "trl", 500, 240)]
+    bits = {kind: {"model.quant": kind} for kind in ("none", "int8")}
     schedules = {"zero": {"schedule.lr_min": 0}, "wsd": {"schedule.lr_kind": "wsd"}, "constant": {"schedule.lr_kind": "constant"},
                  "floor-3e-5": {"schedule.lr_min": "3e-5"}, "growing-batch": {"schedule.batch_points": "[[1,16],[1001,48]]"},
                  "adaptive-clip": {"schedule.clip_percentile": 50}, "no-clip": {"schedule.clip_norm": 0}}
-    chosen = {name: TLDR | FIGURES | values for name, values in schedules.items()}
-    plan += [run for name in chosen for run in seeded(f"schedule-{name}", "approach1", chosen[name], 50, first)]
-    plan += seeded("clean", "approach1", TLDR | FIGURES | CLEAN, 55, first)
-    plan += [peer("peer-trl-time", "trl", 60, 60, alone=True), peer("peer-unsloth-time", "unsloth", 60, 80, alone=True)]
+    plan += [run for kind in bits for run in variant(f"bits-{kind}", bits[kind])]
+    plan += [run for name in single for run in variant(name, single[name], seconds=55)]
+    plan += seeded("factor-all-but-bits", "approach3", TLDR | FIGURES | {"model.quant": "nf4"}, 60, first)
+    plan += [*seeded("ours-500", "approach1", TLDR | FIGURES | SHORT, 40), peer("peer-trl", "trl", 500, 240)]
+    plan += [run for name in schedules for run in variant(f"schedule-{name}", schedules[name])]
+    plan += variant("clean", CLEAN, seconds=55)
+    plan += [peer("peer-unsloth", "unsloth", 500, 200), peer("peer-trl-fp32", "trl", 500, 240, more=["--adapters=fp32"])]
     brief = TLDR | FIGURES | {"train.max_steps": 200, "schedule.lr_warmup_steps": 20}
     slow = brief | {"memory.fused": "false", "memory.graphs": "no", "memory.keep_dequantized": "no"}
     plan += [run for seed in (*first, *later) for name, values in (("fast-200", brief), ("slow-200", slow))
              for run in seeded(name, "approach1", values, 35 if name == "fast-200" else 90, (seed,))]
-    for seed in later:
-        plan += seeded("clean", "approach1", TLDR | FIGURES | CLEAN, 55, (seed,))
-        plan += [run for kind in bits for run in seeded(f"bits-{kind}", "approach1", bits[kind], 50, (seed,))]
-        plan += [run for name in ("wsd", "zero", "constant") for run in seeded(f"schedule-{name}", "approach1", chosen[name], 50, (seed,))]
-    return plan + [peer("peer-unsloth", "unsloth", 500, 200)]
+    rates = {rate: {"schedule.learning_rate": rate, "schedule.lr_min": floor}  # the floor is a tenth, as approach 1's is
+             for rate, floor in (("2e-4", "2e-5"), ("5e-4", "5e-5"), ("1e-3", "1e-4"), ("2e-3", "2e-4"))}
+    plan += [run for rate in ("5e-4", "1e-3", "2e-4", "2e-3") for run in variant(f"rate-{rate}", rates[rate])]
+    high = {"wsd": schedules["wsd"], "constant": schedules["constant"], "zero": schedules["zero"], "clip-off": schedules["no-clip"]}
+    plan += [run for name in high for run in variant(f"rate-5e-4-{name}", rates["5e-4"] | high[name])]
+    plan += variant("bits-none", bits["none"], later)
+    plan += [run for name in ("wsd", "constant", "zero") for run in variant(f"schedule-{name}", schedules[name], later)]
+    plan += variant("clean", CLEAN, later, 55) + variant("bits-int8", bits["int8"], later)
+    return plan + variant("rate-5e-4", rates["5e-4"], later)
 
 
 # ------------------------------------------------------------------------------------------------------------ running
@@ -150,8 +159,9 @@ def filled_in(command, work, rows, overrides):
     return [command[0], *(word for word in command[1:] if not word.startswith("--")), *words], to and pathlib.Path(to)
 
 
-def begin(experiment, place, work, rows, overrides, threads):
-    """Start command number `place` of an experiment; what it says goes to its log."""
+def begin(experiment, place, work, rows, overrides, threads, peers_site=None):
+    """Start command number `place` of an experiment; what it says goes to its log. peers_site: the folder of packages for the peers alone,
+    behind those that everybody sees."""
     words, to = filled_in(experiment.commands[place], work, rows, overrides)
     log = open(work / f"{experiment.name}.log", "ab")
     log.write(f"\n$ python {' '.join(words)}\n".encode())
@@ -159,9 +169,12 @@ def begin(experiment, place, work, rows, overrides, threads):
     if to:
         to.parent.mkdir(exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if peers_site and words[0] == "bench/peers.py":
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(peers_site))))
     if experiment.alone or words[0] not in FORKED:
         with open(to, "wb") if to else contextlib.nullcontext(log) as output:
-            return subprocess.Popen([sys.executable, str(PROJECT / words[0]), *words[1:]], stdout=output, stderr=log, cwd=PROJECT, env=os.environ | environment)
+            started = [sys.executable, str(PROJECT / words[0]), *words[1:]]
+            return subprocess.Popen(started, stdout=output, stderr=log, cwd=PROJECT, env=os.environ | environment)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["eval", "train", "datasets", "matplotlib.pyplot", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"])
     process = context.Process(target=forked.run_script, args=(words, to, log.name, environment))
@@ -186,6 +199,11 @@ def ended(experiment, work):
     return bool(sittings) and sittings[-1]["exit"] in experiment.ends
 
 
+def kept_already(experiment, folders):
+    """Whether one of the folders of kept records says that an experiment ended: in an earlier sitting, maybe on another machine."""
+    return any(compare.read_json(folder / experiment.name / "summary.json").get("exit") in experiment.ends for folder in folders)
+
+
 def last_step(run):
     """The last step on record, for a look at a run that goes on."""
     path = run / "metrics.jsonl"
@@ -203,14 +221,17 @@ def needs(experiment, work, plan):
     return all(ended(other, work) for other in plan if other.name in read)
 
 
-def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done):
-    """Run experiments until they have ended or the time is over. done(experiment): called as each ends. Returns those that did not end well."""
+def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done, peers_site=None, last=False):
+    """Run experiments until they have ended or the time is over. done(experiment): called as each ends. last: no sitting comes after this one,
+    so nothing begins that cannot end. Returns those that did not end well."""
     began, threads = time.monotonic(), max(1, (os.cpu_count() or 1) // max(1, jobs))
     pending, running, failed, told, stopping = [e for e in chosen if not ended(e, work)], [], [], began, []
-    begun = [e for e in pending if any((work / e.name).glob("checkpoints/step-*"))]  # to be resumed, so every minute helps
+    begun = [e for e in pending if any((work / e.name).glob("checkpoints/step-*"))]  # these need less than the whole time, nobody knows how much
     say = lambda text: print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
     ratios = []  # how much longer than alone experiments took so far, beside each other
     slower = lambda: max(1.0, float(np.median(ratios))) if len(ratios) > 2 else 1.0
+    resumes = lambda e: all(command[0] in TRAININGS for command in e.commands)
+    takes = lambda e: SOON if resumes(e) and (e in begun or not e.alone and not last) else GRACE + e.seconds * (1.0 if e.alone else slower())
     previous = {number: signal.signal(number, lambda *_: stopping.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     left = lambda: seconds - (time.monotonic() - began)
     while pending or running:
@@ -221,15 +242,15 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done):
                 continue
             if code in experiment.ends and entry["place"] + 1 < len(experiment.commands) and not stopping:
                 entry["place"] += 1
-                entry["process"] = begin(experiment, entry["place"], work, rows, overrides, threads)
+                entry["process"] = begin(experiment, entry["place"], work, rows, overrides, threads, peers_site)
                 continue
             running.remove(entry)
-            whole = entry["place"] + 1 == len(experiment.commands)
+            complete = entry["place"] + 1 == len(experiment.commands)
             took = time.monotonic() - entry["began"]
-            sitting = {"seconds": round(took, 1), "beside": entry["beside"], "exit": code if whole or code not in experiment.ends else None}
+            sitting = {"seconds": round(took, 1), "beside": entry["beside"], "exit": code if complete or code not in experiment.ends else None}
             (work / f"{experiment.name}.json").write_text(json.dumps([*sittings_of(work, experiment.name), sitting]))
             if ended(experiment, work):
-                ratios.append(took / experiment.seconds)
+                ratios += [took / experiment.seconds] if entry["beside"] and experiment not in begun else []
                 say(f"{experiment.name} ended with {code} after {took:.0f} s beside {entry['beside']}")
                 try:
                     done(experiment)
@@ -252,7 +273,7 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done):
                     entry["process"].kill()
             if not running:
                 break
-        ready = [e for e in pending if needs(e, work, plan) and (slower() * e.seconds if e not in begun else 30) < left() - GRACE] if not stopping else []
+        ready = [e for e in pending if needs(e, work, plan) and takes(e) < left()] if not stopping else []
         if not running and pending and not ready:
             break
         while ready and len(running) < jobs and not any(entry["experiment"].alone for entry in running):
@@ -262,7 +283,7 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done):
             ready.remove(experiment), pending.remove(experiment)
             say(f"{experiment.name} begins")
             running.append({"experiment": experiment, "place": 0, "began": time.monotonic(), "beside": len(running),
-                            "process": begin(experiment, 0, work, rows, overrides, threads)})
+                            "process": begin(experiment, 0, work, rows, overrides, threads, peers_site)})
         if time.monotonic() - told > 30:
             told = time.monotonic()
             say("; ".join(f"{entry['experiment'].name} at {last_step(work / entry['experiment'].name):,}" for entry in running))
@@ -322,6 +343,7 @@ def facts_of(run, lines):
             "loss": [some(loss[:edge], np.median), some(loss[-edge:], np.median)], "loss_window": edge,
             "norm": [some(norms, of) for of in (np.min, np.median, np.max)], "zero_norms": int((norms == 0).sum()),
             "clipped": some(column("train/clipped"), np.mean), "skipped": int(column("train/skipped").sum()), "alerts": alerts,
+            "proof_outcomes": [[line["step"], line["proof/outcome"].partition(":")[0]] for line in lines if "proof/outcome" in line],
             "proof": [[at, *(float(f"{value:.4g}") if np.isfinite(value := verdict.number(part)) else None for part in rest)] for at, *rest in proofs],
             "forecast": [{"name": found["name"], "severity": found["severity"]} for found in forecast],
             "diagnosis": [{"name": found.name, "severity": found.severity} for found in diagnosis if found.severity != "unjudged"],
@@ -394,8 +416,8 @@ def commands_of(rows, path):
 
 
 def main(argv):
-    texts = dict.fromkeys(("rows", "work", "write", "jobs", "minutes"), "")
-    names, flags, overrides = settings.command_line(argv, texts | {"list": False, "help": False})
+    texts = dict.fromkeys(("rows", "work", "write", "kept", "peers-site", "jobs", "minutes"), "")
+    names, flags, overrides = settings.command_line(argv, texts | {"list": False, "last": False, "help": False})
     plan = experiments()
     if flags["help"] or not names and not flags["list"]:
         print(__doc__.strip())
@@ -404,11 +426,15 @@ def main(argv):
     strange = [name for name in names if name != "all" and not any(fnmatch.fnmatchcase(e.name, name) for e in plan)]
     if strange:
         raise ValueError(f"{', '.join(strange)}: there is no such experiment; --list shows them")
+    folders = [pathlib.Path(flags[name]).resolve() for name in ("kept", "write") if flags[name]]
+    known = [e for e in wanted if e.name not in names and kept_already(e, folders)]
     if flags["list"]:
         for experiment in wanted:
-            print(f"{experiment.name}   {experiment.seconds} s{', alone' if experiment.alone else ''}")
+            print(f"{experiment.name}   {experiment.seconds} s{', alone' if experiment.alone else ''}{', kept' if experiment in known else ''}")
             print(*(f"    python {' '.join(command)}" for command in experiment.commands), sep="\n")
-        print(f"{len(wanted)} experiments, {sum(e.seconds for e in wanted) / 60:.0f} minutes one after the other")
+        wanted = [e for e in wanted if e not in known]
+        kept = f" and {len(known)} kept" if known else ""
+        print(f"{len(wanted)} experiments{kept}, {sum(e.seconds for e in wanted) / 60:.0f} minutes one after the other")
         return 0
     work, rows = (pathlib.Path(flags["work"] or "runs/findings").resolve(), pathlib.Path(flags["rows"] or ".").resolve())
     into = pathlib.Path(flags["write"]).resolve() if flags["write"] else None
@@ -419,9 +445,14 @@ def main(argv):
         for experiment in wanted:
             keep(experiment) if ended(experiment, work) else None
         return 0
+    wanted = [e for e in wanted if e not in known]
     commands_of(rows, work / "commands.jsonl")
-    left = run_all(wanted, plan, work, rows, jobs, 60 * minutes, overrides, keep)
-    print(f"{len(wanted) - len(left)} of {len(wanted)} ended; left: {', '.join(e.name for e in left) or 'none'}")
+    site = pathlib.Path(flags["peers-site"]).resolve() if flags["peers-site"] else None
+    if site and not site.is_dir():
+        raise ValueError(f"--peers-site: {site} is no folder; leave it out where the peers' packages are installed")
+    left = run_all(wanted, plan, work, rows, jobs, 60 * minutes, overrides, keep, site, flags["last"])
+    kept = f", {len(known)} were kept already" if known else ""
+    print(f"{len(wanted) - len(left)} of {len(wanted)} ended{kept}; left: {', '.join(e.name for e in left) or 'none'}")
     return 0 if not left else 1
 
 

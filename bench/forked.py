@@ -10,14 +10,15 @@ PROJECT = pathlib.Path(__file__).resolve().parent.parent
 def run_script(words, to, log, environment):
     """Run words[0] as its command would, with the rest as arguments; it says what it says to the file `to`, or to `log`, where errors go.
 
-    environment: {name: text} to be added. Where CUDA has begun, which survives no fork, a new process takes this one's place.
+    environment: {name: text} to be added. Where CUDA has begun, here or in the process that was forked (an import may do that), this one
+    cannot use it, and a new process takes its place.
     """
     import torch
     os.environ.update(environment)
     os.chdir(PROJECT)
     for number, path in ((2, log), (1, to or log)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if path == to else os.O_APPEND), 0o644), number)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork():  # the former is False in the child of a process where it is True
         os.execv(sys.executable, [sys.executable, *words])
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = list(words)

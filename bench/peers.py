@@ -1,6 +1,7 @@
 """Train with TRL + PEFT + bitsandbytes, or with Unsloth, on our rows in our order with our settings, into a folder like a run's.
 
     python bench/peers.py trl configs/approach1.json --train.max_steps=500 --out=runs/peer-trl [--section.key=value ...]
+    python bench/peers.py trl CONFIG --adapters=fp32 --out=FOLDER     its adapters kept in 32 bits, as ours are
     python bench/peers.py unsloth CONFIG --out=FOLDER
     python eval.py --ckpt=runs/peer-trl --keep          our evaluation of the adapter that it saved
     python compare.py runs/approach1-500 runs/peer-trl --at=500                 beside a run of ours, row by row
@@ -8,9 +9,11 @@
 Tokens, labels, the order of samples, samples a step, rates of every step, rank, scale, targets, clipping, Adam's constants and bits
 are ours, handed over ready-made; the loss, the model, the adapters' start (their own random numbers) and the loop are theirs. Both
 pad a step's rows to the longest, in one micro-batch, which is faster for them than the 2 x 16 of approach 1 and gives the same sums;
-TRL keeps the adapters of a quantised model in bf16. Needs trl, or unsloth, which are no part of requirements.txt. The record holds
-loss, gradient norm, rate and seconds of every step. Leaves out: LLM.int8, DoRA, mixtures, several GPUs.
+TRL casts the adapters of a quantised model to bf16, and so Adam's moments; --adapters=fp32 casts them back before training. Needs trl,
+or unsloth, which are no part of requirements.txt. The record holds loss, gradient norm, rate and seconds of every step. Leaves out:
+LLM.int8, DoRA, mixtures, several GPUs.
 """
+import collections
 import json
 import os
 import pathlib
@@ -67,8 +70,19 @@ def load(peer, config, longest):
     return network, None, LoraConfig(**adapters, task_type="CAUSAL_LM")
 
 
-def train(peer, config, run):
-    """Train, with a line of the record a step; the adapter lies in RUN/checkpoints/step-N, the settings in RUN/config.json."""
+def adapter_dtypes(network):
+    """{dtype of trainable parameters: how many there are}."""
+    found = collections.Counter()
+    for parameter in network.parameters():
+        found[str(parameter.dtype).removeprefix("torch.")] += parameter.numel() if parameter.requires_grad else 0
+    return {dtype: count for dtype, count in found.items() if count}
+
+
+def train(peer, config, run, fp32=False):
+    """Train, with a line of the record a step; the adapter lies in RUN/checkpoints/step-N, the settings in RUN/config.json.
+
+    fp32: adapters are cast to 32 bits after the peer has made its trainer, before Adam's moments are made.
+    """
     samples, tokenizer, steps, n_rows = our_samples(config)
     lengths = [len(ids) for ids in samples["input_ids"]]
     network, own, peft = load(peer, config, max(lengths))
@@ -118,6 +132,10 @@ def train(peer, config, run):
         return trainer.lr_scheduler
 
     trainer.create_scheduler = our_rates
+    theirs = adapter_dtypes(trainer.model)
+    for parameter in trainer.model.parameters() if fp32 else ():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    print(f"{peer}: adapters in {theirs}" + (f", trained in {adapter_dtypes(trainer.model)}" if fp32 else ""), flush=True)
     (run / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
     (run / "environment.json").write_text(json.dumps(record.environment(), indent=1))
     began = time.perf_counter()
@@ -130,12 +148,14 @@ def train(peer, config, run):
 
 
 def main(argv):
-    names, flags, overrides = settings.command_line(argv, {"out": "", "help": False})
+    names, flags, overrides = settings.command_line(argv, {"out": "", "adapters": "", "help": False})
     if flags["help"] or len(names) != 2 or names[0] not in ("trl", "unsloth"):
         print(__doc__.strip())
         return 0 if flags["help"] else 2
+    if flags["adapters"] and (names[0], flags["adapters"]) != ("trl", "fp32"):
+        raise ValueError(f"--adapters={flags['adapters']} with {names[0]}: there is --adapters=fp32, for trl")
     config = settings.located(settings.read(settings.find(names[1]), overrides))
-    train(names[0], config, pathlib.Path(flags["out"] or f"runs/peer-{names[0]}"))
+    train(names[0], config, pathlib.Path(flags["out"] or f"runs/peer-{names[0]}"), bool(flags["adapters"]))
     return 0
 
 

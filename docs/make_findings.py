@@ -34,13 +34,13 @@ DASH = "–"
 # ------------------------------------------------------------------------------------------------------------- records
 
 def read(folder):
-    """{name: run} of every experiment kept in `folder`: {"name", "summary", "verdict", "metrics", "evaluations", "generation"}."""
+    """{name: run} of every experiment kept in `folder`: {"name", "summary", "config", "verdict", "metrics", "evaluations", "generation"}."""
     runs = {}
     for path in sorted(folder.glob("*/summary.json")):
         here, name = path.parent, path.parent.name
-        runs[name] = {"name": name, "summary": compare.read_json(path), "verdict": compare.read_json(here / "verdict.json"),
-                      "generation": compare.read_json(here / "generation.json"), "evaluations": record.read_evaluations(here),
-                      "metrics": record.read_metrics(here) if (here / "metrics.jsonl").is_file() else []}
+        trees = {part: compare.read_json(here / f"{part}.json") for part in ("summary", "config", "verdict", "generation")}
+        runs[name] = trees | {"name": name, "evaluations": record.read_evaluations(here),
+                              "metrics": record.read_metrics(here) if (here / "metrics.jsonl").is_file() else []}
     return runs
 
 
@@ -154,6 +154,18 @@ def outcome(run, which):
 
 # -------------------------------------------------------------------------------------------------------------- blocks
 
+def proofs_of(run):
+    """What the gradient proof found at each step where it was made: the ratio, or why there is none."""
+    found = []
+    for line in run["metrics"]:
+        if "proof/ratio" in line or "proof/outcome" in line:
+            outcome, _, why = line.get("proof/outcome", "").partition(": ")
+            ratio = verdict.number(line.get("proof/ratio", math.nan))
+            why = f" ({why.partition(': ')[0]})" if why else ""
+            found.append(f"{f'{ratio:.3f}' if math.isfinite(ratio) else (outcome or 'no gradient') + why} at step {line['step']:,}")
+    return ", ".join(found) or "not made"
+
+
 def said(runs):
     """What the tools say of the failed run's settings, as they were and with a cut graph; the failed run's own record first."""
     state = json.loads((PROJECT / "docs" / "examples" / "failed-run" / "trainer_state.json").read_text())["log_history"]
@@ -173,9 +185,7 @@ def said(runs):
         trend = " → ".join(figure(value, ".4f") for value in about["loss"]) if about["loss"][0] is not None else DASH
         evaluated = " ".join(f"{line['eval/loss']:.4f}" for line in run["metrics"] if "eval/loss" in line)
         rows.append([label, norms, trend, evaluated, about["exit"]])
-        proved = [f"{'no gradient' if ratio is None else f'{ratio:.3f}'} at step {step}" for step, ratio, _ in about["proof"]]
-        proofs = ", ".join(proved) or "none made"
-        tools = (f"forecast {named(about['forecast'])}; gradient proof {proofs}; alerts {named(about['alerts'])}; health.py "
+        tools = (f"forecast {named(about['forecast'])}; gradient proof {proofs_of(run)}; alerts {named(about['alerts'])}; health.py "
                  f"{named(about['diagnosis'])}")
         told.append(words.prose(f"{label}: {tools}; verdict {run['verdict']['outcome']} (milestone {outcome(run, 'milestone')}).", "- "))
     return words.table(["run", "gradient norms", "training loss", "evaluation losses", "exit code"], rows) + "\n\n" + "\n".join(told)
@@ -243,8 +253,9 @@ def bits_after(runs):
     for label, entry in zip(found, against(rows_of(base) if base else None, [rows_of(group) if group else None for group in found.values()])):
         cost = before[label][1]
         if entry and cost and cost["loss_difference"]:
-            was, now = cost["loss_difference"]["value"], entry["loss_difference"]["value"]
-            share = f": {now / was:.0%} of it are left" if was > 0.01 else ""
+            was, now, gap = cost["loss_difference"]["value"], entry["loss_difference"]["value"], entry["loss_difference"]
+            left = "none" if gap["low"] <= 0 <= gap["high"] else f"{now / was:.0%}"
+            share = f": {left} of it is left" if was > 0.01 and (now > 0 or left == "none") else ""
             told.append(words.prose(f"{label}: {was:+.4f} nats before training, {now:+.4f} after{share}.", "- "))
     return words.paragraphs(differences_table(runs, "weights", ("16 bits", "bits-none"), names), "\n".join(told))
 
@@ -270,8 +281,19 @@ def schedules(runs):
     return differences_table(runs, "schedule", ("cosine, floor 1e-5", "approach1"), SCHEDULES)
 
 
+RATES = {"2e-4": "rate-2e-4", "5e-4": "rate-5e-4", "1e-3": "rate-1e-3", "2e-3": "rate-2e-3"}
+AT_5E_4 = {"cosine to 0": "rate-5e-4-zero", "WSD, floor 5e-5": "rate-5e-4-wsd", "constant": "rate-5e-4-constant", "not clipped": "rate-5e-4-clip-off"}
+
+
+def rates(runs):
+    """Higher rates against approach 1's, and the schedules again at one of them."""
+    return words.paragraphs(differences_table(runs, "rate, floor a tenth of it", ("1e-4, approach 1", "approach1"), RATES),
+                            differences_table(runs, "schedule at 5e-4", ("cosine, floor 5e-5", "rate-5e-4"), AT_5E_4))
+
+
 def peers(runs):
-    table = differences_table(runs, "trainer", ("rawlora", "ours-500"), {"TRL, PEFT, bitsandbytes": "peer-trl", "Unsloth": "peer-unsloth"})
+    names = {"TRL, PEFT, bitsandbytes": "peer-trl", "the same, adapters in fp32": "peer-trl-fp32", "Unsloth": "peer-unsloth"}
+    table = differences_table(runs, "trainer", ("rawlora", "ours-500"), names)
     rows = []
     for label, name in (("rawlora", "approach1-s0"), ("TRL, PEFT, bitsandbytes", "peer-trl-time"), ("Unsloth", "peer-unsloth-time")):
         run = runs.get(name)
@@ -291,8 +313,9 @@ def paths(runs):
 def gsm8k(runs):
     curve, run, early = runs.get("gsm8k"), runs.get("gsm8k-early"), f"Early stopping: {NOT_RUN}."
     if run:
-        early = (f"Early stopping, patience 2 on evaluations every 100 steps: it ends after step {run['summary']['steps']:,}, at an evaluation "
-                 f"loss of {loss(run):.4f}.")
+        ended, planned = run["summary"]["steps"], run["config"].get("train", {}).get("max_steps")
+        how = f"did not end before its last step, {ended:,}" if ended == planned else f"ended after step {ended:,}"
+        early = f"Early stopping, patience 2 on evaluations every 100 steps: the run {how}; evaluation loss {loss(run):.4f}."
     evals = [line for line in curve["metrics"] if "eval/loss" in line] if curve else []
     rows = [[f"{line['step']:,}", f"{line['eval/loss']:.4f}", f"{line['eval/token_accuracy']:.4f}"] for line in evals]
     steps = words.table(["step", "eval loss", "token accuracy"], rows) if rows else ""
@@ -356,16 +379,26 @@ def results(runs):
         before, after = untrained(runs)["NF4, double"][1], against(rows_of(plain), [rows_of(ours)])[0]
         told.append(f"NF4 with double quantisation costs {paired(before)[0]} nats ({paired(before)[1]}) before training, {paired(after)[0]} "
                     f"({paired(after)[1]}) after it, against 16 bits trained alike." if before else "")
-    mine = seeds_of(runs, "ours-500")
+    high = {label: seeds_of(runs, name) for label, name in RATES.items() if seeds_of(runs, name)}
+    if ours and high:
+        label = min(high, key=lambda label: compare.loss_of(rows_of(high[label])))
+        value, span = paired(against(rows_of(ours), [rows_of(high[label])])[0])
+        told.append(f"Of {len(high)} higher rates in approach 1 {label} came out lowest: evaluation loss {spread(map(loss, high[label]))}, "
+                    f"{value} nats ({span}).")
+    mine, in_fp32 = seeds_of(runs, "ours-500"), seeds_of(runs, "peer-trl-fp32")
     if mine and theirs:
         value, span = paired(against(rows_of(mine), [rows_of(theirs)])[0])
-        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order: {value} nats ({span}) beside ours after 500 steps.")
+        same = ""
+        if in_fp32:
+            value_fp32, span_fp32 = paired(against(rows_of(mine), [rows_of(in_fp32)])[0])
+            same = f"; {value_fp32} ({span_fp32}) with its adapters in fp32, as ours are"
+        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order: {value} nats ({span}) beside ours after 500 steps{same}.")
     return "\n".join(words.prose(sentence, "- ") for sentence in told if sentence) or "No experiment has been run yet."
 
 
 BLOCKS = {"state": machine, "results": results, "said": said, "cures": cures, "approaches": approaches, "bits-before": bits_before,
-          "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "peers": peers, "gsm8k": gsm8k, "generation": generation,
-          "paths": paths}
+          "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "rates": rates, "peers": peers, "gsm8k": gsm8k,
+          "generation": generation, "paths": paths}
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -391,7 +424,8 @@ def draw_curves(runs, path, names):
 def draw_differences(runs, path):
     """Every setting's loss difference from approach 1 with its interval; what seeds alone do as a band."""
     import plots
-    names = {"int8": "bits-int8", "16 bits": "bits-none", "NF4, not double": "bits-single", **FACTORS, "rows cleaned": "clean", **SCHEDULES}
+    names = {"int8": "bits-int8", "16 bits": "bits-none", "NF4, not double": "bits-single", **FACTORS, "rows cleaned": "clean", **SCHEDULES,
+             **{f"rate {rate}": name for rate, name in RATES.items()}, **{f"5e-4, {label}": name for label, name in AT_5E_4.items()}}
     base = seeds_of(runs, "approach1")
     known = {label: seeds_of(runs, name) for label, name in names.items() if seeds_of(runs, name)}
     if not base or not known:

@@ -1,16 +1,20 @@
 """bench/findings.py runs and keeps experiments; docs/make_findings.py makes the page of what was kept, and of nothing else."""
 import importlib.util
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 import zlib
 
 import numpy as np
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, settings_of
 
 import config
 import record
@@ -33,7 +37,7 @@ def test_every_training_has_settings_that_hold():
     for experiment in findings.experiments():
         for command in experiment.commands:
             if command[0] != "eval.py":
-                words, _, overrides = config.command_line(command[1:], {"out": ""})
+                words, _, overrides = config.command_line(command[1:], {"out": "", "adapters": ""})
                 config.read(PROJECT / words[-1], overrides)
             assert (PROJECT / command[0]).is_file()
 
@@ -51,6 +55,27 @@ def test_seeds_differ_in_nothing_but_the_seed():
     for name in of:
         if name.endswith("-s1") and not name.startswith("approach1"):  # whose first seed runs as it stands, for its time
             assert plain(name) == plain(name[:-1] + "0") == plain(name[:-1] + "2")
+
+
+def test_a_rate_changes_the_rate_and_its_floor_and_a_schedule_at_it_one_thing_more():
+    of = {experiment.name: set(experiment.commands[0]) for experiment in findings.experiments()}
+    keys = lambda words: sorted(word.partition("=")[0].removeprefix("--schedule.") for word in words if not word.startswith("--out"))
+    plain = of["approach1-s1"] - {"--train.seed=1"} | {"--train.seed=0", "--eval.samples=0", "--save.every_steps=0"}
+    for name in ("2e-4", "5e-4", "1e-3", "2e-3"):
+        values = dict(word.removeprefix("--schedule.").split("=") for word in of[f"rate-{name}-s0"] if "--schedule." in word)
+        assert keys(of[f"rate-{name}-s0"] - plain) == ["learning_rate", "lr_min"]
+        assert float(values["lr_min"]) == pytest.approx(float(values["learning_rate"]) / 10) and float(name) == float(values["learning_rate"])
+    for name, key in (("wsd", "lr_kind"), ("constant", "lr_kind"), ("zero", "lr_min"), ("clip-off", "clip_norm")):
+        assert keys(of[f"rate-5e-4-{name}-s0"] - of["rate-5e-4-s0"]) == [key]
+
+
+def test_what_is_kept_in_the_repository_was_made_by_the_plan_s_commands():
+    kept = [json.loads(path.read_text()) for path in (PROJECT / "docs" / "findings").glob("*/summary.json")]
+    of = {experiment.name: experiment for experiment in findings.experiments()}
+    for about in kept:
+        planned = [f"python {' '.join(command)}" for command in of[about["name"]].commands]
+        assert [set(command.split()) for command in about["commands"]] == [set(command.split()) for command in planned], about["name"]
+        assert about["exit"] in of[about["name"]].ends
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -76,8 +101,8 @@ def sleeper(tmp_path):
     return made, lambda: [line.removeprefix("--name=") for line in log.read_text().splitlines()]
 
 
-def run(plan, tmp_path, jobs, seconds=60.0, done=lambda experiment: None):
-    return findings.run_all(plan, plan, tmp_path, tmp_path, jobs, seconds, (), done)
+def run(plan, tmp_path, jobs, seconds=60.0, done=lambda experiment: None, **more):
+    return findings.run_all(plan, plan, tmp_path, tmp_path, jobs, seconds, (), done, **more)
 
 
 def test_so_many_run_at_a_time_and_one_that_is_timed_runs_alone(sleeper, tmp_path):
@@ -99,6 +124,95 @@ def test_a_command_of_the_project_runs_forked_and_speaks_to_its_log(tmp_path, mo
     assert run(plan, tmp_path, 2) == [] and not started
     for name in "ab":
         assert f"no/{name}.json: cannot read the configuration" in (tmp_path / f"{name}.log").read_text()
+
+
+def test_what_can_go_on_later_begins_shortly_before_the_end_and_all_else_only_with_its_whole_time(sleeper, tmp_path, monkeypatch):
+    made, happened = sleeper
+    monkeypatch.setattr(findings, "TRAININGS", (made("", 0).commands[0][0],))
+    short, other = made("short", 0.1)._replace(seconds=500), made("other", 0.1)._replace(seconds=500)
+    other.commands[0][0] = str(shutil.copy(other.commands[0][0], tmp_path / "evaluates.py"))
+    alone = made("timed", 0.1, alone=True)._replace(seconds=500)
+    assert [e.name for e in run([short, other, alone], tmp_path, 2, findings.SOON + 5)] == ["other", "timed"]
+    assert [e.name for e in run([made("none left", 0.1)], tmp_path, 2, findings.SOON - 1)] == ["none left"]
+    assert [e.name for e in run([short._replace(name="last")], tmp_path, 2, findings.SOON + 5, last=True)] == ["last"]
+    assert happened() == ["short begins", "short ends"]
+
+
+def test_a_training_told_to_end_is_gone_on_with_and_its_summary_tells_of_both_sittings(tmp_path, tiny_inputs, capsys):
+    work, into, steps = tmp_path / "work", tmp_path / "kept", 200
+    settings_of(tiny_inputs, tmp_path / "tiny.json")
+    values = findings.FIGURES | {"train.max_steps": steps, "eval.every_steps": 0, "train.seed": 3}
+    plan = [findings.training("whole", "", values, 1)]
+    plan[0].commands[0][1] = str(tmp_path / "tiny.json")
+    work.mkdir()
+
+    def tell():
+        while findings.last_step(work / "whole") < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    assert run(plan, work, 1) == plan and "whole was stopped with 143" in capsys.readouterr().out
+    saved = [path.name for path in (work / "whole" / "checkpoints").glob("step-*")]
+    assert len(saved) == 1 and 3 <= int(saved[0][5:]) < steps  # though save.every_steps is 0
+    assert run(plan, work, 1, done=lambda e: findings.write(e, work, None, into)) == []
+    about, sittings = json.loads((into / "whole" / "summary.json").read_text()), findings.sittings_of(work, "whole")
+    assert [sitting["exit"] for sitting in sittings] == [143, 0] and "--resume" in (work / "whole.log").read_text()
+    assert about["exit"] == 0 and about["alone"] is False and about["seconds"] == pytest.approx(sum(s["seconds"] for s in sittings), abs=0.1)
+    assert about["steps"] == steps and about["samples"] == 4 * steps
+    assert sum(line.get("train/samples", 0) for line in record.read_metrics(into / "whole")) == 4 * steps
+    assert findings.kept_already(plan[0], [into]) and not findings.kept_already(plan[0], [work])
+
+
+def test_what_is_kept_is_not_run_again_unless_it_is_named(tmp_path, monkeypatch, capsys):
+    plan = [findings.Experiment(name, [[str(tmp_path / "missing.py")]], 1, ends=(2,)) for name in ("a-s0", "a-s1", "b")]
+    monkeypatch.setattr(findings, "experiments", lambda: plan)
+    monkeypatch.setattr(findings, "commands_of", lambda rows, path: None)
+    for name, code in (("a-s0", 2), ("b", 1)):  # b did not end
+        (tmp_path / "kept" / name).mkdir(parents=True)
+        (tmp_path / "kept" / name / "summary.json").write_text(json.dumps({"exit": code}))
+    began = lambda: [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.endswith("begins")]
+    places = [f"--kept={tmp_path / 'kept'}", "--minutes=1"]
+    for number, (names, wanted) in enumerate(((["all"], ["a-s1", "b"]), (["a-*"], ["a-s1"]), (["a-s0"], ["a-s0"]))):
+        assert findings.main([*names, *places, f"--work={tmp_path / str(number)}"]) == 0 and began() == wanted
+    assert findings.main(["all", "--list", places[0]]) == 0
+    assert "a-s0   1 s, kept" in (text := capsys.readouterr().out) and "2 experiments and 1 kept" in text
+
+
+def test_only_a_peer_sees_the_peers_packages(tmp_path, monkeypatch):
+    seen = []
+
+    def started(words, env=None, **rest):
+        seen.append((words[1], env.get("PYTHONPATH")))
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(findings, "subprocess", types.SimpleNamespace(Popen=started))
+    monkeypatch.setattr(findings, "FORKED", ())
+    monkeypatch.setenv("PYTHONPATH", "ours")
+    (tmp_path / "tldr-train.jsonl").touch(), (tmp_path / "tldr-validation.jsonl").touch()
+    assert run([e for e in findings.experiments() if e.name == "peer-trl-fp32"], tmp_path, 1, 1000.0, peers_site=tmp_path / "site") == []
+    assert seen == [(str(PROJECT / "bench" / "peers.py"), f"ours{os.pathsep}{tmp_path / 'site'}"), (str(PROJECT / "eval.py"), "ours")]
+    with pytest.raises(ValueError, match="--peers-site: .* is no folder"):
+        findings.main(["peer-trl", f"--peers-site={tmp_path / 'nowhere'}", f"--rows={tmp_path}", f"--work={tmp_path}"])
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_where_cuda_has_begun_before_the_fork_a_new_process_takes_over(tmp_path, spoilt):
+    (tmp_path / "script.py").write_text("import sys; print('torch' in sys.modules, sys.argv[1:])")
+    program = f"""
+import sys; sys.path.insert(0, {str(PROJECT / 'bench')!r})
+import forked, torch
+torch.cuda._is_in_bad_fork = lambda: {spoilt}
+forked.run_script([{str(tmp_path / 'script.py')!r}, "--word"], {str(tmp_path / 'out')!r}, {str(tmp_path / 'log')!r}, {{"OMP_NUM_THREADS": "1"}})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert (tmp_path / "out").read_text() == f"{not spoilt} ['--word']\n"
+
+
+def test_adapters_in_32_bits_are_trl_s_alone():
+    command = [sys.executable, PROJECT / "bench" / "peers.py", "trl", "configs/approach1.json", "--adapters=fp16"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 2 and "there is --adapters=fp32, for trl" in answer.stderr + answer.stdout
 
 
 def test_at_the_limit_runs_are_told_to_end_and_the_next_sitting_does_the_rest(sleeper, tmp_path):
@@ -184,6 +298,11 @@ NAMES = (*make.BLOCKS, *(f"picture-{kind}" for kind in make.PICTURES))
 PAGE = "# Page\n\n" + "".join(f"<!-- made: {name} -->\nold\n<!-- end -->\n\n" for name in NAMES)
 
 
+def test_every_block_has_a_place_on_the_page():
+    page = (PROJECT / "docs" / "FINDINGS.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"<!-- made: ([\w-]+) -->", page)) == sorted(NAMES)
+
+
 def row(text, label):
     return [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith(f"| {label} ")).strip("|").split("|")]
 
@@ -211,6 +330,49 @@ def test_a_difference_is_that_of_the_rows_and_is_called_clear_beyond_what_seeds_
     assert "NF4, double" in text and row(text, "16 bits")[1] == "3.9000" and "+0.7000" in text
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["findings-approaches.png", "findings-differences.png"]
     assert make.filled(text, runs, tmp_path) == text  # made again, it stays
+
+
+def test_a_proof_that_stopped_the_run_is_told_with_what_it_found(tmp_path):
+    keep_one(tmp_path, "cut", {0: 4.6}, step=0)
+    line = {"step": 0, "eval/loss": 4.6, "proof/outcome": "dead: 2 of 4 matrices have a gradient that is zero: a, b. Nothing reaches them."}
+    (tmp_path / "cut" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    keep_one(tmp_path, "seed-failure-s0", {0: 4.6})
+    lines = [{"step": 0, "proof/ratio": 1.0124, "proof/outcome": "proved: the loss changes 1.0124 times as much."}, {"step": 2, "proof/ratio": 0.98}]
+    (tmp_path / "seed-failure-s0" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = " ".join(make.filled(PAGE, make.read(tmp_path), None).split())
+    assert "gradient proof dead (2 of 4 matrices have a gradient that is zero) at step 0;" in text
+    assert "gradient proof 1.012 at step 0, 0.980 at step 2;" in text
+
+
+def test_of_a_cost_that_training_repaired_none_is_left(tmp_path):
+    keep_one(tmp_path, "bits-none-s0", {0: 3.9, 2000: 2.1})
+    keep_one(tmp_path, "bits-int8-s0", {0: 3.95, 2000: 2.0996})
+    keep_one(tmp_path, "bits-single-s0", {0: 4.5, 2000: 2.4})
+    text = " ".join(make.filled(PAGE, make.read(tmp_path), None).split())
+    assert "-0.0004 after: none of it is left." in text and "+0.3000 after: 50% of it is left." in text
+
+
+@pytest.mark.parametrize("step, told", [(2000, "did not end before its last step, 2,000;"), (900, "ended after step 900;")])
+def test_of_early_stopping_is_told_whether_it_stopped(tmp_path, step, told):
+    keep_one(tmp_path, "gsm8k-early", {step: 0.85}, step=step)
+    (tmp_path / "gsm8k-early" / "config.json").write_text(json.dumps({"train": {"max_steps": 2000}}))
+    assert told in " ".join(make.filled(PAGE, make.read(tmp_path), None).split())
+
+
+def test_rates_are_compared_with_approach_1_and_the_schedules_at_a_rate_with_that_rate(tmp_path):
+    keep_one(tmp_path, "approach1-s0", {0: 4.6, 2000: 2.15})
+    keep_one(tmp_path, "rate-5e-4-s0", {0: 4.6, 2000: 2.0})
+    keep_one(tmp_path, "rate-2e-3-s0", {0: 4.6, 2000: 2.3})
+    keep_one(tmp_path, "rate-5e-4-wsd-s0", {0: 4.6, 2000: 1.95})
+    keep_one(tmp_path, "ours-500-s0", {500: 2.35})
+    keep_one(tmp_path, "peer-trl", {500: 2.4})
+    keep_one(tmp_path, "peer-trl-fp32", {500: 2.36})
+    text = make.filled(PAGE, make.read(tmp_path), tmp_path)
+    assert row(text, "5e-4")[3] == "-0.1500" and row(text, "2e-3")[3] == "+0.1500" and row(text, "2e-4")[1] == "not run"
+    assert row(text, "WSD, floor 5e-5")[3] == "-0.0500" and row(text, "the same, adapters in fp32")[3] == "+0.0100"
+    results = " ".join(text.split())
+    assert "Of 2 higher rates in approach 1 5e-4 came out lowest: evaluation loss 2.0000, -0.1500 nats" in results
+    assert "after 500 steps; +0.0100 (" in results and (tmp_path / "findings-differences.png").is_file()
 
 
 def test_runs_on_other_rows_are_refused(tmp_path):
