@@ -12,10 +12,12 @@ row offsets `off`, prompt lengths `prompt`). The first steps (compilation, graph
 median, quartiles, tokens/s (real tokens, no padding), samples/s and the peak of GPU memory. One JSON line a case, added to the
 list in --write=FILE where given. With --gpus=2 torchrun starts two ranks, which share windows of twice as many samples.
 
-    python bench/speed.py A B --peers=trl,unsloth               in turn with other trainers (bench/peers_speed.py), on the same weights and rows
+    python bench/speed.py A B --peers=trl,unsloth               in turn with other trainers (bench/peers_speed.py), on the same weights and rows;
+                                                                --peers-site=FOLDER: packages that only they find
     python bench/speed.py --table=bench/results/h100.json       the rows of such a file as a Markdown table, cases down, trainers across
 """
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -178,10 +180,11 @@ def table(path):
     return "\n".join(lines)
 
 
-def measure_peer(case, peer, work, npz):
-    """A row of bench/peers_speed.py, in a process of its own; None, with what it said, where it fails."""
+def measure_peer(case, peer, work, npz, site):
+    """A row of bench/peers_speed.py, in a process of its own that also finds packages in `site`; None, with what it said, where it fails."""
     command = [sys.executable, str(PROJECT / "bench/peers_speed.py"), peer, case, f"--work={work}", *(f"--{name}={file}" for name, file in npz.items())]
-    done = subprocess.run(command, capture_output=True, text=True)
+    paths = os.pathsep.join(path for path in (site, os.environ.get("PYTHONPATH")) if path)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
     found = [line for line in done.stdout.splitlines() if line.startswith('{"case"')]
     if not found:
         print(f"{case}: {peer} gave no answer: {done.stderr[-1500:]}", file=sys.stderr, flush=True)
@@ -197,7 +200,7 @@ def main(argv):
     npz = {"gsm8k": options.get("gsm8k", "gsm8k-train-ids.npz"), "tldr": options.get("tldr", "tldr-train-ids.npz")}
     for case in (arg for arg in argv if not arg.startswith("--")):
         rows = [measure(case, int(options.get("steps", 25)), pathlib.Path(options.get("work", "/tmp/bench")), npz, overrides, int(options.get("gpus", 1)))]
-        for row in (*rows, *(measure_peer(case, peer, options.get("work", "/tmp/bench"), npz) for peer in options.get("peers", "").split(",") if peer)):
+        for row in (*rows, *(measure_peer(case, peer, options.get("work", "/tmp/bench"), npz, options.get("peers-site")) for peer in options.get("peers", "").split(",") if peer)):
             print(json.dumps(row), flush=True)
             if row and "write" in options:
                 path = pathlib.Path(options["write"])
