@@ -1,4 +1,4 @@
-"""Make every table and picture of docs/FINDINGS.md from the records under docs/findings/.
+"""Make every table and picture of docs/FINDINGS.md, and README's first results, from the records under docs/findings/.
 
     python docs/make_findings.py            rewrite what stands between `<!-- made: NAME -->` and `<!-- end -->`, and the pictures
     python docs/make_findings.py --check    exit code 1 where FINDINGS.md is not what the records say
@@ -223,6 +223,19 @@ def approaches(runs, names=("approach1", "approach2", "approach3")):
     return words.paragraphs(*tables)
 
 
+def approach1(runs):
+    """Approach 1's evaluations by step, after those of the untouched model."""
+    run = runs.get("approach1-s0")
+    if run is None:
+        return f"({NOT_RUN}.)"
+    row = lambda label, value, right: [label, f"{value:.4f}", figure(math.exp(value), ".3g"), f"{right:.4f}"]
+    first, *later = [line for line in run["metrics"] if "eval/loss" in line]
+    rows = [row("untouched, 16 bits", first["eval/unquantised_loss"], first["eval/unquantised_token_accuracy"])] if "eval/unquantised_loss" in first else []
+    rows += [row(label, line["eval/loss"], line["eval/token_accuracy"])
+             for label, line in (("untouched, NF4 (step 0)", first), *((f"step {line['step']:,}", line) for line in later))]
+    return words.table(["", "loss", "perplexity", "token accuracy"], rows)
+
+
 def untrained(runs):
     """{weights: (row figures before step 1 or None, their difference from 16 bits or None)}."""
     kept = {"16 bits": "bits-none-s0", "int8, weights only": "bits-int8-s0", "LLM.int8()": "approach3", "NF4": "bits-single-s0",
@@ -396,7 +409,31 @@ def results(runs):
     return "\n".join(words.prose(sentence, "- ") for sentence in told if sentence) or "No experiment has been run yet."
 
 
-BLOCKS = {"state": machine, "results": results, "said": said, "cures": cures, "approaches": approaches, "bits-before": bits_before,
+def first_screen(runs):
+    """README's three results: what the failed run was, what approach 1 comes to, what a peer makes of the same."""
+    failed, cut, ours = runs.get("seed-failure-s0"), runs.get("cut-unguarded"), seeds_of(runs, "approach1")
+    mine, theirs, told = seeds_of(runs, "ours-500"), seeds_of(runs, "peer-trl"), []
+    if failed and cut:
+        frozen = {f"{line['eval/loss']:.4f}" for line in cut["metrics"] if "eval/loss" in line}
+        least, most = (figure(failed["summary"]["norm"][which], ".3g") for which in (0, 2))
+        told.append(f"A failed run (500 steps, gradient norm 0.0, evaluation loss the same three times) again by its settings: loss "
+                    f"{loss(failed, 0):.2f} → {loss(failed):.2f}, norms {least} to {most}. Again with the graph cut: norm "
+                    f"{cut['summary']['norm'][2]:.1f}, evaluation loss {', '.join(sorted(frozen))} each time. It was not the settings; here such "
+                    "a run ends before its first step.")
+    if ours:
+        first, plain = ours[0], rows_of(ours[:1], "unquantised")
+        alone = f" in {first['summary']['seconds']:.0f} s from command to exit" if first["summary"]["alone"] else ""
+        untouched = f" ({compare.loss_of(plain):.2f} in 16 bits)" if plain else ""
+        told.append(f"Approach 1, 2,000 steps on one H100{alone}: loss on pages never seen {loss(first, 0):.2f} untouched in 4 bits{untouched} → "
+                    f"{spread(map(loss, ours), '.3f')}, token accuracy {accuracy(first, 0):.2f} → {spread(map(accuracy, ours), '.3f')}, {len(ours)} seeds.")
+    if mine and theirs:
+        value, span = compare.difference(against(rows_of(mine), [rows_of(theirs)])[0]["loss_difference"], 1, ".3f")
+        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order, 500 steps: loss {spread(map(loss, theirs), '.3f')} beside "
+                    f"{spread(map(loss, mine), '.3f')} here, {value} ({span}).")
+    return "\n".join(words.prose(sentence, "- ") for sentence in told) or "No experiment has been run yet."
+
+
+BLOCKS = {"state": machine, "results": results, "first-screen": first_screen, "said": said, "cures": cures, "approaches": approaches, "approach1": approach1, "bits-before": bits_before,
           "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "rates": rates, "peers": peers, "gsm8k": gsm8k,
           "generation": generation, "paths": paths}
 
@@ -473,16 +510,17 @@ def main(argv):
     if flags["help"]:
         print(__doc__.strip())
         return 0
-    page = pathlib.Path(flags["page"] or PROJECT / "docs" / "FINDINGS.md")
-    runs = read(pathlib.Path(flags["from"] or PROJECT / "docs" / "findings"))
-    text = page.read_text(encoding="utf-8")
-    made = filled(text, runs, None if flags["check"] else page.parent)
-    if flags["check"]:
-        print(f"{page}: {'as the records say' if made == text else 'not what the records say; run python docs/make_findings.py'}")
-        return int(made != text)
-    page.write_text(made, encoding="utf-8")
-    print(f"{page}: made from {len(runs)} experiments")
-    return 0
+    runs, wrong = read(pathlib.Path(flags["from"] or PROJECT / "docs" / "findings")), 0
+    for page in [pathlib.Path(flags["page"])] if flags["page"] else [PROJECT / "docs" / "FINDINGS.md", PROJECT / "README.md"]:
+        text = page.read_text(encoding="utf-8")
+        made = filled(text, runs, None if flags["check"] else page.parent)
+        if flags["check"]:
+            print(f"{page}: {'as the records say' if made == text else 'not what the records say; run python docs/make_findings.py'}")
+            wrong += made != text
+            continue
+        page.write_text(made, encoding="utf-8")
+        print(f"{page}: made from {len(runs)} experiments")
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

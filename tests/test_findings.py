@@ -299,7 +299,7 @@ PAGE = "# Page\n\n" + "".join(f"<!-- made: {name} -->\nold\n<!-- end -->\n\n" fo
 
 
 def test_every_block_has_a_place_on_the_page():
-    page = (PROJECT / "docs" / "FINDINGS.md").read_text(encoding="utf-8")
+    page = "".join((PROJECT / name).read_text(encoding="utf-8") for name in ("docs/FINDINGS.md", "README.md"))
     assert sorted(re.findall(r"<!-- made: ([\w-]+) -->", page)) == sorted(NAMES)
 
 
