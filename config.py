@@ -138,7 +138,7 @@ class Memory:
     budget_gib: float = key(0.0, "GPU memory that the run may take, in GiB; 0: all that is free", low=0.0)
     offload: str = key("auto", "keep recomputed layers' inputs, and the embedding table, in the host's memory; auto: where that is what makes the run fit or faster", choices=("auto", "yes", "no"))
     loss_chunk: int = key(2048, "supervised tokens whose logits exist at one time", low=1)
-    graphs: str = key("auto", "replay micro-batches as CUDA graphs: auto where kernels are shorter than their launches", choices=("auto", "no"))
+    graphs: str = key("auto", "replay micro-batches, and the tokens of samples, as CUDA graphs: auto where kernels are shorter than their launches", choices=("auto", "no"))
     fused: bool = key(True, "fast path for Llama-shaped layers; false: transformers' own layers, the slow twin")
     shard: bool = key(False, "split the frozen quantised weights over the ranks that torchrun started, and gather a layer when it is needed: for models that no single GPU holds")
     keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; auto: where a quarter of the free memory holds them and, on a GPU, no layer is set to be recomputed", choices=("auto", "yes", "no"))

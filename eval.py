@@ -32,6 +32,7 @@ import cache
 import checkpoint
 import config as settings
 import data
+import generation
 import loading
 import lora_layers
 import model
@@ -89,10 +90,9 @@ def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
 def generate(network, tokenizer, prompts, max_new_tokens, end_ids, interrupted=()):
     """Greedy continuations of data.prompts: [{"prompt", "reference", "text", "tokens", "stopped": ended by itself}, ...].
 
-    All prompts in one left-padded batch, through transformers' own attention and cache. Draws no random numbers. None as soon
-    as `interrupted` holds something. Prompts that do not fit into memory together are continued in halves.
+    All prompts in one left-padded batch, through transformers' own attention and cache. Draws no random numbers. None once
+    `interrupted` holds something (asked every few tokens). Prompts that do not fit into memory together are continued in halves.
     """
-    from transformers import GenerationConfig
     if not prompts:
         return []
     was_training = network.training
@@ -101,13 +101,12 @@ def generate(network, tokenizer, prompts, max_new_tokens, end_ids, interrupted=(
     width = max(len(prompt["ids"]) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt["ids"])) + list(prompt["ids"]) for prompt in prompts], device=network.device)
     mask = torch.tensor([[0] * (width - len(prompt["ids"])) + [1] * len(prompt["ids"]) for prompt in prompts], device=network.device)
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_ids, pad_token_id=pad, use_cache=True)
     interrupted = () if network.sharded else interrupted
-    stop = lambda ids, scores, **_: torch.full((len(ids),), bool(interrupted), device=ids.device)  # asked after each token
+    write = generation.by_transformers if generation.serves(network) else generation.replayed
     fits = True
     try:
         with attention.own_attention(network):
-            written = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[stop], synced_gpus=network.sharded)[:, width:].tolist()
+            written = write(network, ids, mask, max_new_tokens, end_ids, interrupted)
     except (RuntimeError, MemoryError) as error:
         if len(prompts) == 1 and model.out_of_memory(error) and ranks.RANKS == 1:
             raise model.DoesNotFit(f"eval.samples, eval.prompts: the prompt {prompts[0]['prompt'][:60]!r} of {width:,} tokens does not fit into memory with "

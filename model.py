@@ -154,6 +154,7 @@ def load(config, device):
     network.adapter_memory = lora_layers.AdapterMemory(network, dtype)
     keep_dequantized(network, config.memory, dtype)
     network.loss_chunk = config.memory.loss_chunk
+    network.graphs = config.memory.graphs != "no"
     network.use_varlen = use_varlen
     attention.use_attention(network, attention.ATTENTION)
     network.train()

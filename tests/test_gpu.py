@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import make_config, make_model
 
+import attention
 import data
+import generation
 import gpu_kernels
 import graphs
 import lora_layers
@@ -264,6 +266,141 @@ def test_dropout_draws_anew_at_every_replay(tmp_path):
     batches = data.pack(rows_of(RAGGED), list(range(7)), 512)
     losses = [gradients(network, batches, replayed)[0] for _ in range(5)]
     assert len(set(losses)) == 5 and len(replayed.graphs) == 1
+
+
+def continued(network, write, count=24):
+    """What `write` of generation.py makes of a few prompts of different lengths: lists of ids, cut behind the first end, which is 2."""
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt in PROMPTS], device="cuda")
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS], device="cuda")
+    with attention.own_attention(network):
+        rows = write(network.eval(), ids, mask, count, [2])
+    network.train()
+    assert len(rows) == len(PROMPTS) and all(len(row) <= count for row in rows)
+    return [row[:row.index(2) + 1] if 2 in row else row for row in rows]
+
+
+PROMPTS = [[5], [9, 4, 30], [7] * 70, [1, 7, 7, 7, 4, 8, 9, 10, 11, 12, 13, 14], [17, 3, 3, 8]]
+
+
+@torch.no_grad()
+def shortfall(network, rows):
+    """By how much a token of `rows` misses the largest logit of its place at most, as a share of the logits' spread: 0 where all are greedy."""
+    worst = 0.0
+    with attention.own_attention(network):
+        for prompt, row in zip(PROMPTS, rows):
+            logits = network.eval()(input_ids=torch.tensor([prompt + row], device="cuda")).logits[0, len(prompt) - 1:-1].float()
+            chosen = logits.gather(1, torch.tensor(row, device="cuda")[:, None])[:, 0]
+            worst = max(worst, ((logits.amax(1) - chosen) / (logits.amax(1) - logits.amin(1))).max().item())
+    network.train()
+    return worst
+
+
+@gpu
+@pytest.mark.parametrize("architecture, kind, sections", [
+    ("llama", "nf4", {}), ("llama", "nf4", {"memory": {"keep_dequantized": "no"}}), ("llama", "int8", {"memory": {"keep_dequantized": "no"}}),
+    ("llama", "none", {"lora": {"dora": True}}), ("qwen2", "nf4", {}), ("qwen3", "none", {})])
+def test_replayed_samples_are_those_of_transformers_own_loop(tmp_path, architecture, kind, sections):
+    make_model(tmp_path, architecture, num_hidden_layers=3, initializer_range=0.1)
+    network = random_b(model.load(make_config(tmp_path, kind, "fp32", **sections), "cuda"))
+    assert not generation.serves(network)
+    expected = continued(network, generation.by_transformers)
+    for count in (24, 24, 9, 2, 1):
+        assert continued(network, generation.replayed, count) == [row[:count] for row in expected]
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)
+
+
+@gpu
+@pytest.mark.parametrize("kind, dtype, sections", [("nf4", "bf16", {}), ("nf4", "fp16", {"memory": {"keep_dequantized": "no"}}), ("int8", "bf16", {}), ("none", "bf16", {"lora": {"dora": True}})])
+def test_replayed_samples_are_greedy_in_16_bits(tmp_path, kind, dtype, sections):
+    """To within rounding: where two tokens are about as likely, either loop may take the other one."""
+    make_model(tmp_path, "llama", num_hidden_layers=3, initializer_range=0.1)
+    network = random_b(model.load(make_config(tmp_path, kind, dtype, **sections), "cuda"))
+    rows = continued(network, generation.replayed)
+    misses = {write.__name__: shortfall(network, continued(network, write)) for write in (generation.by_transformers, generation.replayed)}
+    print(kind, dtype, misses, "same rows", sum(a == b for a, b in zip(rows, continued(network, generation.by_transformers))), "of", len(rows))
+    assert max(misses.values()) < 0.02 and shortfall(network, [[3] * len(row) for row in rows]) > 0.1
+
+
+@gpu
+def test_samples_are_the_changed_adapters_and_leave_training_and_its_graphs_alone(tmp_path):
+    make_model(tmp_path, "llama", num_hidden_layers=3, initializer_range=0.1)
+    network, forward_backward, batches = provable(tmp_path, replayed=True)
+    flat = network.adapter_memory.flat
+    expected = [gradients(network, batches, forward_backward)[1] for _ in range(2)][1]  # recorded, then replayed
+    everything = lambda: [flat.detach().clone(), flat.grad.clone(), torch.get_rng_state(), torch.cuda.get_rng_state()]
+    before = everything()
+    first = continued(network, generation.replayed)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything())) and forward_backward.graphs
+    again = gradients(network, batches, forward_backward)[1]
+    assert torch.cosine_similarity(again, expected, dim=0) > 0.9999
+    with torch.no_grad():
+        old = flat.clone()
+        flat.add_(torch.randn(flat.shape, generator=torch.Generator().manual_seed(3)).to("cuda"), alpha=0.1)
+    second = continued(network, generation.replayed)
+    assert first != second and shortfall(network, second) < 0.02 < shortfall(network, first)
+    with torch.no_grad():
+        flat.copy_(old)
+    assert shortfall(network, continued(network, generation.replayed)) < 0.02 < shortfall(network, second)
+    again = gradients(network, batches, forward_backward)[1]
+    assert torch.cosine_similarity(again, expected, dim=0) > 0.9999
+
+
+@gpu
+def test_the_memory_of_recorded_samples_is_given_back(tmp_path):
+    make_model(tmp_path, "llama", num_hidden_layers=3)
+    network = random_b(model.load(make_config(tmp_path, "nf4", "bf16"), "cuda"))
+    held = []
+    for _ in range(4):
+        continued(network, generation.replayed)
+        model.release_memory()
+        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert held[3] == held[2] == held[1], held
+
+
+@gpu
+def test_an_evaluation_replays_its_samples_and_is_interrupted_between_them(tmp_path, monkeypatch):
+    import types
+    import eval as evaluation
+    make_model(tmp_path, "llama", num_hidden_layers=3, initializer_range=0.1)
+    network = random_b(model.load(make_config(tmp_path, "nf4", "bf16", lora={"dropout": 0.3}), "cuda"))
+    letters = types.SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
+    asked = [{"prompt": "", "reference": "", "ids": ids} for ids in PROMPTS]
+    monkeypatch.setattr(network, "generate", lambda **_: pytest.fail("transformers' loop ran"))
+    samples, again = (evaluation.generate(network, letters, asked, 24, [2]) for _ in range(2))
+    assert samples == again and network.training and network.config._attn_implementation == attention.ATTENTION
+
+    class After(list):
+        """Empty when it is first asked, and no longer later."""
+        left = 2
+
+        def __bool__(self):
+            self.left -= 1
+            return self.left < 0
+
+    assert evaluation.generate(network, letters, asked, 200, [2], After()) is None and network.training
+    assert evaluation.generate(network, letters, asked, 24, [2]) == samples
+    assert "LLM.int8()" in generation.serves(model.load(make_config(tmp_path, "llm_int8", "bf16"), "cuda"))
+
+
+@gpu
+def test_samples_that_do_not_fit_while_they_are_recorded_are_written_in_halves(tmp_path, monkeypatch):
+    import types
+    import eval as evaluation
+    make_model(tmp_path, "llama", num_hidden_layers=3, initializer_range=0.1)
+    network = random_b(model.load(make_config(tmp_path, "nf4", "fp32"), "cuda"))
+    letters = types.SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
+    asked = [{"prompt": "", "reference": "", "ids": ids} for ids in PROMPTS]
+    expected, hungry = evaluation.generate(network, letters, asked, 24, [2]), []
+
+    def lacking(module, arguments):
+        if torch.cuda.is_current_stream_capturing() and not hungry:
+            hungry.append(1)
+            torch.empty(1 << 60, dtype=torch.uint8, device="cuda")
+
+    hook = network.get_output_embeddings().register_forward_pre_hook(lacking)
+    assert evaluation.generate(network, letters, asked, 24, [2]) == expected and hungry
+    hook.remove()
 
 
 @gpu
