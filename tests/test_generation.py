@@ -9,6 +9,7 @@ import eval as evaluation
 import generation
 import lora_layers
 import model
+import quant
 
 END = 2
 PROMPTS = [[5], [9, 4, 30], [1, 7, 7, 7, 4, 8, 9, 10, 11, 12, 13, 14], [17, 3, 3, 8]]
@@ -185,6 +186,39 @@ def test_each_token_takes_the_same_operations_and_none_whose_result_the_host_rea
     waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "bincount")
     assert not [name for name, _ in first if any(name.startswith(f"aten.{wait}.") for wait in waits)]
     assert any(name.startswith("aten._local_scalar_dense") for name, _ in seen.passes[0]), "the host looks who has ended, and is seen to"
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Where nothing has values (the meta device): notes operations that touch the host's memory, and answers no to what is asked."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.passes, self.found = 0, []
+        network.register_forward_pre_hook(self.begin)
+
+    def begin(self, *_):
+        self.passes += 1
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        asked = "_local_scalar_dense" in str(operation)
+        out = False if asked else operation(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if self.passes > 1 and (asked or any(x.device.type != "meta" for x in tensors)):
+            self.found.append(str(operation))
+        return out
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_no_token_but_the_first_touches_the_hosts_memory(tmp_path, kind):
+    """What comes from there, or goes there, cannot be recorded."""
+    make_model(tmp_path, kind, **PLAIN[kind])
+    network = model.load(make_config(tmp_path, dtype="bf16", memory={"fused": False}), "cpu").eval().to("meta")
+    for module in network.modules():
+        if isinstance(module, quant.FrozenWeight):
+            module.keep(torch.bfloat16)
+    with attention.own_attention(network), OnOneDevice(network) as device, pytest.raises(NotImplementedError, match="no data"):
+        generation.replayed(network, *(x.to("meta") for x in batch(PROMPTS)), generation.LOOK, [END])
+    assert device.passes == generation.LOOK and not device.found, "and only the tokens themselves had to be copied, at the end"
 
 
 def test_what_cannot_be_recorded_is_told_by_what_it_is(loaded, tmp_path, monkeypatch):
