@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import platform
 import threading
 
@@ -122,6 +123,17 @@ def read_evaluations(run_folder, problems=None):
             continue
         found[int(path.stem[5:]) if path.stem.startswith("step-") and path.stem[5:].isdigit() else path.stem] = arrays, metadata
     return found
+
+
+def take_along(source, run_folder, step):
+    """Copy what the run in `source` recorded up to `step` to a run that goes on from there in another folder, which has no record yet."""
+    source, folder = pathlib.Path(source), pathlib.Path(run_folder)
+    until = lambda path: not path.stem.startswith("step-") or path.stem[5:].isdigit() and int(path.stem[5:]) <= step
+    names = [path.relative_to(source) for path in (source / "metrics.jsonl", *sorted(source.glob("evaluations/*.safetensors"))) if path.is_file() and until(path)]
+    for name in names:  # metrics.jsonl comes first: the Recorder cuts off what comes after the step
+        with writing(folder / name, "make room and start again"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, folder / name)
 
 
 def _leave_to_next_call(args, hook=threading.excepthook):

@@ -3,7 +3,7 @@
     python train.py configs/approach1.json             a run, in runs/approach1
     python train.py CONFIG --train.max_steps=20 --data.train=my.jsonl --out=FOLDER
     python train.py CONFIG --resume                    go on from the newest checkpoint
-    python train.py CONFIG --resume=CHECKPOINT         go back to that one
+    python train.py CONFIG --resume=CHECKPOINT         go back to that one; with --out=NEW, go on from it in a folder of its own
     python train.py CONFIG --resume --accept=NAME,...  go on though NAME changed
     python train.py CONFIG --overwrite                 replace an earlier run
     python train.py CONFIG --preflight                 only the forecast: what the run would see, need and take
@@ -30,7 +30,8 @@ import sys
 import time
 
 BEGAN = time.perf_counter()
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when torch first asks for GPU memory: fewer gaps between tensors
+# read when torch first asks for GPU memory: fewer gaps between tensors
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from tqdm import tqdm
@@ -114,7 +115,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     ranks.from_first([flat, *moments.values(), *scaler.values()])
     fatal, too_large = [], []  # alerts that end the run; a row that does not fit into memory even alone, told with its name
     stopped = lambda: state["nonfinite"] == config.train.nonfinite_limit or bool(fatal)
-    stopped_early = lambda: 0 < config.eval.patience <= state["without_improvement"] or by_heart and overfit.learnt(state["best_loss"], lowest)
+    out_of_patience = lambda: 0 < config.eval.patience <= state["without_improvement"]
+    stopped_early = lambda: out_of_patience() or by_heart and overfit.learnt(state["best_loss"], lowest)
     finished = lambda: stopped_early() or state["evaluated"] == max_steps  # which is the last thing that a run does
     conclude = lambda: overfit.conclude(run, rows) if by_heart else console.conclude(run, config, state, max_steps)
     concluded = lambda: int(ranks.same(str(conclude()) if ranks.FIRST else ""))
@@ -130,12 +132,14 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
 
     if plan["graphs"]:
         forward_backward = graphs.Replayed(network, forward_backward)
-    first_samples = data.samples(rows, config.train.seed, *schedule.window_samples(min(state["step"] + 1, max_steps), config, total_samples))
+    next_window = schedule.window_samples(min(state["step"] + 1, max_steps), config, total_samples)
+    first_samples = data.samples(rows, config.train.seed, *next_window)
     mine = data.share(rows, first_samples, plan["fits"], network.sharded)
     probed = json.loads(ranks.same(json.dumps(memory.rehearse(network, mine, forward_backward, config.memory.budget_gib))))
     ended("rehearsal")
     probed["step_seconds"] *= total_samples / max_steps / max(1, len(first_samples))
-    outlook = forecast.forecast(config, dataclasses.replace(facts, trainable=len(flat), memory=memory.parts(network, moments, probed), **probed))
+    facts = dataclasses.replace(facts, trainable=len(flat), memory=memory.parts(network, moments, probed), **probed)
+    outlook = forecast.forecast(config, facts)
     if forecast.refusals(outlook, config.forecast):
         return console.refuse(outlook, config)
     if preflight:
@@ -155,7 +159,9 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         print(f"warning: {untrained}", file=sys.stderr)
     ended("record")
     weights, begun = telemetry.measure_weights(network), saved["tensors"].get("noise.safetensors", {}) if saved else {}
-    noise = telemetry.NoiseScale(state["noise"], {name: tensor.to(device) for name, tensor in begun.items()}) if ranks.FIRST else telemetry.NoiseScale()
+    noise = telemetry.NoiseScale()
+    if ranks.FIRST:
+        noise = telemetry.NoiseScale(state["noise"], {name: tensor.to(device) for name, tensor in begun.items()})
     watch, raised = alerts.Alerts(config, max_steps, len(rows)), {}  # raised: step -> its alerts
     for line in record.read_metrics(run) if resume and ranks.FIRST else ():
         watch.see(line)
@@ -175,13 +181,26 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         if found:
             raised[step] = [*raised.get(step, []), *found]
             recorder.write(step, {"alerts": alerts.as_text(raised[step])})
-            recorder.text(step, "alerts", "\n\n".join(f"**{alert.severity}: {alert.name}** {alert.evidence} {alert.cause} {alert.remedy}" for alert in raised[step]))
+            recorder.text(step, "alerts", "\n\n".join(f"**{alert.severity}: {alert.name}** {alert.evidence} {alert.cause} {alert.remedy}"
+                                                      for alert in raised[step]))
             for alert in found:
                 console.say(console.tell(f"ALERT at step {step}: {alert.name} ({alert.severity})", alert))
         fatal.extend(alert.name for alert in watch.fatal(found))
 
     if owed and state["line"]:  # the step's line was not over; it is told of again
         attend(state["step"], {tag: record.NONFINITE.get(value, value) for tag, value in state["line"].items()})
+
+    def look_for_dead(step, applied, finite):
+        """Find adapter matrices without a gradient in the first steps: B's in the first that is applied, A's once B has moved."""
+        matrix = proof.due_matrix(applied, alive)
+        dead = proof.dead(continuation.views(flat.grad, adapters), matrix) if matrix and finite else []
+        if matrix == "lora_A":  # where B is still zero, theirs is zero rightly
+            dead = sorted(set(dead) - set(proof.asleep(network, dead)))
+        alive.update({matrix} if matrix and finite else ())
+        if dead and config.proof.enabled:
+            console.say(f"gradients  DEAD: after step {step} {len(dead)} of the {matrix} have a gradient that is zero or not finite: "
+                        f"{proof.some(dead)}")
+            fatal.append("dead gradients")
 
     def settle(done):
         """Read a step's figures off the device and write them down. A step that was not applied is told with its rows."""
@@ -190,8 +209,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         of_pair, adapter_norms = rest[:done["of_pair"]], rest[done["of_pair"]:]
         seconds = clock.elapsed(*done["marks"])
         values |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/clipped": float(grad_norm > values["train/clip_threshold"]),
-                   "train/skipped": float(not finite), "train/seconds": seconds, "train/tokens_per_second": values["train/tokens"] / seconds,
-                   "train/peak_memory_gib": memory.peak(device) / 2**30} | memory.reserved(device)
+                   "train/skipped": float(not finite), "train/seconds": seconds, "train/tokens_per_second": values["train/tokens"] / seconds}
+        values |= {"train/peak_memory_gib": memory.peak(device) / 2**30} | memory.reserved(device)
         values |= noise.update(of_pair) | ({"train/loss_scale": scale} if fp16 else {})
         if finite:
             state["norms"] = [*state["norms"], [step, grad_norm]][-config.schedule.clip_window - 1:]
@@ -214,7 +233,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
             console.say(ended.shown())
         attend(step, values)
         state["line"] = {tag: value if isinstance(value, str) or math.isfinite(value) else str(value) for tag, value in values.items()}
-        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{values['train/learning_rate']:.1e}", tok_s=f"{values['train/tokens_per_second']:.0f}", refresh=False)
+        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{values['train/learning_rate']:.1e}",
+                             tok_s=f"{values['train/tokens_per_second']:.0f}", refresh=False)
         progress.update(step - progress.n)
         if due(config.log.every_steps, step) or step == 1:
             left = (time.perf_counter() - began) / (state["step"] - first + 1) * (max_steps - state["step"])
@@ -238,9 +258,11 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         if unquantised and step == 0:
             values |= {f"eval/unquantised_{name}": unquantised[0][name] for name in ("loss", "token_accuracy")}
             keep(run, "unquantised", unquantised[1], 0, eval_rows, tokenizer, network)
-        console.say(f"step {step}/{max_steps}  evaluation loss {loss:.4f}  perplexity {figures['perplexity']:.2f}  token accuracy {figures['token_accuracy']:.4f}")
+        console.say(f"step {step}/{max_steps}  evaluation loss {loss:.4f}  perplexity {figures['perplexity']:.2f}  "
+                    f"token accuracy {figures['token_accuracy']:.4f}")
         if samples:
-            values |= {f"eval/{name}": value for name, value in evaluation.sample_figures(samples).items()} | {"eval/samples": json.dumps(samples), "eval/samples_seconds": sampled}
+            values |= {f"eval/{name}": value for name, value in evaluation.sample_figures(samples).items()}
+            values |= {"eval/samples": json.dumps(samples), "eval/samples_seconds": sampled}
             recorder.text(step, "eval/samples", "\n\n".join(f"**{sample['prompt']}**\n\n{sample['text']}" for sample in samples))
             if step in (0, max_steps):
                 console.say(f"samples {'before' if step == 0 else 'after'} training:\n{evaluation.show(samples)}\n")
@@ -272,12 +294,14 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         if not ranks.FIRST:
             return None
         recorder.flush()
-        by_name = {f"{name}.{moment}": view for moment in ("exp_avg", "exp_avg_sq") for name, view in continuation.views(moments[moment], adapters)}
+        by_name = {f"{name}.{moment}": view for moment in ("exp_avg", "exp_avg_sq")
+                   for name, view in continuation.views(moments[moment], adapters)}
         tensors = {"adapter_model.safetensors": dict(adapters), "optimizer.safetensors": by_name | {"step": moments["step"]} | scaler,
                    "generators.safetensors": drawn}
         state["noise"], begun = noise.state()
         tensors |= {"noise.safetensors": begun} if begun else {}
-        texts = {"adapter_config.json": lora_layers.peft_settings(config.lora, network, config.model.path), "state.json": json.dumps(state, indent=1)}
+        texts = {"adapter_config.json": lora_layers.peft_settings(config.lora, network, config.model.path),
+                 "state.json": json.dumps(state, indent=1)}
         return checkpoint.save(run, step, tensors, texts | tokenizer_files, config.save.keep, state["best_step"])
 
     first, pending, applied, alive = state["step"] + 1, [], 0, set()
@@ -299,10 +323,11 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         marks = [clock.mark(device)]
         start, count = schedule.window_samples(step, config, total_samples)
         samples = data.samples(rows, config.train.seed, start, count)
+        window = data.share(rows, samples, plan["fits"], network.sharded)
+        of_window = [sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window if batch.samples)]
+        supervised, tokens = ranks.total(torch.tensor(of_window)).tolist()
         drawn = continuation.generators(device) if config.lora.dropout else {}
 
-        window = data.share(rows, samples, plan["fits"], network.sharded)
-        supervised, tokens = ranks.total(torch.tensor([sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window if batch.samples)])).tolist()
         loss, late = None, False
         while loss is None and not late:  # once, and again in smaller micro-batches where memory runs out: their sum is the same
             flat.grad.zero_()
@@ -350,24 +375,22 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
 
         if len(alive) < 2 and proof.telling(window):  # the first steps: waiting for the device costs nothing yet
             applied += bool(finite)
-            matrix = proof.due_matrix(applied, alive)
-            dead = proof.dead(continuation.views(flat.grad, adapters), matrix) if matrix and finite else []
-            dead = sorted(set(dead) - set(proof.asleep(network, dead))) if matrix == "lora_A" else dead  # where B is still zero, theirs is zero rightly
-            alive |= {matrix} if matrix and finite else set()
-            if dead and config.proof.enabled:
-                console.say(f"gradients  DEAD: after step {step} {len(dead)} of the {matrix} have a gradient that is zero or not finite: {proof.some(dead)}")
-                fatal.append("dead gradients")
+            look_for_dead(step, applied, finite)
 
         marks.append(clock.mark(device))
         figures = torch.cat((torch.stack((loss, grad_norm, finite, scaler["scale"])).float(), of_pair.float()))
         if due(config.log.every_steps, step):
             figures = torch.cat((figures, torch.stack(torch._foreach_norm(list(adapters.values()))).float()))
-        state |= {"step": step, "samples": start + count, "tokens": state["tokens"] + tokens, "supervised_tokens": state["supervised_tokens"] + supervised}
-        pending.append({"step": step, "samples": samples, "marks": marks, "of_pair": len(of_pair), "figures": clock.to_host(figures), "values": {
-            "train/learning_rate": learning_rate, "train/clip_threshold": threshold, "train/samples": count, "train/tokens": tokens,
-            "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)} | ({"train/max_tokens": plan["fits"]} if plan["shrunk"] else {})})
+        state |= {"step": step, "samples": start + count}
+        state |= {"tokens": state["tokens"] + tokens, "supervised_tokens": state["supervised_tokens"] + supervised}
+        values = {"train/learning_rate": learning_rate, "train/clip_threshold": threshold, "train/samples": count, "train/tokens": tokens,
+                  "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)}
+        values |= {"train/max_tokens": plan["fits"]} if plan["shrunk"] else {}
+        pending.append({"step": step, "samples": samples, "marks": marks, "of_pair": len(of_pair), "figures": clock.to_host(figures),
+                        "values": values})
 
-        evaluation_due, save_due, proof_due = due(config.eval.every_steps, step), due(config.save.every_steps, step), proof.due(config, step, first, max_steps, device)
+        evaluation_due, save_due = due(config.eval.every_steps, step), due(config.save.every_steps, step)
+        proof_due = proof.due(config, step, first, max_steps, device)
         agree()
         boundary = evaluation_due or save_due or bool(proof_due) or bool(ending) or bool(fatal)
         while len(pending) > (0 if boundary else 1) and not stopped():
@@ -397,7 +420,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     if stopped():
         print(f"stopped: {state['nonfinite']} steps in a row were not finite, and none of them was applied; their rows are named above. "
               "Mend the rows or the settings, then go on from the last checkpoint with --resume." if not fatal else
-              f"stopped after step {state['step']} by the alert: {', '.join(dict.fromkeys(fatal))}; see above for cause and remedy. alerts.stop says which alerts do that.")
+              f"stopped after step {state['step']} by the alert: {', '.join(dict.fromkeys(fatal))}; see above for cause and remedy. "
+              "alerts.stop says which alerts do that.")
         if config.log.report and ranks.FIRST:
             print(f"look     {report.write(run)[0]}")
         return 4
@@ -416,8 +440,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
 def make_optimizer(config, flat, rate):
     """(fused AdamW over the one buffer `flat`, its state "step", "exp_avg" and "exp_avg_sq"). rate: a scalar tensor, read at each step."""
     train, device = config.train, flat.device
-    optimizer = torch.optim.AdamW([flat], lr=rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_eps, weight_decay=train.weight_decay,
-                                  fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.AdamW([flat], lr=rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_eps,
+                                  weight_decay=train.weight_decay, fused=True, capturable=device.type == "cuda")
     moments = optimizer.state[flat]  # AdamW would make them at its first step, but a run that goes on fills them before
     moments |= {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
     return optimizer, moments
@@ -440,17 +464,28 @@ def claim(run):
     return guard
 
 
+def other_run(resume, run):
+    """The folder of the run that the checkpoint `resume` is of, where that is not `run`; None where it is, or where it lies in no run."""
+    source = resume.absolute().parents[1]
+    return source if resume.parent.name == "checkpoints" and source.resolve() != run.resolve() else None
+
+
 def open_record(run, config, state, resume, owed, outlook):
     """The recorder, and settings and surroundings written down. Where an evaluation is owed, its step's line is begun again."""
     if not resume:  # what lies there has no checkpoint to go on from, or is to be overwritten
-        for old in [run / "checkpoints", run / "evaluations", run / "metrics.jsonl", run / "verdict.json", run / "report.md", run / "plots", *run.glob("events.out.tfevents.*")]:
+        names = ("checkpoints", "evaluations", "metrics.jsonl", "verdict.json", "report.md", "plots")
+        for old in [*(run / name for name in names), *run.glob("events.out.tfevents.*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    for name, tree in (("config.json", config.to_dict()), ("environment.json", record.environment()), ("forecast.json", forecast.as_json(outlook))):
+    elif source := other_run(resume, run):
+        record.take_along(source, run, state["step"])
+    written = {"config.json": config.to_dict(), "environment.json": record.environment(), "forecast.json": forecast.as_json(outlook)}
+    for name, tree in written.items():
         with record.writing(run / name, "make room and start again"):
             (run / f".{name}.tmp").write_text(json.dumps(tree, indent=1), encoding="utf-8")
             os.replace(run / f".{name}.tmp", run / name)
     recorder = record.Recorder(run, config.log.tensorboard, state["step"] - owed if resume else None)
-    recorder.hyperparameters({name: value for name, value in config.flat().items() if name.startswith(("model.", "lora.", "train.", "schedule."))})
+    shaping = ("model.", "lora.", "train.", "schedule.")
+    recorder.hyperparameters({name: value for name, value in config.flat().items() if name.startswith(shaping)})
     return recorder
 
 
@@ -483,7 +518,8 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__ + settings.describe())
         return 0
-    words, flags, overrides = settings.command_line(argv, {"out": "", "resume": None, "accept": "", "overwrite": False, "preflight": False, "overfit": ""})
+    known = {"out": "", "resume": None, "accept": "", "overwrite": False, "preflight": False, "overfit": ""}
+    words, flags, overrides = settings.command_line(argv, known)
     if len(words) != 1:
         raise ValueError(f"give one configuration, as in: python train.py configs/approach1.json (got {' '.join(words) or 'none'})")
     if flags["preflight"] and (flags["resume"] or flags["overwrite"] or flags["accept"]):
@@ -501,16 +537,22 @@ def main(argv):
         be_deterministic()
     device = ranks.start(config.train.rank_wait)
     if config.memory.shard and ranks.RANKS == 1:
-        raise ValueError(f"memory.shard: there is one rank, and nothing to split over; start several: torchrun --nproc-per-node=2 train.py {words[0]}")
+        raise ValueError("memory.shard: there is one rank, and nothing to split over; start several: "
+                         f"torchrun --nproc-per-node=2 train.py {words[0]}")
     guard = checkpoint.lock(run) if run.is_dir() and not flags["preflight"] and ranks.FIRST else None
     resume, problems = None, []
     if flags["resume"] and ranks.FIRST:
         resume, problems = checkpoint.newest_valid(run) if flags["resume"] is True else (checkpoint.find(flags["resume"]), [])
+        if other_run(resume, run) and any((run / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+            raise ValueError(f"--resume: {resume} is a checkpoint of another run than {run}, whose record would be mixed with it; "
+                             "name a new folder with --out=")
     elif ranks.FIRST and any(run.glob("checkpoints/step-*")) and not flags["overwrite"] and not flags["preflight"]:
-        raise ValueError(f"{run}: holds the checkpoints of an earlier run; go on with --resume, choose another folder with --out=, or replace it with --overwrite")
+        raise ValueError(f"{run}: holds the checkpoints of an earlier run; go on with --resume, choose another folder with --out=, "
+                         "or replace it with --overwrite")
     for problem in problems:
         print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
-    return train(config, device, run, guard, resume, flags["accept"].split(",") if flags["accept"] else [], flags["preflight"], bool(flags["overfit"]))
+    accept = flags["accept"].split(",") if flags["accept"] else []
+    return train(config, device, run, guard, resume, accept, flags["preflight"], bool(flags["overfit"]))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,10 @@ def main(argv):
     words, flags, overrides = settings.command_line(argv, {"rows": "20", "data": ""})
     if len(words) != 2:
         raise ValueError("give a run and a GGUF file: python bench/llamacpp.py runs/quickstart out.gguf")
-    from llama_cpp import Llama
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        raise ValueError("llama-cpp-python is not installed, and is no part of the requirements, since it compiles: pip install llama-cpp-python") from None
     overrides += [("eval.max_rows", flags["rows"]), ("eval.samples", "4")] + ([("data.eval", flags["data"])] if flags["data"] else [])
     config, adapter, folder = evaluation.configure(words[0], "", overrides)
     tokenizer = data.load_tokenizer(folder)

@@ -203,18 +203,19 @@ def approaches(runs, names=("approach1", "approach2", "approach3")):
     for name in names:
         found = seeds_of(runs, name)
         if not found:
-            rows.append([name, NOT_RUN, *[DASH] * 6])
+            rows.append([name, NOT_RUN, *[DASH] * 7])
             continue
         first = found[0]
+        lowest, at = min((line["eval/loss"], line["step"]) for line in first["metrics"] if "eval/loss" in line)
         right = f"{figure(accuracy(first, 0), '.4f')} → {spread(map(accuracy, found))}"
-        rows.append([name, len(found), figure(loss(first, 0), ".4f"), spread(map(loss, found)), figure(math.exp(loss(first)), ".2f"), right,
-                     outcome(first, "minimum"), outcome(first, "optimal")])
+        rows.append([name, len(found), figure(loss(first, 0), ".4f"), spread(map(loss, found)), f"{lowest:.4f}, step {at:,}",
+                     figure(math.exp(loss(first)), ".2f"), right, outcome(first, "minimum"), outcome(first, "optimal")])
         about, tail = first["summary"], first["metrics"][-1]
         prices.append([name, *(figure(norm, ".3g") for norm in about["norm"]), figure(about["clipped"], ".0%"),
                        figure(tail.get("adapters/delta_ratio"), ".4f"), figure(about["step_seconds"], ".1f", 1000),
                        figure(about["train_seconds"], ".0f"), figure(about["seconds"], ".0f") + ("" if about["alone"] else "*"),
                        figure(about["peak_memory_gib"], ".1f")])
-    tables = [words.table(["run", "seeds", "loss before", "after", "perplexity", "token accuracy", "minimum", "optimal"], rows)]
+    tables = [words.table(["run", "seeds", "loss before", "after", "lowest, seed 0", "perplexity", "token accuracy", "minimum", "optimal"], rows)]
     if prices:
         head = ["run", "least norm", "median", "largest", "clipped", "ΔW/W", "ms a step", "s in steps", "s in all", "peak GiB"]
         note = ("Norms, ΔW/W (‖ΔW‖/‖W‖, mean of the modules) and times are of seed 0. A star: others ran beside it on the same GPU, so its "

@@ -15,7 +15,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, make_model
+from conftest import PROJECT, differences, make_model
 
 import checkpoint
 import data
@@ -341,6 +341,29 @@ def test_going_back_to_an_earlier_checkpoint_repeats_what_came_after_it(launch, 
     assert launch("run", *EVERYTHING, f"--resume={tmp_path / 'run/checkpoints/step-000006'}") == 0
     assert curve(tmp_path / "run") == whole
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_goes_on_in_a_folder_of_its_own_with_the_record_until_there(launch, tmp_path):
+    launch("run", *EVERYTHING)
+    at = tmp_path / "run/checkpoints/step-000006"
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert launch("fork", *EVERYTHING, f"--resume={at}") == 0
+    assert curve(tmp_path / "fork") == curve(tmp_path / "run")
+    assert differences(tmp_path / "fork", tmp_path / "run") == []
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before, "the run that it came from was touched"
+    (tmp_path / "lone").mkdir()
+    shutil.copytree(at, tmp_path / "lone/step-000006")  # a checkpoint without its run: there is no record to take along
+    assert launch("alone", *EVERYTHING, f"--resume={tmp_path / 'lone/step-000006'}") == 0
+    assert [line["step"] for line in curve(tmp_path / "alone")][0] > 6
+
+
+def test_a_run_does_not_go_on_from_another_ones_checkpoint_in_a_folder_with_a_record(launch, tmp_path):
+    launch("run", *EVERYTHING)
+    launch("other", *EVERYTHING, "--train.seed=5")
+    before = (tmp_path / "other/metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="another run"):
+        launch("other", *EVERYTHING, f"--resume={tmp_path / 'run/checkpoints/step-000006'}")
+    assert (tmp_path / "other/metrics.jsonl").read_bytes() == before
 
 
 def test_a_finished_run_is_not_trained_again(launch, tmp_path, capsys):
