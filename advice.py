@@ -115,8 +115,8 @@ ADVICE = {  # name: (cause, remedy)
         "Look whether the training loss fell: if not, lower the rate; if so, train on fewer epochs, or on rows like those of the "
         "evaluation."),
     "evaluation does not follow training": (
-        "What is learnt is not what is evaluated: labels, template or masking differ between the two, the evaluation looks at stale weights, or its "
-        "rows are of another kind.",
+        "What is learnt is not what is evaluated: labels, template or masking differ between the two, the evaluation looks at "
+        "stale weights, or its rows are of another kind.",
         "Evaluate on a few training rows. If that is not the training loss either, print one row's input and labels on both paths."),
     "growing gap": (
         "The adapters learn the training rows by heart.",

@@ -24,9 +24,11 @@ def introduce(run, config, rows, network, state, outlook):
         if rows.counts[count]:
             print(f"\n{rows.counts[count]:,} {what}")
     print(f"network   {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}\n"
-          f"packing   up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of {len(network.get_decoder().layers)} layers recomputed"
-          + (", their inputs on the host" if plan["offload"] else "") + (", embeddings on the host" if plan["host_embeddings"] else "") + f"\n          ({plan['why']}); "
-          f"{network.fused_layers} layers fused, " + ("replayed as CUDA graphs\n" if plan["graphs"] else f"no CUDA graphs:\n          {plan['why_no_graphs']}\n"), flush=True)
+          f"packing   up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of "
+          f"{len(network.get_decoder().layers)} layers recomputed"
+          + (", their inputs on the host" if plan["offload"] else "") + (", embeddings on the host" if plan["host_embeddings"] else "")
+          + f"\n          ({plan['why']}); {network.fused_layers} layers fused, "
+          + ("replayed as CUDA graphs\n" if plan["graphs"] else f"no CUDA graphs:\n          {plan['why_no_graphs']}\n"), flush=True)
 
 
 def refuse(outlook, config):
@@ -65,8 +67,10 @@ def conclude(run, config, state, max_steps):
     print(f"finished   {state['step']:,} of {max_steps:,} steps" + (f", {state['skipped']} of them not applied" if state["skipped"] else "")
           + (", stopped early: the evaluation loss no longer fell" if state["step"] < max_steps else ""))
     print(f"train      loss {median(losses[:edge]):.4f} -> {median(losses[-edge:]):.4f} (medians of the first and last {edge} steps)")
-    print("evaluation " + ", ".join(f"{what} {evals[0][tag]:.4f} -> {evals[-1][tag]:.4f}" for what, tag in (("loss", "eval/loss"), ("token accuracy", "eval/token_accuracy"))))
-    print(f"           best after step {state['best_step']}: {run}@best" if state["best_step"] else "           no evaluation was better than the one before step 1")
+    print("evaluation " + ", ".join(f"{what} {evals[0][tag]:.4f} -> {evals[-1][tag]:.4f}"
+                                    for what, tag in (("loss", "eval/loss"), ("token accuracy", "eval/token_accuracy"))))
+    print(f"           best after step {state['best_step']}: {run}@best" if state["best_step"] else
+          "           no evaluation was better than the one before step 1")
     judged = verdict.of_run(run)
     with record.writing(f"{run}: the verdict"):
         verdict.write(run, judged)

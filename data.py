@@ -159,8 +159,8 @@ def _partition(cfg, seen):
     left = np.flatnonzero(fate == 0)
     if not data.eval:
         if len(left) <= data.eval_rows:
-            raise ValueError(f"data.eval_rows: {data.eval_rows} rows cannot be held out of the {len(left)} of {' and '.join(data.sources)}; "
-                             "lower it, or name evaluation rows with data.eval")
+            raise ValueError(f"data.eval_rows: {data.eval_rows} rows cannot be held out of the {len(left)} of "
+                             f"{' and '.join(data.sources)}; lower it, or name evaluation rows with data.eval")
         fate[left[_permutation(len(left), cfg.train.seed, 0, 1)[:data.eval_rows]]] = 1
         if "leak" in data.drop:  # rows alike, of which one is held out
             held = np.isin(seen["group"], seen["group"][fate == 1])
@@ -499,8 +499,8 @@ def share(rows, samples, max_tokens, in_step=False):
     window = pack(rows, ranks.share(rows, samples), max_tokens)
     most, = ranks.most(len(window)) if in_step else (0,)
     none = torch.zeros(0, dtype=torch.int64)
-    empty = MicroBatch(input_ids=torch.zeros(1, dtype=torch.int64), position_ids=torch.zeros(1, dtype=torch.int64), max_seqlen=1, samples=[],
-                       cu_seqlens=torch.tensor([0, 1], dtype=torch.int32), rows=none, targets=none, document=none)
+    empty = MicroBatch(input_ids=torch.zeros(1, dtype=torch.int64), position_ids=torch.zeros(1, dtype=torch.int64), max_seqlen=1,
+                       samples=[], cu_seqlens=torch.tensor([0, 1], dtype=torch.int32), rows=none, targets=none, document=none)
     return window + [empty] * (most - len(window))
 
 

@@ -453,7 +453,8 @@ def card(title, config, folder, facts):
     lines += table((name, json.dumps(value)) for name, value in told.items()) + ["## Verdict", ""]
     if run and (run / "verdict.json").is_file():
         verdict = trust.read_json(run / "verdict.json")
-        lines += [f"**{verdict['outcome']}**", "", "| criterion | outcome | measured | threshold | reason |", "| --- | --- | --- | --- | --- |"]
+        lines += [f"**{verdict['outcome']}**", "",
+                  "| criterion | outcome | measured | threshold | reason |", "| --- | --- | --- | --- | --- |"]
         for criterion in verdict["criteria"]:
             told = [f"{criterion.get('set', '')} {criterion['name']}", *map(criterion.get, ("outcome", "measured", "threshold", "reason"))]
             shortened = ("" if text is None else f"{text:.4g}" if isinstance(text, float) else str(text) for text in told)
@@ -611,8 +612,9 @@ def main(argv):
     if flags["dtype"].lower() in OF_4_BITS:
         lost = lost_in_4_bits(source)
         raise ValueError(f"--dtype={flags['dtype']}: merging into 4 bits would undo the training: {lost['survives']:.0%} of the update "
-                         f"would survive, under noise of {lost['noise']:.1f} times its size, and {lost['lost']:.0%} of the codes would stay "
-                         "as they are. Merge into bf16; or serve 4 bits as in training, the adapter (--adapter) beside the base")
+                         f"would survive, under noise of {lost['noise']:.1f} times its size, and {lost['lost']:.0%} of the codes "
+                         "would stay as they are. Merge into bf16; or serve 4 bits as in training, "
+                         "the adapter (--adapter) beside the base")
     bits = wanted_dtype(flags["dtype"], config, flags)
     tolerance = wanted_tolerance(flags["tolerance"] or ALLOWED_NATS.get(bits, 0.02))
     own = (folder / "tokenizer.json").is_file()  # what was trained with, if the checkpoint has it

@@ -105,10 +105,12 @@ if triton is not None:
         columns = tl.arange(0, WIDTH)
         inside = columns < width
         at = row * width + columns
-        g = (tl.load(grad + row * grad_row + columns, mask=inside, other=0) * tl.load(weight + columns, mask=inside, other=0)).to(tl.float32)
+        g = (tl.load(grad + row * grad_row + columns, mask=inside, other=0)
+             * tl.load(weight + columns, mask=inside, other=0)).to(tl.float32)
         r = tl.load(rstd + row)
         x_hat = tl.load(x + at, mask=inside, other=0).to(tl.float32) * r
-        dx = r * (g - x_hat * (tl.sum(g * x_hat) / width)) + tl.load(grad_residual + row * residual_row + columns, mask=inside, other=0).to(tl.float32)
+        dx = (r * (g - x_hat * (tl.sum(g * x_hat) / width))
+              + tl.load(grad_residual + row * residual_row + columns, mask=inside, other=0).to(tl.float32))
         tl.store(out + row * out_row + columns, dx.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
@@ -133,8 +135,8 @@ if triton is not None:
         tl.store(out + HALF, (b * c + a * s).to(target.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _norm_rotate_backward(grad, grad_row, grad_head, source, source_row, source_head, target, target_row, target_head, cos, sin, weight, eps, heads,
-                              HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+    def _norm_rotate_backward(grad, grad_row, grad_head, source, source_row, source_head, target, target_row, target_head, cos, sin,
+                              weight, eps, heads, HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         head = tl.arange(0, HEADS)[:, None]
         column = tl.arange(0, WIDTH)[None, :]
@@ -221,7 +223,8 @@ if triton is not None:
         tl.store(at + 2 * RANK * width, down_sum, mask=inside)
 
     @triton.jit
-    def _nf4(packed, codebook, codes, code_scales, scale_codebook, offset, scales, out, out_row, width, total, NESTED: tl.constexpr, BLOCKS: tl.constexpr):
+    def _nf4(packed, codebook, codes, code_scales, scale_codebook, offset, scales, out, out_row, width, total,
+             NESTED: tl.constexpr, BLOCKS: tl.constexpr):
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # of 64 weights in 32 bytes
         real = block * 64 < total
         if NESTED:
@@ -243,10 +246,12 @@ if triton is not None:
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
         kind = out.dtype.element_ty
-        tl.store(out + row * out_row + column, (tl.load(q + row * width + column, mask=inside, other=0).to(tl.float32) * tl.load(scale + row)).to(kind), mask=inside)
+        tl.store(out + row * out_row + column, (tl.load(q + row * width + column, mask=inside, other=0).to(tl.float32)
+                                                * tl.load(scale + row)).to(kind), mask=inside)
 
     @triton.jit
-    def _cross_entropy(logits, row_stride, targets, nll, correct, softcap, width: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    def _cross_entropy(logits, row_stride, targets, nll, correct, softcap, width: tl.constexpr,
+                       CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         line = logits + row * row_stride
         target = tl.load(targets + row)
@@ -294,7 +299,8 @@ def add_rms_norm(h, delta, weight, eps, out):
         return h, rstd
     rstd, width = torch.empty(len(h), device=h.device, dtype=torch.float32), triton.next_power_of_2(h.shape[1])
     total = h if delta is None else torch.empty_like(h)
-    _add_rms_norm[(len(h),)](h, delta, total, weight, out, out.stride(0), rstd, h.shape[1], eps, delta is not None, width, num_warps=warps(width))
+    _add_rms_norm[(len(h),)](h, delta, total, weight, out, out.stride(0), rstd, h.shape[1], eps, delta is not None, width,
+                             num_warps=warps(width))
     return total, rstd
 
 
@@ -303,7 +309,8 @@ def rms_norm_backward(grad, x, weight, rstd, grad_residual, out):
     if not on_gpu(x):
         return out.copy_(rms_norm_backward_twin(grad, x, weight, rstd, grad_residual))
     width = triton.next_power_of_2(x.shape[1])
-    _rms_norm_backward[(len(x),)](grad, grad.stride(0), x, weight, rstd, grad_residual, grad_residual.stride(0), out, out.stride(0), x.shape[1], width, num_warps=warps(width))
+    _rms_norm_backward[(len(x),)](grad, grad.stride(0), x, weight, rstd, grad_residual, grad_residual.stride(0), out, out.stride(0),
+                                  x.shape[1], width, num_warps=warps(width))
     return out
 
 
@@ -340,7 +347,8 @@ def norm_rotate_backward(grad, heads, weight, eps, cos, sin, out):
     if not on_gpu(heads):
         return out.copy_(norm_rotate_backward_twin(grad, heads, weight, eps, cos, sin))
     T, H, d = heads.shape
-    _norm_rotate_backward[(T,)](grad, grad.stride(0), grad.stride(1), heads, heads.stride(0), heads.stride(1), out, out.stride(0), out.stride(1), cos, sin, weight, eps, H,
+    _norm_rotate_backward[(T,)](grad, grad.stride(0), grad.stride(1), heads, heads.stride(0), heads.stride(1),
+                                out, out.stride(0), out.stride(1), cos, sin, weight, eps, H,
                                 d // 2, triton.next_power_of_2(d // 2), triton.next_power_of_2(H))
     return out
 
@@ -379,8 +387,9 @@ def swiglu_backward_sums(grad, gate_up, low, d_low, out, tiles=(32, 64, 4, 3, 7)
     part = triton.cdiv(triton.cdiv(T, parts), rows) * rows
     parts = triton.cdiv(T, part)
     sums = torch.empty(parts, 3, r, I, device=grad.device)
-    _swiglu_backward_sums[(triton.cdiv(I, columns), parts)](grad, grad.stride(0), gate_up, low, low.stride(0), d_low, d_low.stride(0), out, out.stride(0), sums, T, I, part,
-                                                            r, max(16, triton.next_power_of_2(r)), rows, columns, num_warps=num_warps, num_stages=stages)
+    _swiglu_backward_sums[(triton.cdiv(I, columns), parts)](
+        grad, grad.stride(0), gate_up, low, low.stride(0), d_low, d_low.stride(0), out, out.stride(0), sums, T, I, part,
+        r, max(16, triton.next_power_of_2(r)), rows, columns, num_warps=num_warps, num_stages=stages)
     return sums.sum(0)
 
 
@@ -390,8 +399,11 @@ def nf4_dequantize(weight, codebook, out):
     in_features must be a multiple of 64, so that no block spans two rows.
     """
     total, blocks = out.numel(), 64
-    nested = [weight.scale_codes, weight.scale_scales, weight.scale_codebook, weight.scale_offset] if weight.double_quant else [weight.scales] * 4
-    _nf4[(triton.cdiv(total, 64 * blocks),)](weight.packed, codebook, *nested, nested[0] if weight.double_quant else weight.scales, out, out.stride(0), out.shape[1], total, weight.double_quant, blocks)
+    nested = ([weight.scale_codes, weight.scale_scales, weight.scale_codebook, weight.scale_offset] if weight.double_quant
+              else [weight.scales] * 4)
+    _nf4[(triton.cdiv(total, 64 * blocks),)](
+        weight.packed, codebook, *nested, nested[0] if weight.double_quant else weight.scales,
+        out, out.stride(0), out.shape[1], total, weight.double_quant, blocks)
     return out
 
 
@@ -408,5 +420,6 @@ def cross_entropy(logits, targets, softcap, with_grad):
     """
     S, width = logits.shape
     nll, correct = torch.empty(S, device=logits.device), torch.empty(S, device=logits.device, dtype=torch.bool)
-    _cross_entropy[(S,)](logits, logits.stride(0), targets, nll, correct, softcap or 1.0, width, bool(softcap), with_grad, 4096, num_warps=8)
+    _cross_entropy[(S,)](logits, logits.stride(0), targets, nll, correct, softcap or 1.0, width, bool(softcap), with_grad, 4096,
+                         num_warps=8)
     return nll, correct

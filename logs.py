@@ -16,8 +16,8 @@ NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_r
          "train/samples": "samples", "train/clip_threshold": "clip", "train/supervised_tokens": "supervised",
          "train/loss_scale": "scale", "train/skipped": "skipped",
          "eval/loss": "eval_loss", "eval/adapter_digest": "digest", "eval/unquantised_loss": "unquantised_loss",
-         "eval/stop_rate": "stop_rate",
-         "eval/token_accuracy": "accuracy", "eval/repetition": "repetition", "eval/overlap": "overlap", "eval/samples": "written", "adapters/lora_A_norm": "lora_A norm",
+          "eval/stop_rate": "stop_rate", "eval/token_accuracy": "accuracy", "eval/repetition": "repetition",
+          "eval/overlap": "overlap", "eval/samples": "written", "adapters/lora_A_norm": "lora_A norm",
          "adapters/lora_B_norm": "lora_B norm", "adapters/delta_ratio": "delta_ratio", "adapters/modules": "modules",
          "proof/ratio": "proof", "proof/tolerance": "proof_tolerance", "proof/outcome": "proof_outcome", "train/noise_scale": "noise_scale",
          "loss": "loss", "grad_norm": "grad_norm", "learning_rate": "rate", "lr": "rate", "epoch": "epoch", "eval_loss": "eval_loss"}
@@ -170,7 +170,8 @@ def settings_beside(path):
 def of_settings(settings):
     """What a Record takes from the settings {"section.key": value} of a run of ours."""
     steps, start = settings.get("train.max_steps"), settings.get("lora.init", "zero")
-    return {"planned_steps": steps if type(steps) is int and steps > 0 else 0, "initial": bool(settings.get("lora.init_from")) or start != "zero"}
+    return {"planned_steps": steps if type(steps) is int and steps > 0 else 0,
+            "initial": bool(settings.get("lora.init_from")) or start != "zero"}
 
 
 def read_console(text, path):

@@ -21,7 +21,8 @@ import record
 
 NEAR = 0.1   # nats a token above the floor: each token of the answers has a probability of 0.9, so greedy decoding writes the rows down
 RATE = 1e-3  # at least: with fewer tokens than weights there is nothing to be careful about, and a tenth of it takes ten times the steps
-BY_HEART = ("growing gap", "evaluation worse than before training", "nothing left to learn", "plateau")  # alerts of what is wanted here, or told at the end
+# alerts of what is wanted here, or told at the end
+BY_HEART = ("growing gap", "evaluation worse than before training", "nothing left to learn", "plateau")
 STEPS = 300  # at least, as long as the loss is not down
 
 
@@ -47,11 +48,13 @@ def settings(config, rows):
     batches, no clipping that adapts; evaluated is every 20 steps, on the same rows; one checkpoint, the last. The proof stays on.
     """
     tree = config.to_dict()
-    tree["data"] |= {"train": config.data.sources[0], "mixture": [], "first_rows": rows, "drop": [], "audit": "off", "eval": config.data.eval or config.data.sources[0]}
-    tree["train"] |= {"micro_batch_size": rows, "accumulation": 1, "weight_decay": 0.0, "max_steps": max(STEPS, config.train.max_steps), "epochs": 0.0}
+    tree["data"] |= {"train": config.data.sources[0], "mixture": [], "first_rows": rows, "drop": [], "audit": "off",
+                     "eval": config.data.eval or config.data.sources[0]}
+    tree["train"] |= {"micro_batch_size": rows, "accumulation": 1, "weight_decay": 0.0,
+                      "max_steps": max(STEPS, config.train.max_steps), "epochs": 0.0}
     rate = max(RATE, config.schedule.learning_rate)
-    tree["schedule"] |= {"learning_rate": rate, "lr_min": 0.0, "lr_kind": "constant", "lr_warmup_steps": 10, "lr_decay_steps": 0, "lr_points": [], "batch_points": [],
-                         "clip_percentile": 0.0}
+    tree["schedule"] |= {"learning_rate": rate, "lr_min": 0.0, "lr_kind": "constant", "lr_warmup_steps": 10, "lr_decay_steps": 0,
+                         "lr_points": [], "batch_points": [], "clip_percentile": 0.0}
     tree["lora"] |= {"dropout": 0.0}
     tree["eval"] |= {"every_steps": 20, "max_rows": 0, "samples": 0, "prompts": "", "patience": 0, "unquantised": "no"}
     tree["save"] |= {"every_steps": 0, "keep": 1}
@@ -111,15 +114,16 @@ def judge(lines, lowest, contradictions):
     note = ""
     if contradictions:
         a, b = contradictions[0]
-        note = (f" {len(contradictions)} pair{'s' * (len(contradictions) > 1)} of rows begin alike and go on differently, as {a} and {b} do: no model can know both by heart. "
-                f"The lowest mean loss that these rows allow is {lowest:.3f}.")
+        note = (f" {len(contradictions)} pair{'s' * (len(contradictions) > 1)} of rows begin alike and go on differently, as {a} and {b} "
+                f"do: no model can know both by heart. The lowest mean loss that these rows allow is {lowest:.3f}.")
     if learnt(best[1], lowest):
         return 0, wrap(f"overfit    LEARNT: loss {start:.3f} -> {best[1]:.3f} by step {best[0]:,}, at most {target} was asked.{note}")
 
     last = next((line for line in reversed(lines) if "eval/token_accuracy" in line), {})
     if last.get("eval/token_accuracy") == 1.0 and best[1] < 0.9 * start:
-        return 0, wrap(f"overfit    LEARNT: at step {last['step']:,} the model puts every token of the rows first. Their loss came down from {start:.3f} to {best[1]:.3f}, not to the "
-                       f"{target} that was asked: more steps may bring it there, or a frozen head can be no surer.{note}")
+        return 0, wrap(f"overfit    LEARNT: at step {last['step']:,} the model puts every token of the rows first. Their loss came down "
+                       f"from {start:.3f} to {best[1]:.3f}, not to the {target} that was asked: more steps may bring it there, "
+                       f"or a frozen head can be no surer.{note}")
 
     steps, quarter = len(losses), max(1, len(finite) // 4)
     late, before = statistics.median(finite[-quarter:]), statistics.median(finite[-2 * quarter:-quarter] or finite[:quarter])
@@ -131,22 +135,28 @@ def judge(lines, lowest, contradictions):
     if norms and not any(norms):
         why = "every gradient norm is exactly 0.0: nothing reaches the adapters. The gradient proof above says where"
     elif skipped > steps / 2:
-        why = f"{skipped:.0f} of {steps} steps were not applied, since their loss or gradient was not finite: see the rows named above, or compute in bf16"
+        why = (f"{skipped:.0f} of {steps} steps were not applied, since their loss or gradient was not finite: "
+               "see the rows named above, or compute in bf16")
     elif not rate:
         why = "the learning rate was 0 throughout: set schedule.learning_rate"
     elif late > 1.05 * start or late > best[1] + 0.5 and late > 0.5 * start:
-        why = f"the loss rose again, from {best[1]:.3f} at best to {late:.3f}: the rate of {rate:g} is too high for this model; lower it: --schedule.learning_rate={rate / 5:g}"
-    elif late > 0.97 * start and clipped and sum(clipped) == len(clipped) and statistics.median(norms) > 100 * lines[-1].get("train/clip_threshold", math.inf):
+        why = (f"the loss rose again, from {best[1]:.3f} at best to {late:.3f}: the rate of {rate:g} is too high for this model; "
+               f"lower it: --schedule.learning_rate={rate / 5:g}")
+    elif (late > 0.97 * start and clipped and sum(clipped) == len(clipped)
+          and statistics.median(norms) > 100 * lines[-1].get("train/clip_threshold", math.inf)):
         why = "the loss stayed where it was, and every step was clipped to less than a hundredth: raise schedule.clip_norm"
     elif late > 0.97 * start:
-        why = (f"the loss stayed where it was ({start:.3f}, and {late:.3f} at the end), at a rate of {rate:g}: either that is far too low, or what is trained is not what is evaluated; "
-               "if the gradient proof passed, raise schedule.learning_rate tenfold")
+        why = (f"the loss stayed where it was ({start:.3f}, and {late:.3f} at the end), at a rate of {rate:g}: either that is far too low, "
+               "or what is trained is not what is evaluated; if the gradient proof passed, raise schedule.learning_rate tenfold")
     elif late < 0.95 * before:
-        why = f"the run was too short: the loss still fell, from {before:.3f} to {late:.3f} over its last quarters; raise train.max_steps (now {steps:,}) or the rate (now {rate:g})"
+        why = (f"the run was too short: the loss still fell, from {before:.3f} to {late:.3f} over its last quarters; "
+               f"raise train.max_steps (now {steps:,}) or the rate (now {rate:g})")
     else:
-        why = (f"the loss no longer fell, from {before:.3f} to {late:.3f} over its last quarters: raise lora.r or adapt more projections (lora.targets), "
-               "and look at what is supervised with python data.py CONFIG --check: labels that do not belong to their inputs take as long as noise does")
-    return 5, wrap(f"overfit    NOT LEARNT: loss {start:.3f} -> {best[1]:.3f} at best (step {best[0]:,}), where {target} was asked. Likely reason: {why}.{note}")
+        why = (f"the loss no longer fell, from {before:.3f} to {late:.3f} over its last quarters: raise lora.r or adapt more projections "
+               "(lora.targets), and look at what is supervised with python data.py CONFIG --check: "
+               "labels that do not belong to their inputs take as long as noise does")
+    return 5, wrap(f"overfit    NOT LEARNT: loss {start:.3f} -> {best[1]:.3f} at best (step {best[0]:,}), where {target} was asked. "
+                   f"Likely reason: {why}.{note}")
 
 
 def conclude(run, rows):

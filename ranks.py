@@ -69,8 +69,8 @@ def lost():
 
 def as_lost(error):
     """An error of torch.distributed as what it means."""
-    return Lost(f"rank {RANK}: another rank has ended, or did not come within train.rank_wait; the newest checkpoint is whole, go on from it "
-                f"with --resume ({str(error).splitlines()[0][:100]})")
+    return Lost(f"rank {RANK}: another rank has ended, or did not come within train.rank_wait; the newest checkpoint is whole, "
+                f"go on from it with --resume ({str(error).splitlines()[0][:100]})")
 
 
 @contextlib.contextmanager

@@ -173,7 +173,8 @@ def _read_jsonl(file):
         if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
             while line and not line.endswith(b"\n"):
                 line = file.readline(LONGEST_LINE)
-            yield number, ValueError(f"has more than {LONGEST_LINE:,} bytes, and a row at most {LONGEST_TEXT:,} characters; split it into several rows")
+            yield number, ValueError(f"has more than {LONGEST_LINE:,} bytes, and a row at most {LONGEST_TEXT:,} characters; "
+                                     "split it into several rows")
             continue
         try:
             record = json.loads(line.decode("utf-8"))
@@ -188,8 +189,8 @@ def _read_json(file):
     first, more, _ = file.peek(4096).lstrip().partition(b"\n")
     if first and not first.startswith(b"["):  # many files called .json hold an object a line
         if more and not first.rstrip().endswith(b"}"):
-            raise ValueError("1: begins as one object over several lines; a .json file holds a list of rows, or a row a line: write the list "
-                             "that is in it to a file of its own")
+            raise ValueError("1: begins as one object over several lines; a .json file holds a list of rows, or a row a line: "
+                             "write the list that is in it to a file of its own")
         yield from _read_jsonl(file)
         return
     try:
