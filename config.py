@@ -39,11 +39,13 @@ def key(default, help, choices=(), low=None, high=None, above=None):
 class Model:
     path: str = key("models/SmolLM2-135M-Instruct", "model folder, or a name on the hub")
     revision: str = key("", "revision of a hub model; empty: its main branch")
-    quant: str = key("nf4", "how frozen weights are kept; int8: weights only, llm_int8: activations too, none: 16 or 32 bits", choices=("nf4", "int8", "llm_int8", "none"))
+    quant: str = key("nf4", "how frozen weights are kept; int8: weights only, llm_int8: activations too, none: 16 or 32 bits",
+                     choices=("nf4", "int8", "llm_int8", "none"))
     double_quant: bool = key(True, "nf4: quantise the block scales too (0.37 bits a weight less)")
     llm_int8_threshold: float = key(6.0, "llm_int8: columns with an activation beyond this stay in 16 bits", above=0)
     compute_dtype: str = key("bf16", "dtype of activations and matrix products", choices=("bf16", "fp16", "fp32", "fp64"))
-    attention: str = key("auto", "packed attention: varlen (GPU, 16 bits) or documents (one product a document, anywhere)", choices=("auto", "varlen", "documents"))
+    attention: str = key("auto", "packed attention: varlen (GPU, 16 bits) or documents (one product a document, anywhere)",
+                         choices=("auto", "varlen", "documents"))
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,12 @@ class Lora:
     alpha: float = key(32.0, "the adapter's output is scaled by alpha/r (rslora: alpha/sqrt(r))", above=0)
     dropout: float = key(0.0, "probability that an element of an adapter's input is dropped", low=0.0, high=0.99)
     rslora: bool = key(False, "scale by alpha/sqrt(r), so that the scale of an update does not fall with the rank")
-    dora: bool = key(False, "DoRA: adapt directions and train the lengths of the weights' rows beside them; without the fast path, so slower")
-    targets: list = key(list(PROJECTIONS), "projections that get an adapter, by the last part of their name; [\"all-linear\"]: all but the head")
-    init: str = key("zero", "start; zero: B = 0; loftq: the best correction of that rank of what quantisation changed", choices=("zero", "loftq"))
+    dora: bool = key(False, "DoRA: adapt directions and train the lengths of the weights' rows beside them; "
+                            "without the fast path, so slower")
+    targets: list = key(list(PROJECTIONS), "projections that get an adapter, by the last part of their name; "
+                                           "[\"all-linear\"]: all but the head")
+    init: str = key("zero", "start; zero: B = 0; loftq: the best correction of that rank of what quantisation changed",
+                    choices=("zero", "loftq"))
     init_from: str = key("", "start from this adapter folder (PEFT format) instead of B = 0")
 
 
@@ -67,12 +72,17 @@ class Data:
     too_long: str = key("truncate", "what happens to a longer row", choices=("truncate", "drop", "refuse"))
     bad_rows: str = key("refuse", "what happens when a row cannot be read", choices=("refuse", "skip"))
     supervise: str = key("assistant", "which tokens the loss counts: assistant turns, or all", choices=("assistant", "all"))
-    mixture: list = key([], "several sources in place of data.train: [[source, weight], ...]; a source's weight is its share of the samples")
-    first_rows: int = key(0, "take the first so many rows of each training source and read no further (a hub data set is then streamed); 0: all", low=0)
+    mixture: list = key([], "several sources in place of data.train: [[source, weight], ...]; "
+                            "a source's weight is its share of the samples")
+    first_rows: int = key(0, "take the first so many rows of each training source and read no further "
+                             "(a hub data set is then streamed); 0: all", low=0)
     drop: list = key([], "training rows to leave out, by what `python data.py CONFIG --check` finds: " + ", ".join(DROPS))
-    audit: str = key("auto", "what a start looks for: auto: all, but near duplicates in files up to 16 MiB only", choices=("auto", "full", "off"))
-    cache: str = key("auto", "folder where tokens, and what the unquantised model is worth, are kept between starts; auto: rawlora in $XDG_CACHE_HOME or ~/.cache; off: nowhere")
-    near_duplicate: float = key(0.8, "rows are near duplicates from this Jaccard similarity of their 5-character shingles on, or one word apart", low=0.7, high=1.0)
+    audit: str = key("auto", "what a start looks for: auto: all, but near duplicates in files up to 16 MiB only",
+                     choices=("auto", "full", "off"))
+    cache: str = key("auto", "folder where tokens, and what the unquantised model is worth, are kept between starts; "
+                             "auto: rawlora in $XDG_CACHE_HOME or ~/.cache; off: nowhere")
+    near_duplicate: float = key(0.8, "rows are near duplicates from this Jaccard similarity of their 5-character shingles on, "
+                                     "or one word apart", low=0.7, high=1.0)
     columns: list = key([], "rows with other column names: KEY=COLUMN, as in prompt=question,completion=answers.text.0")
     roles: list = key([], "turns with other role names: NAME=ROLE, as in bot=assistant")
     chat_template: str = key("", "file with a Jinja chat template, for tokenizers without one")
@@ -86,15 +96,18 @@ class Data:
 @dataclass(frozen=True)
 class Train:
     seed: int = key(0, "seed of the data order, the adapters' start and dropout", low=0, high=2**63 - 1)
-    micro_batch_size: int = key(2, "samples a micro-batch; a step consumes micro_batch_size x accumulation samples, however they are packed", low=1)
+    micro_batch_size: int = key(2, "samples a micro-batch; a step consumes micro_batch_size x accumulation samples, "
+                                   "however they are packed", low=1)
     accumulation: int = key(16, "micro-batches a step", low=1)
     max_steps: int = key(2000, "optimizer steps; 0: as many as epochs asks for", low=0)
     epochs: float = key(0.0, "passes over the training rows, where max_steps is 0", low=0.0)
-    weight_decay: float = key(0.0, "AdamW's decoupled weight decay, on both adapter matrices (there are no biases or norms among them)", low=0.0)
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay, on both adapter matrices "
+                                   "(there are no biases or norms among them)", low=0.0)
     adam_beta1: float = key(0.9, "decay of AdamW's first moment", low=0.0, high=0.99999)
     adam_beta2: float = key(0.999, "decay of AdamW's second moment", low=0.0, high=0.9999999)
     adam_eps: float = key(1e-8, "AdamW's epsilon", above=0)
-    deterministic: bool = key(False, "GPU: the same bits again after a resume, by deterministic kernels alone and no CUDA graphs; slower (on a CPU runs repeat anyway)")
+    deterministic: bool = key(False, "GPU: the same bits again after a resume, by deterministic kernels alone and no CUDA graphs; "
+                                     "slower (on a CPU runs repeat anyway)")
     rank_wait: int = key(600, "with several ranks, end the run when one of them has been waited for so many seconds", low=1)
     nonfinite_limit: int = key(3, "stop after this many non-finite steps in a row (none of them is applied)", low=1)
 
@@ -103,13 +116,15 @@ class Train:
 class Schedule:
     learning_rate: float = key(1e-4, "peak learning rate", low=0.0)
     lr_min: float = key(1e-5, "floor under the learning rate after its peak", low=0.0)
-    lr_kind: str = key("cosine", "shape after the warm-up; wsd: constant, then linear decay; points: lr_points", choices=("cosine", "linear", "constant", "wsd", "points"))
+    lr_kind: str = key("cosine", "shape after the warm-up; wsd: constant, then linear decay; points: lr_points",
+                       choices=("cosine", "linear", "constant", "wsd", "points"))
     lr_warmup_steps: int = key(200, "steps of linear warm-up, from learning_rate / lr_warmup_steps", low=0)
     lr_decay_steps: int = key(0, "wsd: length of the final decay in steps; 0: a fifth of the run", low=0)
     lr_points: list = key([], "points: [[step, factor], ...], straight lines between them, factor x learning_rate")
     batch_points: list = key([], "[[step, samples], ...]: samples a step from that step on, in place of micro_batch_size x accumulation")
     clip_norm: float = key(1.0, "largest gradient norm; a larger one is scaled down to it; 0: no clipping", low=0.0)
-    clip_percentile: float = key(0.0, "adaptive clipping: clip at this percentile of recent norms, if below clip_norm; 0: off", low=0.0, high=100.0)
+    clip_percentile: float = key(0.0, "adaptive clipping: clip at this percentile of recent norms, if below clip_norm; 0: off",
+                                 low=0.0, high=100.0)
     clip_window: int = key(100, "adaptive clipping: how many recent norms", low=10)
 
 
@@ -120,7 +135,8 @@ class Eval:
     samples: int = key(8, "generation samples from the first evaluation rows", low=0)
     prompts: str = key("", "file of prompts to sample from instead: one a line, or JSONL with prompt or messages")
     max_new_tokens: int = key(64, "longest generation sample in tokens", low=1)
-    unquantised: str = key("auto", "evaluate the untouched model in 16 bits before the run, to tell learning from making good what quantisation spoilt; auto: where it fits in memory", choices=("auto", "no"))
+    unquantised: str = key("auto", "evaluate the untouched model in 16 bits before the run, to tell learning from making good "
+                                   "what quantisation spoilt; auto: where it fits in memory", choices=("auto", "no"))
     patience: int = key(0, "early stopping: stop after this many evaluations without improvement; 0: off", low=0)
     min_delta: float = key(0.0, "early stopping: a smaller fall of eval loss is no improvement, in nats", low=0.0)
 
@@ -134,14 +150,20 @@ class Save:
 @dataclass(frozen=True)
 class Memory:
     max_tokens: int = key(0, "tokens packed into one micro-batch at most; 0: chosen by a probe of the device", low=0)
-    checkpoint_layers: int = key(-1, "decoder layers whose activations are recomputed in the backward pass; -1: chosen by a probe of the device", low=-1)
+    checkpoint_layers: int = key(-1, "decoder layers whose activations are recomputed in the backward pass; "
+                                     "-1: chosen by a probe of the device", low=-1)
     budget_gib: float = key(0.0, "GPU memory that the run may take, in GiB; 0: all that is free", low=0.0)
-    offload: str = key("auto", "keep recomputed layers' inputs, and the embedding table, in the host's memory; auto: where that is what makes the run fit or faster", choices=("auto", "yes", "no"))
+    offload: str = key("auto", "keep recomputed layers' inputs, and the embedding table, in the host's memory; "
+                               "auto: where that is what makes the run fit or faster", choices=("auto", "yes", "no"))
     loss_chunk: int = key(2048, "supervised tokens whose logits exist at one time", low=1)
-    graphs: str = key("auto", "replay micro-batches, and the tokens of samples, as CUDA graphs: auto where kernels are shorter than their launches", choices=("auto", "no"))
+    graphs: str = key("auto", "replay micro-batches, and the tokens of samples, as CUDA graphs: "
+                              "auto where kernels are shorter than their launches", choices=("auto", "no"))
     fused: bool = key(True, "fast path for Llama-shaped layers; false: transformers' own layers, the slow twin")
-    shard: bool = key(False, "split the frozen quantised weights over the ranks that torchrun started, and gather a layer when it is needed: for models that no single GPU holds")
-    keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; auto: where a quarter of the free memory holds them and, on a GPU, no layer is set to be recomputed", choices=("auto", "yes", "no"))
+    shard: bool = key(False, "split the frozen quantised weights over the ranks that torchrun started, "
+                             "and gather a layer when it is needed: for models that no single GPU holds")
+    keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; "
+                                        "auto: where a quarter of the free memory holds them and, on a GPU, "
+                                        "no layer is set to be recomputed", choices=("auto", "yes", "no"))
 
 
 @dataclass(frozen=True)
@@ -156,9 +178,10 @@ FORECAST_WARNINGS = ("coverage below one epoch", "many epochs", "small rate area
                      "memory nearly full")
 ALERTS = ("dead gradients", "steps without gradient", "steps not applied", "non-finite training loss", "non-finite gradient norm",
           "non-finite evaluation loss", "loss of zero", "nothing left to learn", "wrong gradients", "always clipped", "never clipped",
-          "spikes of the training loss", "spikes of the gradient norm", "plateau", "training loss flat", "divergence", "loss above guessing",
-          "training and evaluation disagree", "rate ends at nothing", "high rate", "adapters never moved", "adapters do not start at zero",
-          "evaluation frozen", "evaluation worse than before training", "evaluation does not follow training", "growing gap", "damage by quantisation", "samples never stop",
+          "spikes of the training loss", "spikes of the gradient norm", "plateau", "training loss flat", "divergence",
+          "loss above guessing", "training and evaluation disagree", "rate ends at nothing", "high rate", "adapters never moved",
+          "adapters do not start at zero", "evaluation frozen", "evaluation worse than before training",
+          "evaluation does not follow training", "growing gap", "damage by quantisation", "samples never stop",
           "samples repeat themselves", "samples do not follow the loss", "noisy gradients")
 
 
@@ -178,7 +201,8 @@ class Alerts:
     spike_deviations: float = key(8.0, "spikes: robust standard deviations of the logarithm above the window's median", above=0)
     loss_spike: float = key(1.5, "spikes: so many times the window's median loss", above=1)
     norm_spike: float = key(3.0, "spikes: so many times the window's median gradient norm", above=1)
-    clip_factor: float = key(100.0, "always clipped is a warning where the median norm is so many times the threshold, a note before", above=1)
+    clip_factor: float = key(100.0, "always clipped is a warning where the median norm is so many times the threshold, a note before",
+                             above=1)
     negligible_rate: float = key(0.01, "rate ends at nothing: below this share of the highest rate so far", low=0.0, high=1.0)
     divergence: float = key(0.1, "divergence: the training loss rises by this share above its start", above=0)
     gap: float = key(0.02, "growing gap: the evaluation loss rises by this share above its lowest", above=0)
@@ -200,8 +224,8 @@ class Criteria:
     milestone_train_loss_drop: float = key(0.2, "milestone: the training loss fell by more than this, in nats; 0: not judged", low=0.0)
     minimum_train_loss_drop: float = key(0.5, "minimum: the training loss fell by more than this, in nats; 0: not judged", low=0.0)
     minimum_eval_loss_drop: float = key(0.2, "minimum: the evaluation loss fell by more than this, in nats; 0: not judged", low=0.0)
-    minimum_token_accuracy_gain: float = key(5.0, "minimum: token accuracy on evaluation rows rose by more than this, in points; 0: not judged",
-                                             low=0.0, high=100.0)
+    minimum_token_accuracy_gain: float = key(5.0, "minimum: token accuracy on evaluation rows rose by more than this, in points; "
+                                                  "0: not judged", low=0.0, high=100.0)
     minimum_gradient_norm: float = key(0.0, "minimum: every applied step's gradient norm, before clipping, lay above this", low=0.0)
     optimal_train_loss_drop: float = key(1.0, "optimal: the training loss fell by more than this, in nats; 0: not judged", low=0.0)
     optimal_perplexity: float = key(6.0, "optimal: perplexity on evaluation rows is below this; 0: not judged", low=0.0)
@@ -216,10 +240,14 @@ class Criteria:
 
 @dataclass(frozen=True)
 class Proof:
-    enabled: bool = key(True, "gradient proof: stop unless the gradients are those of the loss, before step 1, after step 2 and after the first evaluation")
-    tokens: int = key(0, "gradient proof: supervised tokens of the first rows that it measures the loss on; 0: 64 on a CPU, 512 on a GPU", low=0)
-    parts: str = key("auto", "gradient proof: after step 2 repeat it for each kind of projection; auto: on a GPU", choices=("auto", "yes", "no"))
-    seconds: float = key(60.0, "gradient proof: time after which it begins nothing more, but for finding out what is wrong; what was left out is told", above=0)
+    enabled: bool = key(True, "gradient proof: stop unless the gradients are those of the loss, before step 1, after step 2 "
+                              "and after the first evaluation")
+    tokens: int = key(0, "gradient proof: supervised tokens of the first rows that it measures the loss on; "
+                         "0: 64 on a CPU, 512 on a GPU", low=0)
+    parts: str = key("auto", "gradient proof: after step 2 repeat it for each kind of projection; auto: on a GPU",
+                     choices=("auto", "yes", "no"))
+    seconds: float = key(60.0, "gradient proof: time after which it begins nothing more, but for finding out what is wrong; "
+                               "what was left out is told", above=0)
 
 
 @dataclass(frozen=True)
@@ -300,15 +328,19 @@ def _contradictions(c, errors):
     if (c.train.max_steps > 0) == (c.train.epochs > 0):
         errors.append("train.max_steps, train.epochs: exactly one must be above 0; set the other to 0")
     if c.schedule.lr_min > c.schedule.learning_rate:
-        errors.append(f"schedule.lr_min, schedule.learning_rate: the floor {c.schedule.lr_min:g} lies above the peak {c.schedule.learning_rate:g}; lower the floor")
+        errors.append(f"schedule.lr_min, schedule.learning_rate: the floor {c.schedule.lr_min:g} lies above "
+                      f"the peak {c.schedule.learning_rate:g}; lower the floor")
     if c.schedule.lr_kind == "points" and not c.schedule.lr_points:
         errors.append("schedule.lr_points, schedule.lr_kind: the kind is points, so give at least one [step, factor]")
     if c.schedule.lr_points and c.schedule.lr_kind != "points":
-        errors.append(f"schedule.lr_points, schedule.lr_kind: points are only read where the kind is points (it is {c.schedule.lr_kind}); set that or remove them")
+        errors.append("schedule.lr_points, schedule.lr_kind: points are only read where the kind is points "
+                      f"(it is {c.schedule.lr_kind}); set that or remove them")
     if c.schedule.lr_decay_steps and c.schedule.lr_kind != "wsd":
-        errors.append(f"schedule.lr_decay_steps, schedule.lr_kind: only read where the kind is wsd (it is {c.schedule.lr_kind}); set that or 0")
+        errors.append("schedule.lr_decay_steps, schedule.lr_kind: only read where the kind is wsd "
+                      f"(it is {c.schedule.lr_kind}); set that or 0")
     if c.samples_per_step > MOST_SAMPLES:
-        errors.append(f"train.micro_batch_size, train.accumulation: a step of {c.samples_per_step:,} samples is beyond what one can hold ({MOST_SAMPLES:,}); lower them")
+        errors.append(f"train.micro_batch_size, train.accumulation: a step of {c.samples_per_step:,} samples is beyond "
+                      f"what one can hold ({MOST_SAMPLES:,}); lower them")
     if any(isinstance(p, list) and len(p) == 2 and type(p[1]) is int and p[1] > MOST_SAMPLES for p in c.schedule.batch_points):
         errors.append(f"schedule.batch_points: a step takes at most {MOST_SAMPLES:,} samples, got {json.dumps(c.schedule.batch_points)}")
     _points("schedule.lr_points", c.schedule.lr_points, errors, "factor", (int, float), 0)
@@ -316,15 +348,20 @@ def _contradictions(c, errors):
     if c.schedule.clip_percentile and not c.schedule.clip_norm:
         errors.append("schedule.clip_percentile, schedule.clip_norm: a percentile needs clip_norm above 0 as its upper bound")
     if c.eval.patience and not c.eval.every_steps:
-        errors.append("eval.patience, eval.every_steps: early stopping needs evaluations during the run; set every_steps above 0, or patience to 0")
+        errors.append("eval.patience, eval.every_steps: early stopping needs evaluations during the run; "
+                      "set every_steps above 0, or patience to 0")
     if c.lora.init == "loftq" and (c.model.quant == "none" or c.lora.init_from):
-        errors.append(f"lora.init, {'lora.init_from' if c.lora.init_from else 'model.quant'}: loftq corrects quantisation, and " + ("an adapter to start from leaves nothing to initialise; give one of the two" if c.lora.init_from else "nothing is quantised; set zero"))
+        other, why = (("lora.init_from", "an adapter to start from leaves nothing to initialise; give one of the two")
+                      if c.lora.init_from else ("model.quant", "nothing is quantised; set zero"))
+        errors.append(f"lora.init, {other}: loftq corrects quantisation, and {why}")
     if c.model.quant != "none" and c.model.compute_dtype == "fp64":
-        errors.append(f"model.compute_dtype, model.quant: fp64 is for unquantised weights, not {c.model.quant}; set model.quant to none or choose bf16")
+        errors.append(f"model.compute_dtype, model.quant: fp64 is for unquantised weights, not {c.model.quant}; "
+                      "set model.quant to none or choose bf16")
     if c.model.quant == "llm_int8" and c.model.compute_dtype == "fp32":
         errors.append("model.compute_dtype, model.quant: llm_int8 computes in 16 bits; choose bf16 or fp16")
     if c.model.attention == "varlen" and c.model.compute_dtype not in ("bf16", "fp16"):
-        errors.append(f"model.attention, model.compute_dtype: varlen works in bf16 and fp16, not {c.model.compute_dtype}; choose documents or auto")
+        errors.append(f"model.attention, model.compute_dtype: varlen works in bf16 and fp16, not {c.model.compute_dtype}; "
+                      "choose documents or auto")
     if not c.lora.targets or not all(isinstance(t, str) and t for t in c.lora.targets):
         errors.append(f"lora.targets: must be a list of projection names, got {json.dumps(c.lora.targets)}")
     elif len(set(c.lora.targets)) < len(c.lora.targets):
@@ -333,11 +370,13 @@ def _contradictions(c, errors):
         errors.append("lora.targets: all-linear stands alone or not at all")
     for name in c.lora.targets:
         if str(name).rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            errors.append(f"lora.targets: {name} cannot be adapted: embeddings and head stay frozen, so that the vocabulary stays the base model's; remove it")
+            errors.append(f"lora.targets: {name} cannot be adapted: embeddings and head stay frozen, "
+                          "so that the vocabulary stays the base model's; remove it")
     for name, given, known in (("forecast.acknowledge", c.forecast.acknowledge, FORECAST_WARNINGS), ("alerts.stop", c.alerts.stop, ALERTS),
                                ("alerts.ignore", c.alerts.ignore, ALERTS)):
         errors += [f"{name}: there is no {json.dumps(rule)}; there are {', '.join(known)}" for rule in given if rule not in known]
-    if c.data.mixture and not all(isinstance(m, list) and len(m) == 2 and isinstance(m[0], str) and m[0] and type(m[1]) in (int, float) and 0 < m[1] < math.inf for m in c.data.mixture):
+    if c.data.mixture and not all(isinstance(m, list) and len(m) == 2 and isinstance(m[0], str) and m[0]
+                                  and type(m[1]) in (int, float) and 0 < m[1] < math.inf for m in c.data.mixture):
         errors.append(f"data.mixture: must be a list of [source, weight above 0], got {json.dumps(c.data.mixture)}")
     elif len({m[0] for m in c.data.mixture}) < len(c.data.mixture):
         errors.append(f"data.mixture: a source stands twice in {json.dumps(c.data.mixture)}; keep one and add up its weights")
@@ -381,7 +420,8 @@ def from_dict(tree, overrides=(), origin="configuration", errors=()):
                 continue
             if name not in fields:
                 near = [f"{s}.{n}" for s, k in SECTIONS.items() for n in (f.name for f in dataclasses.fields(k)) if n == name]
-                errors.append(f"{section}.{name}: unknown key; " + (f"did you mean {near[0]}?" if near else f"{section} has {', '.join(fields)}"))
+                errors.append(f"{section}.{name}: unknown key; "
+                              + (f"did you mean {near[0]}?" if near else f"{section} has {', '.join(fields)}"))
                 continue
             try:
                 values[name] = _typed(value, types[name], text)
@@ -418,7 +458,8 @@ def read(path, overrides=()):
             raise ValueError(f"it has {LARGEST:,} characters or more, which no configuration has")
         tree = json.loads(text, object_pairs_hook=collect)
     except OSError as error:
-        raise ValueError(f"{path}: cannot read the configuration ({error.strerror}); the ones that come with rawlora are in {PROJECT / 'configs'}") from None
+        raise ValueError(f"{path}: cannot read the configuration ({error.strerror}); "
+                         f"the ones that come with rawlora are in {PROJECT / 'configs'}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, bottomless nesting
@@ -437,7 +478,8 @@ def find(name):
 def located(config):
     """The configuration with its model and data paths found (see `find`)."""
     tree = config.to_dict()
-    for section, name in (("model", "path"), ("lora", "init_from"), ("data", "train"), ("data", "eval"), ("data", "chat_template"), ("eval", "prompts")):
+    for section, name in (("model", "path"), ("lora", "init_from"), ("data", "train"), ("data", "eval"),
+                          ("data", "chat_template"), ("eval", "prompts")):
         tree[section][name] = find(tree[section][name]) if tree[section][name] else ""
     tree["data"]["mixture"] = [[find(source), weight] for source, weight in config.data.mixture]
     tree["data"]["train"] = Data.train if config.data.mixture else tree["data"]["train"]
@@ -447,7 +489,8 @@ def located(config):
 def is_hub_name(name):
     """Whether a path that does not exist can be meant as OWNER/NAME on the hub: two parts, and no folder here with the first one's name."""
     parts = pathlib.PurePath(name).parts
-    return len(parts) == 2 and name == "/".join(parts) and parts[0] not in (".", "..", "~") and not pathlib.Path(parts[0]).exists() and not (PROJECT / parts[0]).exists()
+    return (len(parts) == 2 and name == "/".join(parts) and parts[0] not in (".", "..", "~")
+            and not pathlib.Path(parts[0]).exists() and not (PROJECT / parts[0]).exists())
 
 
 def command_line(argv, flags):
@@ -500,7 +543,8 @@ def run_command(main):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        print(f"error: memory ran out ({str(error).split(chr(10))[0][:200] or 'of the host'}); give it more, fewer bits (model.quant), a lower lora.r, shorter "
+        reason = str(error).split("\n")[0][:200] or "of the host"
+        print(f"error: memory ran out ({reason}); give it more, fewer bits (model.quant), a lower lora.r, shorter "
               "rows (data.max_length) or a smaller model; what was saved is whole", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -516,7 +560,10 @@ def describe():
         for f in dataclasses.fields(kind):
             default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
             choices = f"; {' | '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
-            shown = ",".join(default) if isinstance(default, list) and default else json.dumps(default) if not isinstance(default, str) else default
+            shown = default if isinstance(default, str) else json.dumps(default)
+            if isinstance(default, list) and default:
+                shown = ",".join(default)
             lines.append(f"  --{section}.{f.name}={shown}")
-            lines += textwrap.wrap(f.metadata["help"] + choices, 80, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+            lines += textwrap.wrap(f.metadata["help"] + choices, 80, initial_indent=" " * 6, subsequent_indent=" " * 6,
+                                   break_on_hyphens=False)
     return "\n".join(lines)

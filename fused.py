@@ -53,7 +53,8 @@ class Group:
 
     def behind(self, x):
         """[x | s drop(x) A^T] (T, in + ranks) for an x from `room`."""
-        return x.data.as_strided((len(x), self.in_features + self.ranks), (self.width, 1))  # .data: autograd need not know that room behind x is written to
+        # .data: autograd need not know that room behind x is written to
+        return x.data.as_strided((len(x), self.in_features + self.ranks), (self.width, 1))
 
     def low(self, x):
         """s drop(x) A^T (T, ranks) for an x from `room`, once `forward` has filled it."""
@@ -165,7 +166,8 @@ class Kept:
                     sources += positions[B], positions[A]
                     factors[A] = group.scaling
                     below = places[group.out_features:, :group.in_features]
-                    targets += group.adapter_columns(places[group.out_bounds[module]], module).reshape(-1), below[group.low_bounds[module]].reshape(-1)
+                    columns = group.adapter_columns(places[group.out_bounds[module]], module)
+                    targets += columns.reshape(-1), below[group.low_bounds[module]].reshape(-1)
             start += size
         self.sources, self.targets = (torch.cat(parts) if parts else positions[:0] for parts in (sources, targets))
         self.factors = factors[self.sources]
@@ -225,7 +227,8 @@ class QueriesKeysValues(torch.autograd.Function):
         q, k, v = (y[:, group.out_bounds[module]].unflatten(1, (-1, head_dim)) for module in group.modules)
         normed = (q, k) if norms else ()  # kept as they were
         if norms:
-            q, k = (gpu_kernels.norm_rotate(heads, *norm, cos, sin, out=torch.empty(heads.shape, device=x.device, dtype=x.dtype)) for heads, norm in zip(normed, norms))
+            q, k = (gpu_kernels.norm_rotate(heads, *norm, cos, sin, out=torch.empty(heads.shape, device=x.device, dtype=x.dtype))
+                    for heads, norm in zip(normed, norms))
         else:
             turned = y[:, :-v.shape[1] * head_dim].unflatten(1, (-1, head_dim))
             gpu_kernels.rotate(turned, cos, sin, out=turned)
@@ -397,7 +400,9 @@ class FusedLayer:
         self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], memory)
         normed = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self.norms = tuple((norm.weight, norm.variance_epsilon) for norm in normed) if all(normed) else None
-        self.o, self.wide, self.down = Group([attention.o_proj], memory), Group([mlp.gate_proj, mlp.up_proj], memory), Group([mlp.down_proj], memory)
+        self.o = Group([attention.o_proj], memory)
+        self.wide = Group([mlp.gate_proj, mlp.up_proj], memory)
+        self.down = Group([mlp.down_proj], memory)
         self.groups = [self.qkv, self.o, self.wide, self.down]
         self.recomputed, self.store = False, None  # see model.recompute
 
@@ -416,9 +421,11 @@ class FusedLayer:
         """h (T, D) -> the residual stream after attention and what the MLP adds to it, (T, D) each. lows: see GatedMLP."""
         attention, before, after = self.layer.self_attn, self.layer.input_layernorm, self.layer.post_attention_layernorm
         cos, sin, documents = options
-        x, h = AddNorm.apply(h, None, before.weight, before.variance_epsilon, self.qkv, self.down)  # made by the layer before, whose `down` is like ours
+        # made by the layer before, whose `down` is like ours
+        x, h = AddNorm.apply(h, None, before.weight, before.variance_epsilon, self.qkv, self.down)
         q, k, v = QueriesKeysValues.apply(x, cos, sin, self.qkv, attention.head_dim, self.norms)
-        mixed, _ = self.attend(attention, *(heads.transpose(0, 1)[None] for heads in (q, k, v)), scaling=attention.scaling, sliding_window=self.window, **documents)
+        q, k, v = (heads.transpose(0, 1)[None] for heads in (q, k, v))
+        mixed, _ = self.attend(attention, q, k, v, scaling=attention.scaling, sliding_window=self.window, **documents)
         delta = Output.apply(mixed.squeeze(0), self.o)
         x, h = AddNorm.apply(h, delta, after.weight, after.variance_epsilon, self.wide, self.o)
         return h, GatedMLP.apply(x, self.wide, self.down, lows)
@@ -436,13 +443,17 @@ def fits(layer):
     if names(layer) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return False
     normed = [module for name, module in layer.self_attn.named_children() if name in ("q_norm", "k_norm")]
-    if len(normed) == 1 or any(not hasattr(norm, "variance_epsilon") or norm.weight.shape != (layer.self_attn.head_dim,) for norm in normed):
+    if len(normed) == 1 or any(not hasattr(norm, "variance_epsilon") or norm.weight.shape != (layer.self_attn.head_dim,)
+                               for norm in normed):
         return False
-    if names(layer.self_attn) - {"q_norm", "k_norm"} != {"q_proj", "k_proj", "v_proj", "o_proj"} or names(layer.mlp) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+    if names(layer.self_attn) - {"q_norm", "k_norm"} != {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        return False
+    if names(layer.mlp) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
     linear = [module for part in (layer.self_attn, layer.mlp) for name, module in part.named_children() if name.endswith("_proj")]
-    return type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm)) \
-        and not any(isinstance(module.weight, quant.LLMInt8Weight) or module.dora for module in linear)
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    return (type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and all(hasattr(norm, "variance_epsilon") for norm in norms)
+            and not any(isinstance(module.weight, quant.LLMInt8Weight) or module.dora for module in linear))
 
 
 @torch.no_grad()
@@ -458,7 +469,8 @@ def install(network, memory, attend):
     width, dtype, device = network.config.hidden_size, network.get_input_embeddings().weight.dtype, network.device
     positions = torch.tensor([[*range(11), *range(5)]], device=device)
     h = torch.randn(1, 16, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    options = dict(position_ids=positions, cu_seqlens=torch.tensor([0, 11, 16], device=device, dtype=torch.int32), max_seqlen=11, use_varlen=False)
+    options = dict(position_ids=positions, cu_seqlens=torch.tensor([0, 11, 16], device=device, dtype=torch.int32),
+                   max_seqlen=11, use_varlen=False)
     tables = decoder.rotary_emb(h, positions)
     taken = 0
     fast_layers = [FusedLayer(layer, memory, attend) for layer in candidates]
@@ -466,7 +478,8 @@ def install(network, memory, attend):
         memory.kept = Kept([group for fast in fast_layers for group in fast.groups], memory, dtype)
     memory.refresh()
     for layer, fast in zip(candidates, fast_layers):
-        slow_out = layer(h, position_embeddings=tables, attention_mask=None, **options)  # not its forward: a sharded layer is gathered first
+        # not its forward: a sharded layer is gathered first
+        slow_out = layer(h, position_embeddings=tables, attention_mask=None, **options)
         layer.forward, fast.window = fast, layer.self_attn.window
         fast_out = layer(h, position_embeddings=tables, attention_mask=None, **options)
         difference = (slow_out - fast_out).float().norm() / (slow_out - h).float().norm()

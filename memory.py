@@ -37,35 +37,52 @@ def plan(config, network, rows, before):
     Raises ValueError with the remedy where nothing fits.
     """
     layers = len(network.get_decoder().layers)
-    kept = any(module.kept is not None for module in network.modules() if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight))
+    kept = any(module.kept is not None for module in network.modules()
+               if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight))
     if network.device.type == "cuda" and config.memory.budget_gib:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory.budget_gib * 2**30 / torch.cuda.get_device_properties(network.device).total_memory))
+        total = torch.cuda.get_device_properties(network.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory.budget_gib * 2**30 / total))
     max_tokens = config.memory.max_tokens or before.get("max_tokens")
-    checkpoint_layers = min(layers, config.memory.checkpoint_layers) if config.memory.checkpoint_layers >= 0 else before.get("checkpoint_layers")
-    chosen = {"max_tokens": max_tokens, "checkpoint_layers": checkpoint_layers, "keep_dequantized": kept and before.get("keep_dequantized", True),
-              "offload": before.get("offload", config.memory.offload == "yes"), "host_embeddings": before.get("host_embeddings", config.memory.offload == "yes")}
+    checkpoint_layers = before.get("checkpoint_layers")
+    if config.memory.checkpoint_layers >= 0:
+        checkpoint_layers = min(layers, config.memory.checkpoint_layers)
+    on_host = config.memory.offload == "yes"
+    chosen = {"max_tokens": max_tokens, "checkpoint_layers": checkpoint_layers,
+              "keep_dequantized": kept and before.get("keep_dequantized", True),
+              "offload": before.get("offload", on_host), "host_embeddings": before.get("host_embeddings", on_host)}
     if network.device.type != "cuda":
-        chosen |= {"max_tokens": max_tokens or 2048, "checkpoint_layers": checkpoint_layers or 0, "offload": False, "host_embeddings": False, "why": "fixed on a CPU"}
+        chosen |= {"max_tokens": max_tokens or 2048, "checkpoint_layers": checkpoint_layers or 0,
+                   "offload": False, "host_embeddings": False, "why": "fixed on a CPU"}
     elif max_tokens and checkpoint_layers is not None:
         chosen["why"] = "as set" if not before else "as the run began"
     else:
-        window = max(config.samples_per_step, *(samples for _, samples in config.schedule.batch_points), 1) if config.schedule.batch_points else config.samples_per_step
+        window = config.samples_per_step
+        if config.schedule.batch_points:
+            window = max(window, *(samples for _, samples in config.schedule.batch_points), 1)
         lengths = rows.offsets[1:] - rows.offsets[:-1]
         sizes = [max_tokens] if max_tokens else sizes_for(int(window / ranks.RANKS * lengths.mean() * 1.3), int(lengths.max()))
         found, limit = probe(network, kept), room(network.device, config.memory.budget_gib)
         for less in (1.0, 0.9, 0.8, 0.7):
-            candidates = shortlist(choices(found, sizes, checkpoint_layers, config.memory, limit * less), limit * less, 1 if config.train.deterministic else TRIED)
+            candidates = choices(found, sizes, checkpoint_layers, config.memory, limit * less)
+            candidates = shortlist(candidates, limit * less, 1 if config.train.deterministic else TRIED)
             quickest = fastest(network, rows, chosen, json.loads(ranks.same(json.dumps(candidates))))
             chosen |= quickest or candidates[0]
             if quickest:
                 break
     apply(network, chosen)
     same = before.get("max_tokens") == chosen["max_tokens"] and "fits" in before
-    chosen |= {name: before[name] for name in ("fits", "evaluates", "shrunk")} if same else {"fits": chosen["max_tokens"], "evaluates": chosen["max_tokens"], "shrunk": []}
+    if same:
+        chosen |= {name: before[name] for name in ("fits", "evaluates", "shrunk")}
+    else:
+        chosen |= {"fits": chosen["max_tokens"], "evaluates": chosen["max_tokens"], "shrunk": []}
     if seconds_a_token(network, rows, chosen["fits"]) is None:
-        raise ValueError(f"memory: a micro-batch of the longest rows does not fit on the GPU; lower memory.max_tokens (now {chosen['fits']:,}) or data.max_length (the longest row, "
-                         f"{rows.names[int((rows.offsets[1:] - rows.offsets[:-1]).argmax())]}, has {int((rows.offsets[1:] - rows.offsets[:-1]).max()):,} tokens), or raise memory.checkpoint_layers (now {chosen['checkpoint_layers']})")
-    why_not = "memory.graphs is no" if config.memory.graphs == "no" else "train.deterministic is set" if config.train.deterministic else graphs.serves(network, chosen["checkpoint_layers"])
+        lengths = rows.offsets[1:] - rows.offsets[:-1]
+        raise ValueError("memory: a micro-batch of the longest rows does not fit on the GPU; lower memory.max_tokens "
+                         f"(now {chosen['fits']:,}) or data.max_length (the longest row, {rows.names[int(lengths.argmax())]}, "
+                         f"has {int(lengths.max()):,} tokens), or raise memory.checkpoint_layers (now {chosen['checkpoint_layers']})")
+    why_not = ("memory.graphs is no" if config.memory.graphs == "no" else
+               "train.deterministic is set" if config.train.deterministic else
+               graphs.serves(network, chosen["checkpoint_layers"]))
     return chosen | {"graphs": not why_not, "why_no_graphs": why_not}
 
 
@@ -218,10 +235,12 @@ def probe(network, kept):
             lines[stored] = max(0.0, small - base - tokens * slope), slope
             break
         else:
-            raise ValueError("memory: 2,048 tokens do not fit on the GPU, though every layer but a few is recomputed; quantise to fewer bits (model.quant), take a smaller model, or free the GPU")
+            raise ValueError("memory: 2,048 tokens do not fit on the GPU, though every layer but a few is recomputed; "
+                             "quantise to fewer bits (model.quant), take a smaller model, or free the GPU")
     found["recomputed"] = lines[0]
     found["stored"] = tuple(max(none, none + (some - none) * layers / few) for none, some in zip(lines[0], lines[few]))
-    weights = [module for module in network.modules() if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight)]
+    weights = [module for module in network.modules()
+               if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight)]
     itemsize = network.get_input_embeddings().weight.itemsize
     found["kept"] = sum(weight.in_features * weight.out_features for weight in weights) * itemsize if kept else 0
     table = network.get_input_embeddings().weight
@@ -262,8 +281,10 @@ def choices(found, sizes, checkpoint_layers, asked, limit):
                     size = base + c0 + (c1 - c0) * share + tokens * (s0 + (s1 - s0) * share)
                     if offload and count:
                         size -= (tokens * found["input"]) * max(0, count - 3)  # a few are on their way at any time
-                    cost = (1 + RECOMPUTED * share) * (1 + (0 if kept or not found["dequantised"] else DEQUANTISED * (1 + 0.5 * share)) / tokens + SHORT / tokens) * (1 + OFFLOADED * offload)
-                    yield {"max_tokens": tokens, "checkpoint_layers": count, "keep_dequantized": kept, "offload": offload and count > 0, "host_embeddings": offload, "bytes": size, "cost": cost}
+                    dequantised = 0 if kept or not found["dequantised"] else DEQUANTISED * (1 + 0.5 * share)
+                    cost = (1 + RECOMPUTED * share) * (1 + dequantised / tokens + SHORT / tokens) * (1 + OFFLOADED * offload)
+                    yield {"max_tokens": tokens, "checkpoint_layers": count, "keep_dequantized": kept,
+                           "offload": offload and count > 0, "host_embeddings": offload, "bytes": size, "cost": cost}
                     if size <= limit:
                         break  # more recomputation would only be slower
 
@@ -277,8 +298,10 @@ def shortlist(candidates, limit, count=TRIED):
     fitting = [candidate for candidate in candidates if candidate["bytes"] <= limit]
     if not fitting:
         least = min(candidates, key=lambda candidate: candidate["bytes"])
-        raise ValueError(f"memory: {limit / 2**30:.1f} GiB are not enough: with {least['max_tokens']:,} tokens a micro-batch and {least['checkpoint_layers']} layers recomputed "
-                         f"the run would take {least['bytes'] / 2**30:.1f} GiB; give it more memory (memory.budget_gib), shorter rows (data.max_length), fewer bits (model.quant) or a smaller model")
+        raise ValueError(f"memory: {limit / 2**30:.1f} GiB are not enough: with {least['max_tokens']:,} tokens a micro-batch and "
+                         f"{least['checkpoint_layers']} layers recomputed the run would take {least['bytes'] / 2**30:.1f} GiB; "
+                         "give it more memory (memory.budget_gib), shorter rows (data.max_length), fewer bits (model.quant) "
+                         "or a smaller model")
     fitting.sort(key=lambda candidate: (candidate["cost"], candidate["bytes"]))
     alike = lambda a, b: all(a[name] == b[name] for name in ("keep_dequantized", "host_embeddings"))  # the others cannot be gone back on
     apart = lambda a, b: max(a["max_tokens"], b["max_tokens"]) >= 2 * min(a["max_tokens"], b["max_tokens"])

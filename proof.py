@@ -43,7 +43,8 @@ FIRST_MOVE = {torch.float64: 1e-3, torch.float32: 3e-3, torch.float16: 0.06, tor
 ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.03}
 SURE = 4          # standard errors of the noise that are added to what is allowed
 USELESS = 0.25    # a tolerance beyond this says nothing; the measurement is told as such and stops no run
-SIZES = 0.71, 0.83, 0.59, 0.93, 0.67, 0.79  # of the loss, at the nodes of a way: no powers of two, so that each backward pass rounds otherwise
+# of the loss, at the nodes of a way: no powers of two, so that each backward pass rounds otherwise
+SIZES = 0.71, 0.83, 0.59, 0.93, 0.67, 0.79
 MAGNITUDE = ".lora_magnitude"  # of DoRA, in its name
 SECONDS = 120     # for finding out which modules are wrong, once it is known that some are
 
@@ -64,9 +65,12 @@ class Result:
     def values(self):
         """What goes into the record: the figures, where there are any, and proof/outcome: "proved", "open", "wrong", "stale" or "dead", with the text."""
         told = " ".join(self.text.split()).removeprefix("gradients ")
-        outcome = "proved" if self.ok else "open" if self.ok is None else next((word for word in ("DEAD", "STALE") if told.startswith(word)), "wrong").lower()
+        outcome = ("proved" if self.ok else "open" if self.ok is None else
+                   next((word for word in ("DEAD", "STALE") if told.startswith(word)), "wrong").lower())
         figures = {"proof/ratio": self.ratio, "proof/tolerance": self.tolerance}
-        return {tag: value for tag, value in figures.items() if math.isfinite(value)} | {"proof/outcome": told if told.startswith(f"{outcome}: ") else f"{outcome}: {told.removeprefix(outcome.upper() + ': ')}"}
+        if not told.startswith(f"{outcome}: "):
+            told = f"{outcome}: {told.removeprefix(outcome.upper() + ': ')}"
+        return {tag: value for tag, value in figures.items() if math.isfinite(value)} | {"proof/outcome": told}
 
 
 # ------------------------------------------------------------------------------------------------------------- alive
@@ -106,7 +110,8 @@ def asleep(network, names):
 
     fp16 has nothing between 0 and 6e-8, so the first steps of a long warm-up may leave B there.
     """
-    modules = {f"{lora_layers.PEFT_PREFIX}{name}.lora_A.weight": module for name, module in network.named_modules() if isinstance(module, lora_layers.AdaptedLinear) and module.r}
+    modules = {f"{lora_layers.PEFT_PREFIX}{name}.lora_A.weight": module for name, module in network.named_modules()
+               if isinstance(module, lora_layers.AdaptedLinear) and module.r}
     network.adapter_memory.refresh()
     return [name for name in names if name in modules and not modules[name].working_B.any()]
 
@@ -223,10 +228,12 @@ class Measurement:
     """
 
     def __init__(self, network, batches, supervised, theta, gradient, gradient_now, deadline=math.inf):
-        self.network, self.supervised, self.theta, self.gradient, self.gradient_now, self.deadline = network, supervised, theta, gradient, gradient_now, deadline
+        self.network, self.supervised, self.theta, self.deadline = network, supervised, theta, deadline
+        self.gradient, self.gradient_now = gradient, gradient_now
         self.batches = [batch.to(network.device) for batch in batches]
         self.dtype = network.adapter_memory.working.dtype
-        self.unrounded = {network.adapter_memory.places[parameter].start for name, parameter in lora_layers.adapters(network).items() if MAGNITUDE in name}
+        self.unrounded = {network.adapter_memory.places[parameter].start
+                          for name, parameter in lora_layers.adapters(network).items() if MAGNITUDE in name}
         self.loss, self.spread, self.rounding = self.loss_now(), None, None
 
     def late(self):
@@ -268,7 +275,8 @@ class Measurement:
         for sign in (1, -1):
             self.put(direction, sign * step)
             losses.append(self.loss_now())
-            ends.append([flat[place].to(self.theta.dtype if place.start in self.unrounded else self.dtype, copy=True) for place, _ in direction])
+            ends.append([flat[place].to(self.theta.dtype if place.start in self.unrounded else self.dtype, copy=True)
+                         for place, _ in direction])
         way = [(place, plus.to(self.theta.dtype) - minus.to(self.theta.dtype)) for (place, _), plus, minus in zip(direction, *ends)]
         rules, sizes = [self.foretold(self.gradient, way)], itertools.cycle(SIZES)
         for nodes in [count for count in (2, 4, 8) if count <= most]:
@@ -318,7 +326,8 @@ class Measurement:
         for way in range(ways):
             if way == 1:
                 ratio, _, foretold, move = seen[0]
-                visible = 4 * SURE * self.noise() / (foretold * min(0.5, abs(ratio - 1)))  # so much shorter, a way has noise of a quarter of what is wrong
+                # so much shorter, a way has noise of a quarter of what is wrong
+                visible = 4 * SURE * self.noise() / (foretold * min(0.5, abs(ratio - 1)))
             factor = (1.0, min(0.6, max(1e-3, visible)) if seen else 1.0, 1.3)[way]
             ratio, doubt, foretold, length = self.ratio(direction, move * factor, allowed, *((1, 8) if seen else (3, 4)))
             tolerance = allowed * size(ratio) + doubt
@@ -330,7 +339,8 @@ class Measurement:
             surely = self.irreproducible() * size(ratio)
         ratio, doubt, _, _ = seen[0]
         if len(seen) > 1:
-            (short, error, inner, _), (long, larger, outer, _) = min(seen, key=lambda found: found[3]), max(seen, key=lambda found: found[3])
+            short, error, inner, _ = min(seen, key=lambda found: found[3])
+            long, larger, outer, _ = max(seen, key=lambda found: found[3])
             excess = (long - 1) * outer - (short - 1) * inner
             if abs(excess) <= larger * outer + error * inner + (allowed * size(ratio) + surely) * (outer - inner):
                 return ratio, allowed * size(ratio) + doubt, None
@@ -388,7 +398,8 @@ class Measurement:
         if self.rounding is None:
             flat, size, self.rounding = self.network.adapter_memory.flat, self.gradient.double().norm(), 0.0
             for seed in range(3):
-                draw = torch.randn(flat.shape, generator=torch.Generator(flat.device).manual_seed(seed), device=flat.device, dtype=flat.dtype)
+                generator = torch.Generator(flat.device).manual_seed(seed)
+                draw = torch.randn(flat.shape, generator=generator, device=flat.device, dtype=flat.dtype)
                 torch.addcmul(self.theta, self.theta, draw, value=torch.finfo(self.dtype).eps, out=flat.data)
                 with torch.enable_grad():
                     again = self.gradient_now(SIZES[seed])
@@ -405,13 +416,19 @@ def judge(measured, loss, even, parts, places, gradients):
     lacking += [name for name in dead(gradients, "lora_A") if name not in asleep(measured.network, [name])] if not lacking else []
     norm = measured.gradient.double().norm().item()
     zero = [name for name in lacking if not gradients[name].any()]
-    if zero and zero == lacking and len(zero) < len(gradients) and math.isfinite(norm) and not measured.reacts([(places[name], 0.1) for name in zero if name in places]):
-        return Result(math.nan, math.nan, None, wrap(f"gradients  not proved: {len(zero)} of {len(gradients)} adapter matrices have a gradient of exactly 0, perhaps rightly: they hold something, "
-                      f"and the loss stays within its noise when they are moved by a tenth. Either the network is saturated there (by too high a rate, say), or they do next to nothing: {some(zero)}."), loss=loss)
+    if (zero and zero == lacking and len(zero) < len(gradients) and math.isfinite(norm)
+            and not measured.reacts([(places[name], 0.1) for name in zero if name in places])):
+        return Result(math.nan, math.nan, None, wrap(
+            f"gradients  not proved: {len(zero)} of {len(gradients)} adapter matrices have a gradient of exactly 0, perhaps rightly: they "
+            "hold something, and the loss stays within its noise when they are moved by a tenth. Either the network is saturated there "
+            f"(by too high a rate, say), or they do next to nothing: {some(zero)}."), loss=loss)
     if lacking or not math.isfinite(norm):
-        return Result(math.nan, math.nan, False, wrap(f"gradients  DEAD: {len(lacking)} of {len(gradients)} adapter matrices have a gradient that is zero or not finite: {some(lacking)}. "
-                      + ("Nothing reaches the adapters: the graph is cut between the loss and all of them." if len(lacking) == len([name for name in gradients if ".lora_B." in name]) else
-                         "The graph is cut behind them, or their layers do not run."), ), lacking, wrong=[], loss=loss)
+        all_of_them = len(lacking) == len([name for name in gradients if ".lora_B." in name])
+        why = ("Nothing reaches the adapters: the graph is cut between the loss and all of them." if all_of_them else
+               "The graph is cut behind them, or their layers do not run.")
+        return Result(math.nan, math.nan, False, wrap(
+            f"gradients  DEAD: {len(lacking)} of {len(gradients)} adapter matrices have a gradient that is zero or not finite: "
+            f"{some(lacking)}. {why}"), lacking, wrong=[], loss=loss)
     whole = grouped(places, lambda name: "")[""]
     ratio, tolerance, ok = measured.verdict(whole, move, allowed)
     evenly = even and ok is not False and not measured.late() and measured.verdict(measured.evenly(places), move, allowed)
@@ -429,27 +446,34 @@ def judge(measured, loss, even, parts, places, gradients):
         result.wrong, note = locate(measured, places, move, allowed)
     if apart:
         result.ok = False
-        result.text = wrap(f"gradients  STALE: the training pass computes a loss of {loss:.5g}, a forward pass over the same rows with the same weights {forward:.5g}. "
+        result.text = wrap(f"gradients  STALE: the training pass computes a loss of {loss:.5g}, a forward pass over the same rows "
+                           f"with the same weights {forward:.5g}. "
                            "One of them works on old copies of the weights, or in another mode.")
     elif ok is False and abs(ratio) < tolerance:
-        result.text = wrap(f"gradients  WRONG: the loss does not go with the adapters ({ratio:.3f} of what the gradient foretells, tolerance {tolerance:.3f}): "
+        result.text = wrap(f"gradients  WRONG: the loss does not go with the adapters ({ratio:.3f} of what the gradient foretells, "
+                           f"tolerance {tolerance:.3f}): "
                            f"the forward pass works on stale copies of them, or the gradient is not the loss's. {note}")
     elif ok is False:
-        result.text = wrap(f"gradients  WRONG: along the gradient the loss changes {ratio:.3f} times as much as the gradient foretells, where 1 +- {tolerance:.3f} is right. {note}")
+        result.text = wrap(f"gradients  WRONG: along the gradient the loss changes {ratio:.3f} times as much as the gradient foretells, "
+                           f"where 1 +- {tolerance:.3f} is right. {note}")
     elif result.wrong:
         result.ok = False
         listed = ", ".join(f"{kind} {result.parts[kind][0]:.3f} +- {result.parts[kind][1]:.3f}" for kind in result.wrong)
-        result.text = wrap(f"gradients  WRONG in a part: the whole gradient foretells the loss ({ratio:.3f} +- {tolerance:.3f}), that of these projections does not: {listed}.")
+        result.text = wrap(f"gradients  WRONG in a part: the whole gradient foretells the loss ({ratio:.3f} +- {tolerance:.3f}), "
+                           f"that of these projections does not: {listed}.")
     elif ok is None:
         rounding = measured.irreproducible()
-        why = (f"much of the gradients is rounding: made again from weights that differ in their last digits they differ by {rounding:.1%}, as where a network is saturated (by too high a rate, say)"
+        why = ("much of the gradients is rounding: made again from weights that differ in their last digits they differ by "
+               f"{rounding:.1%}, as where a network is saturated (by too high a rate, say)"
                if rounding > max(0.05, allowed) else "the loss is too noisy here, or too rough, for this precision")
-        result.text = wrap(f"gradients  alive, not proved: {why}. Measured was " + (f"{ratio:.3f} +- {tolerance:.3f} of what they foretell." if math.isfinite(ratio) else "nothing that fits them."))
+        measure = f"{ratio:.3f} +- {tolerance:.3f} of what they foretell." if math.isfinite(ratio) else "nothing that fits them."
+        result.text = wrap(f"gradients  alive, not proved: {why}. Measured was {measure}")
     else:
         judged = [kind for kind, (_, _, fine) in result.parts.items() if fine]
         left = [kind for kind in grouped(places, kind_of) if kind not in result.parts] if parts else []
         result.text = wrap(f"gradients  proved: the loss changes {ratio:.4f} times as much as they foretell (1 +- {tolerance:.4f} is right)"
-                           + (f"; so it does for each of {', '.join(judged)}" if judged else "") + (f"; the time was over before {', '.join(left)} (proof.seconds)" if left else "") + ".")
+                           + (f"; so it does for each of {', '.join(judged)}" if judged else "")
+                           + (f"; the time was over before {', '.join(left)} (proof.seconds)" if left else "") + ".")
     return result
 
 
@@ -467,13 +491,18 @@ def locate(measured, places, move, allowed):
         return [], "No layer is wrong by itself as far as can be measured."
     inside = {name: direction for name, direction in grouped(places, module_of).items() if layer_of(name + ".") == wrong_layers[0]}
     wrong = [name for name, direction in inside.items() if measured.verdict(direction, move, allowed, 1)[2] is False]
-    where = f"Seen from the loss, {wrong_layers[0]} is the first of {len(wrong_layers)} wrong layers" + (f" (of {tried} tried)" if tried < len(layers) else f" (of {len(layers)})")
-    return (wrong or wrong_layers[:1]), where + (f", there in {some([name.removeprefix(wrong_layers[0] + '.') for name in wrong])}: look at the backward pass there and just behind it." if wrong else ".")
+    where = (f"Seen from the loss, {wrong_layers[0]} is the first of {len(wrong_layers)} wrong layers"
+             + (f" (of {tried} tried)" if tried < len(layers) else f" (of {len(layers)})"))
+    if not wrong:
+        return wrong_layers[:1], where + "."
+    within = some([name.removeprefix(wrong_layers[0] + ".") for name in wrong])
+    return wrong, where + f", there in {within}: look at the backward pass there and just behind it."
 
 
 def module_of(name):
     """model.layers.0.mlp.up_proj of base_model.model.model.layers.0.mlp.up_proj.lora_A.weight."""
-    return name.removeprefix(lora_layers.PEFT_PREFIX).rpartition(".lora_")[0] if ".lora_" in name else name.removeprefix(lora_layers.PEFT_PREFIX).rstrip(".")
+    bare = name.removeprefix(lora_layers.PEFT_PREFIX)
+    return bare.rpartition(".lora_")[0] if ".lora_" in name else bare.rstrip(".")
 
 
 def layer_of(name):
@@ -502,7 +531,8 @@ def grouped(places, key):
 
 def some(names, shown=4):
     """The first few of some names, and how many more there are."""
-    names = [module_of(name) if ".lora_" not in name else name.removeprefix(lora_layers.PEFT_PREFIX).removesuffix(".weight") for name in names]
+    names = [module_of(name) if ".lora_" not in name else
+             name.removeprefix(lora_layers.PEFT_PREFIX).removesuffix(".weight") for name in names]
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
@@ -529,7 +559,8 @@ def main(argv):
         (loss * weight).backward()
         return loss.detach()
 
-    print(f"network    {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {device.type}, {network.fused_layers} layers fused")
+    print(f"network    {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {device.type}, "
+          f"{network.fused_layers} layers fused")
     parts = "even" if config.proof.parts == "no" else "parts"
     for where, size, what in (("B = 0", 0.0, "even"), ("B drawn at random", 1e-3, parts)):
         generator = torch.Generator().manual_seed(config.train.seed)
