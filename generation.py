@@ -13,10 +13,12 @@ import gc
 
 import torch
 
+import graphs
 import quant
 import ranks
 
 LOOK = 8  # tokens from one look at who has ended, and whether the run is interrupted, to the next
+MOST = 256  # prompts at a time, as LLM.int8() is asked whether it would wait for so many tokens
 STEP = 64  # the cache's length is a multiple of this: attention likes its mask's rows aligned, and lengths that it has met before
 
 
@@ -25,7 +27,7 @@ def serves(network):
     from transformers.cache_utils import DynamicCache, DynamicLayer
     if network.sharded or ranks.RANKS > 1:
         return "several ranks go from token to token together"
-    if any(isinstance(module, quant.LLMInt8Weight) for module in network.modules()):
+    if any(isinstance(module, quant.LLMInt8Weight) and module.waits(MOST) for module in network.modules()):
         return "LLM.int8() waits for the GPU"
     if network.get_input_embeddings().weight.device != network.device:
         return "embeddings are looked up on the host"
@@ -140,7 +142,7 @@ def recorded(step, stream):
     try:
         gc.disable()  # what would be collected while recording may be another graph
         try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with graphs.recording(graph, stream=stream, capture_error_mode="thread_local"):
                 step()
         finally:
             gc.enable()

@@ -5,6 +5,7 @@ supervised positions by ones without a target. What is padded adds exactly nothi
 a bucket runs eagerly, and its graph is recorded behind it. Leaves out: the optimizer step (a few kernels, launched while the
 GPU is busy), recomputed layers, sharded weights, and LLM.int8() where it waits for the GPU.
 """
+import contextlib
 import gc
 
 import torch
@@ -53,6 +54,26 @@ def padded(batch, tokens, supervised, documents, longest):
             "targets": torch.cat((batch.targets, torch.full((missing,), -100)))}
 
 
+@contextlib.contextmanager
+def recording(graph, **options):
+    """torch.cuda.graph(graph, **options), whose failure names the way out.
+
+    Raises ValueError where what is recorded cannot be, and torch.OutOfMemoryError where that was the reason: ending a recording that has
+    failed raises an error of its own, which would hide it.
+    """
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    except RuntimeError as error:
+        reason = error
+        while reason is not None and not isinstance(reason, torch.OutOfMemoryError):
+            reason = reason.__context__
+        if reason is not None:
+            raise reason
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"memory.graphs: this model's passes cannot be recorded as a CUDA graph ({first_line}); give --memory.graphs=no") from error
+
+
 class Replayed:
     """Calls like `eager(batch, weight)`: adds weight x d loss / d adapters to the gradients and returns the loss, on the GPU."""
 
@@ -88,7 +109,7 @@ class Replayed:
         torch.cuda.current_stream().wait_stream(self.stream)
         gc.collect()  # a graph of autograd's that is still about would tie the recording to another stream
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with recording(graph, pool=self.pool, stream=self.stream):
             loss = self.eager(static, self.weight)
         self.pool = self.pool or graph.pool()
         self.graphs[sizes] = graph, static, loss

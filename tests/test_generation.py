@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attention
 import eval as evaluation
 import generation
+import graphs
 import lora_layers
 import model
 import quant
@@ -251,3 +252,27 @@ def test_what_cannot_be_recorded_is_told_by_what_it_is(loaded, tmp_path, monkeyp
         assert "deterministic" in generation.serves(network)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("inside, at_the_end, raised, told", [
+    (RuntimeError("operation not permitted when stream is capturing"), RuntimeError("capture was invalidated\nmore"), ValueError, "invalidated); give --memory.graphs=no"),
+    (None, RuntimeError("cannot end"), ValueError, "cannot end"),
+    (torch.OutOfMemoryError("no memory"), RuntimeError("capture was invalidated"), torch.OutOfMemoryError, "no memory"),
+    (torch.OutOfMemoryError("no memory"), None, torch.OutOfMemoryError, "no memory"), (KeyError("ours"), None, KeyError, "ours")])
+def test_a_recording_that_fails_tells_the_way_out_and_lack_of_memory_as_such(monkeypatch, inside, at_the_end, raised, told):
+    class Recording:
+        def __init__(self, graph, **options):
+            assert options == {"stream": 3}
+
+        def __enter__(self):
+            return None
+
+        def __exit__(self, *error):
+            if at_the_end:
+                raise at_the_end
+
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    with pytest.raises(raised) as caught, graphs.recording(object(), stream=3):
+        if inside:
+            raise inside
+    assert told in str(caught.value)

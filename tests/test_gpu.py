@@ -229,10 +229,12 @@ def test_neighbours_do_not_move_a_document_through_varlen_attention(tmp_path):
 
 
 @gpu
-@pytest.mark.parametrize("kind", ["nf4", "int8", "none", "llm_int8"])
-def test_replayed_graphs_give_the_gradients_of_the_eager_pass(tmp_path, kind):
-    make_model(tmp_path, "llama", num_hidden_layers=3)
-    network = random_b(model.load(make_config(tmp_path, kind, "bf16"), "cuda"))
+@pytest.mark.parametrize("architecture, kind, fused", [("llama", "nf4", True), ("llama", "int8", True), ("llama", "none", True), ("llama", "llm_int8", True),
+                                                       ("llama", "nf4", False), ("mistral", "nf4", True), ("qwen3", "int8", False), ("gemma3_text", "nf4", True)])
+def test_replayed_graphs_give_the_gradients_of_the_eager_pass(tmp_path, architecture, kind, fused):
+    make_model(tmp_path, architecture, num_hidden_layers=3)
+    network = random_b(model.load(make_config(tmp_path, kind, "bf16", memory={"fused": fused}), "cuda"))
+    assert network.fused_layers == (3 if fused and kind != "llm_int8" and architecture != "gemma3_text" else 0)
 
     def eager(batch, weight):
         loss = model.summed_loss(network, batch.to("cuda"))[0]
@@ -380,7 +382,10 @@ def test_an_evaluation_replays_its_samples_and_is_interrupted_between_them(tmp_p
 
     assert evaluation.generate(network, letters, asked, 200, [2], After()) is None and network.training
     assert evaluation.generate(network, letters, asked, 24, [2]) == samples
-    assert "LLM.int8()" in generation.serves(model.load(make_config(tmp_path, "llm_int8", "bf16"), "cuda"))
+    eight_bits = model.load(make_config(tmp_path, "llm_int8", "bf16"), "cuda")
+    assert not generation.serves(eight_bits)
+    monkeypatch.setattr(quant, "MASKED", 0)
+    assert "LLM.int8()" in generation.serves(eight_bits)
 
 
 @gpu
