@@ -26,18 +26,22 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
     """
     if is_causal is False:
         raise ValueError(f"{type(module).__name__} asks packed attention to look ahead: this architecture cannot be trained here")
-    asked = [name for name, value in rest.items() if value is not None and value is not False and name not in ("position_ids", "use_cache", "output_attentions", "cache_position")]
+    harmless = "position_ids", "use_cache", "output_attentions", "cache_position"
+    asked = [name for name, value in rest.items() if value is not None and value is not False and name not in harmless]
     if asked or attention_mask is not None or dropout:
         what = ", ".join(asked) or ("a mask of its own" if attention_mask is not None else "attention dropout")
-        raise ValueError(f"{type(module).__name__} asks packed attention for {what}, which it does not know: this architecture cannot be trained here")
+        raise ValueError(f"{type(module).__name__} asks packed attention for {what}, which it does not know: "
+                         "this architecture cannot be trained here")
     module.window = sliding_window  # what this layer asks for, which its configuration does not tell; see fused.install
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, heads, d); t[0] would copy in the backward pass
     documents = len(cu_seqlens) - 1
-    if q.is_cuda and documents * max_seqlen == len(q) and not sliding_window and not softcap:  # all of one length: a plain batch, for which there are faster kernels
+    if q.is_cuda and documents * max_seqlen == len(q) and not sliding_window and not softcap:
+        # all of one length: a plain batch, for which there are faster kernels
         from torch.nn.attention import SDPBackend, sdpa_kernel
         batch = [t.unflatten(0, (documents, max_seqlen)).transpose(1, 2) for t in (q, k, v)]  # (documents, heads, n, d)
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
-            return F.scaled_dot_product_attention(*batch, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(0, 1)[None], None
+            mixed = F.scaled_dot_product_attention(*batch, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+            return mixed.transpose(1, 2).flatten(0, 1)[None], None
     if use_varlen and not softcap:
         window = (sliding_window - 1 if sliding_window else -1, 0)
         return varlen()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=window)[None], None
@@ -65,7 +69,8 @@ def attention_by_documents(q, k, v, bounds, scaling, sliding_window, softcap):
         following = by_length[position + 1:position + 2]
         if following and lengths[following[0]] * 5 >= lengths[batch[0]] * 4:
             continue
-        padded = (nn.utils.rnn.pad_sequence([t[bounds[i]:bounds[i + 1]] for i in batch], batch_first=True).transpose(1, 2) for t in (q, k, v))
+        padded = (nn.utils.rnn.pad_sequence([t[bounds[i]:bounds[i + 1]] for i in batch], batch_first=True).transpose(1, 2)
+                  for t in (q, k, v))
         for i, out in zip(batch, causal_attention(*padded, scaling, sliding_window, softcap).transpose(1, 2)):
             pieces[i] = out[:lengths[i]]
         batch = []

@@ -70,7 +70,8 @@ def _json(data, path):
 def _file_name(name, path):
     """Refuses names that could leave the folder or hold a pickle, in a manifest and before a save."""
     if not FILE_NAME.fullmatch(name) or not name.endswith(SUFFIXES) or name == "manifest.json":
-        raise ValueError(f"{path}: {name!r} cannot be a checkpoint's file; names are letters, digits, '.', '_', '-' and end in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path}: {name!r} cannot be a checkpoint's file; "
+                         f"names are letters, digits, '.', '_', '-' and end in {', '.join(SUFFIXES)}")
 
 
 def _inventory(folder):
@@ -128,7 +129,8 @@ def _tensors(data, path):
     """{name: CPU tensor} from the bytes of a safetensors file, after checking the header that the library would trust."""
     length = int.from_bytes(data[:8], "little")
     if length > min(len(data) - 8, LARGEST_HEADER):
-        raise ValueError(f"{path}: not a safetensors file (its header claims {length} bytes; at most {LARGEST_HEADER}, and what the file has, are read)")
+        raise ValueError(f"{path}: not a safetensors file (its header claims {length} bytes; "
+                         f"at most {LARGEST_HEADER}, and what the file has, are read)")
     for name in _json(data[8:8 + length], path):
         if name != "__metadata__" and not TENSOR_NAME.fullmatch(name):
             raise ValueError(f"{path}: {name[:100]!r} cannot be a tensor's name; they are letters, digits, '_', '.', ':' and '-'")
@@ -183,7 +185,8 @@ def newest_valid(run_folder):
     """
     folder = pathlib.Path(run_folder) / "checkpoints"
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder, so there is nothing to go on from; start the run without --resume, or name its folder with --out")
+        raise ValueError(f"{folder}: no such folder, so there is nothing to go on from; "
+                         "start the run without --resume, or name its folder with --out")
     problems = []
     for _, path in _checkpoints(folder):
         try:
@@ -193,13 +196,15 @@ def newest_valid(run_folder):
         else:
             return path, problems
     found = "\n".join("  " + problem for problem in problems) or "  there is no checkpoint in it"
-    raise ValueError(f"{folder}: no valid checkpoint\n{found}\nrestore one of them from a copy, or start again in another folder with --out")
+    raise ValueError(f"{folder}: no valid checkpoint\n{found}\n"
+                     "restore one of them from a copy, or start again in another folder with --out")
 
 
 def _is_plain_adapter(folder):
     """True for an adapter folder by PEFT, False for a checkpoint, even one that has lost its manifest."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return "adapter_config.json" in names and not names & {"manifest.json", "state.json", "optimizer.safetensors"} and not CHECKPOINT_NAME.match(folder.name)
+    ours = names & {"manifest.json", "state.json", "optimizer.safetensors"}
+    return "adapter_config.json" in names and not ours and not CHECKPOINT_NAME.match(folder.name)
 
 
 def find(path):
@@ -230,11 +235,13 @@ def find(path):
         verify(folder / "checkpoints" / name)
         return folder / "checkpoints" / name
     if name or not any((folder / known).exists() for known in ("manifest.json", *REQUIRED)):
-        raise ValueError(f"{path}: not a run folder, a checkpoint folder or an adapter folder; give runs/NAME, runs/NAME@best or runs/NAME@step-000500")
+        raise ValueError(f"{path}: not a run folder, a checkpoint folder or an adapter folder; "
+                         "give runs/NAME, runs/NAME@best or runs/NAME@step-000500")
     if not _is_plain_adapter(folder):
         verify(folder)
     elif not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(f"{folder}: no adapter_model.safetensors; pickled adapters are not read: save it again with PEFT's save_pretrained")
+        raise ValueError(f"{folder}: no adapter_model.safetensors; pickled adapters are not read: "
+                         "save it again with PEFT's save_pretrained")
     return folder
 
 
@@ -284,7 +291,8 @@ def _write_all(folder, step, tensors, texts):
     _sync(folder)
     back = load(folder)  # the hashes prove what the disk holds, this proves that what went into the files is what was given
     for name, group in tensors.items():
-        if back["tensors"][name].keys() != group.keys() or not all(_same(value, back["tensors"][name][key]) for key, value in group.items()):
+        found = back["tensors"][name]
+        if found.keys() != group.keys() or not all(_same(value, found[key]) for key, value in group.items()):
             raise ValueError(f"{folder / name}: read back, its tensors are not what was saved")
     if back["texts"] != texts:
         raise ValueError(f"{folder}: read back, its texts are not what was saved")
@@ -364,7 +372,8 @@ def save(run_folder, step, tensors, texts, keep, best_step=None):
     for name in (*tensors, *texts):
         _file_name(name, final)
         assert name.endswith(".safetensors") == (name in tensors), name
-    needed = sum(t.numel() * t.element_size() + 256 for group in tensors.values() for t in group.values()) + sum(2 * len(t) for t in texts.values()) + 8192
+    needed = (sum(t.numel() * t.element_size() + 256 for group in tensors.values() for t in group.values())
+              + sum(2 * len(t) for t in texts.values()) + 8192)
     temporary = folder / f".tmp-{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -375,8 +384,9 @@ def save(run_folder, step, tensors, texts, keep, best_step=None):
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)  # or the message would count its own leftovers as used
         free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
-        raise OSError(error.errno, f"{final}: could not be saved ({os.strerror(error.errno or errno.EIO)}); it needs {needed / 2**20:.1f} MiB, "
-                      f"{free / 2**20:.1f} MiB are free; older checkpoints are untouched: make room and run again with --resume") from error
+        raise OSError(error.errno, f"{final}: could not be saved ({os.strerror(error.errno or errno.EIO)}); it needs "
+                      f"{needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; older checkpoints are untouched: "
+                      "make room and run again with --resume") from error
     _retain(folder, keep, best_step)
     return final
 
@@ -394,7 +404,8 @@ def lock(run_folder):
     except BlockingIOError:
         holder = file.read(32).strip() or "unknown"
         file.close()
-        raise ValueError(f"{run_folder}: another training process (pid {holder}) uses this run folder; wait for it, stop it, or choose another with --out") from None
+        raise ValueError(f"{run_folder}: another training process (pid {holder}) uses this run folder; "
+                         "wait for it, stop it, or choose another with --out") from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()

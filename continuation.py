@@ -20,7 +20,8 @@ def load_initial(config):
     """The matrices of the adapter that lora.init_from names. Raises ValueError where its scale or rank is not the configuration's."""
     folder = checkpoint.find(config.lora.init_from)
     lora, tensors, _ = lora_layers.read_adapter(folder)
-    wrong = [f"--lora.{name}={json.dumps(getattr(lora, name))}" for name in ("r", "alpha", "rslora", "dora") if getattr(lora, name) != getattr(config.lora, name)]
+    wrong = [f"--lora.{name}={json.dumps(getattr(lora, name))}" for name in ("r", "alpha", "rslora", "dora")
+             if getattr(lora, name) != getattr(config.lora, name)]
     if wrong:
         raise ValueError(f"lora.init_from: the adapter in {folder} was trained with other settings; start from it with {' '.join(wrong)}")
     return tensors
@@ -50,16 +51,19 @@ def _noise(value):
 def _plan(value):
     """Whether a saved plan holds what memory.plan takes over from it in the types that it writes."""
     rules = {name: lambda v: _count(v) and v > 0 for name in ("max_tokens", "fits", "evaluates")} | {"checkpoint_layers": _count}
-    rules |= {name: lambda v: type(v) is bool for name in ("keep_dequantized", "offload", "host_embeddings")} | {"shrunk": lambda v: isinstance(v, list)}
+    rules |= {name: lambda v: type(v) is bool for name in ("keep_dequantized", "offload", "host_embeddings")}
+    rules |= {"shrunk": lambda v: isinstance(v, list)}
     return isinstance(value, dict) and all(name in value and rule(value[name]) for name, rule in rules.items())
 
 
 STATE = {  # what state.json must hold, by name
     **dict.fromkeys(("samples", "tokens", "supervised_tokens", "nonfinite", "skipped", "without_improvement"), _count),
-    "norms": lambda v: isinstance(v, list) and all(isinstance(pair, list) and len(pair) == 2 and _count(pair[0]) and _number(pair[1]) for pair in v),
+    "norms": lambda v: isinstance(v, list) and all(isinstance(pair, list) and len(pair) == 2
+                                                   and _count(pair[0]) and _number(pair[1]) for pair in v),
     "line": lambda v: isinstance(v, dict) and "step" not in v and all(map(_figure, v.items())),
     "accepted": lambda v: isinstance(v, list) and all(isinstance(entry, dict) and _count(entry.get("step")) for entry in v),
-    "evaluated": lambda v: v == -1 or _count(v), "best_step": lambda v: v is None or _count(v), "best_loss": lambda v: v is None or _number(v),
+    "evaluated": lambda v: v == -1 or _count(v),
+    "best_step": lambda v: v is None or _count(v), "best_loss": lambda v: v is None or _number(v),
     "origin": lambda v: isinstance(v, dict), "plan": _plan, "noise": _noise}
 
 
@@ -70,16 +74,20 @@ def load_checkpoint(path):
     """
     saved = checkpoint.load(path)
     if saved["step"] is None:
-        raise ValueError(f"{path}: is an adapter, not a run's checkpoint, so there is nothing to go on from; start a run from it with --lora.init_from={path}")
+        raise ValueError(f"{path}: is an adapter, not a run's checkpoint, so there is nothing to go on from; "
+                         f"start a run from it with --lora.init_from={path}")
     for name, rule in STATE.items():
         if name not in saved["state"] or not rule(saved["state"][name]):
-            raise ValueError(f"{path}/state.json: {name} is {json.dumps(saved['state'].get(name))[:100]}, which no run writes; go on from another checkpoint with --resume=CHECKPOINT")
+            raise ValueError(f"{path}/state.json: {name} is {json.dumps(saved['state'].get(name))[:100]}, which no run writes; "
+                             "go on from another checkpoint with --resume=CHECKPOINT")
     for name in ("evaluated", "best_step"):
         if (saved["state"][name] or 0) > saved["step"]:
-            raise ValueError(f"{path}/state.json: {name} is {saved['state'][name]}, after step {saved['step']} itself; go on from another checkpoint with --resume=CHECKPOINT")
+            raise ValueError(f"{path}/state.json: {name} is {saved['state'][name]}, after step {saved['step']} itself; "
+                             "go on from another checkpoint with --resume=CHECKPOINT")
     for file, group in saved["tensors"].items():
         if any(tensor.is_complex() or tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 for tensor in group.values()):
-            raise ValueError(f"{path}/{file}: holds tensors of a dtype that no run writes; go on from another checkpoint with --resume=CHECKPOINT")
+            raise ValueError(f"{path}/{file}: holds tensors of a dtype that no run writes; "
+                             "go on from another checkpoint with --resume=CHECKPOINT")
     return saved
 
 
@@ -90,8 +98,9 @@ def origin(config, tokenizer, rows, eval_rows, base_weights, plan):
     their content.
     """
     sections = ("eval.", "save.", "log.", "forecast.", "alerts.", "proof.", "criteria.")
-    free = ("memory.checkpoint_layers", "memory.budget_gib", "memory.offload", "model.path", "data.train", "data.eval", "data.chat_template",
-            "data.mixture", "data.first_rows", "data.drop", "data.audit", "data.cache", "data.near_duplicate", "data.columns", "data.roles")
+    free = ("memory.checkpoint_layers", "memory.budget_gib", "memory.offload", "model.path", "data.train", "data.eval",
+            "data.chat_template", "data.mixture", "data.first_rows", "data.drop", "data.audit", "data.cache", "data.near_duplicate",
+            "data.columns", "data.roles")
     sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
     shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(sections)}
     contents = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
@@ -136,11 +145,14 @@ def put_back(saved, path, accept, fresh, adapters, moments, scaler, device):
         details = "".join(f"\n  {name}: was {json.dumps(changed[name]['was'])}, is {json.dumps(changed[name]['is'])}" for name in refused)
         raise ValueError(f"{path}: the run cannot go on as it was, because this changed:{details}\n"
                          f"Put it back, or accept by name that the run is another from here on: --accept=\"{','.join(changed)}\"")
-    optimizer, expected = tensors.get("optimizer.safetensors", {}), {name: tensor.shape for name, tensor in {"step": moments["step"], **scaler}.items()}
+    optimizer = tensors.get("optimizer.safetensors", {})
+    expected = {name: tensor.shape for name, tensor in {"step": moments["step"], **scaler}.items()}
     expected |= {f"{name}.{moment}": parameter.shape for name, parameter in adapters.items() for moment in ("exp_avg", "exp_avg_sq")}
-    different = sorted(name for name in expected.keys() | optimizer.keys() if name not in optimizer or optimizer[name].shape != expected.get(name))
+    different = sorted(name for name in expected.keys() | optimizer.keys()
+                       if name not in optimizer or optimizer[name].shape != expected.get(name))
     if different:
-        raise ValueError(f"{path}/optimizer.safetensors: {different[0]} is missing, of another shape, or nothing that this optimizer keeps ({len(different)} such)")
+        raise ValueError(f"{path}/optimizer.safetensors: {different[0]} is missing, of another shape, "
+                         f"or nothing that this optimizer keeps ({len(different)} such)")
     begun, of_step = tensors.get("noise.safetensors", {}), state["noise"][2]
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in begun.items()}
     if shapes != ({"earlier": (torch.bfloat16, moments["exp_avg"].shape)} if of_step else {}):
@@ -153,7 +165,8 @@ def put_back(saved, path, accept, fresh, adapters, moments, scaler, device):
     moments["step"].copy_(optimizer["step"])
     for name, value in scaler.items():
         value.copy_(optimizer[name])
-    return state | {"origin": fresh["origin"], "plan": fresh["plan"], "accepted": state["accepted"] + [{"step": state["step"], **changed}] * bool(changed)}
+    accepted = state["accepted"] + [{"step": state["step"], **changed}] * bool(changed)
+    return state | {"origin": fresh["origin"], "plan": fresh["plan"], "accepted": accepted}
 
 
 def generators(device):
@@ -200,9 +213,10 @@ def texts_of(tokenizer):
             tokenizer.save_pretrained(folder)
         except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError: text that is none came with the model
             raise ValueError(f"model.path: the tokenizer cannot be written down again ({error}); mend its tokenizer_config.json") from error
-        texts = {path.name: path.read_text(encoding="utf-8") for path in pathlib.Path(folder).iterdir() if path.suffix in (".json", ".jinja", ".txt")}
+        texts = {path.name: path.read_text(encoding="utf-8") for path in pathlib.Path(folder).iterdir()
+                 if path.suffix in (".json", ".jinja", ".txt")}
     for name, text in texts.items():
         if len(text.encode()) > checkpoint.LARGEST_TEXT:
-            raise ValueError(f"model.path: the tokenizer's {name} would have {len(text.encode()):,} bytes, and a checkpoint holds texts of up to "
-                             f"{checkpoint.LARGEST_TEXT:,}; give a model with a smaller vocabulary")
+            raise ValueError(f"model.path: the tokenizer's {name} would have {len(text.encode()):,} bytes, and a checkpoint holds texts "
+                             f"of up to {checkpoint.LARGEST_TEXT:,}; give a model with a smaller vocabulary")
     return texts

@@ -50,8 +50,10 @@ class Facts:
         """Facts of two data.Rows."""
         longest = int((rows.offsets[1:] - rows.offsets[:-1]).max()) if len(rows) else 0
         evaluated, counts = None if eval_rows is None else len(eval_rows), rows.counts
-        distinct = {hash(eval_rows.ids[start:end].tobytes()) for start, end in zip(eval_rows.offsets, eval_rows.offsets[1:])} if evaluated else ()
-        return cls(len(rows), counts["tokens"], counts["supervised_tokens"], evaluated, (evaluated or 0) - len(distinct), longest, counts, rows.audit)
+        bounds = zip(eval_rows.offsets, eval_rows.offsets[1:]) if evaluated else ()
+        distinct = {hash(eval_rows.ids[start:end].tobytes()) for start, end in bounds}
+        repeats = (evaluated or 0) - len(distinct)
+        return cls(len(rows), counts["tokens"], counts["supervised_tokens"], evaluated, repeats, longest, counts, rows.audit)
 
 
 @dataclass
@@ -222,7 +224,8 @@ def show_forecast(outcome, width=80):
     def tell(what, *sentences):
         for sentence in sentences:
             sentence = re.sub(r"(?<=\d) (?=[KMG]iB)", "\u00a0", sentence)  # a number and its unit stay on one line
-            wrapped = textwrap.wrap(sentence, width, initial_indent=f"{what:<{indent}}", subsequent_indent=" " * indent, break_on_hyphens=False)
+            wrapped = textwrap.wrap(sentence, width, initial_indent=f"{what:<{indent}}", subsequent_indent=" " * indent,
+                                    break_on_hyphens=False)
             lines.extend(line.replace("\u00a0", " ") for line in wrapped)
             what = ""
 

@@ -288,8 +288,8 @@ def learning_rate(record):
         yield unjudged("learning rate", "fewer than two learning rates recorded")
         return
     steps, figures, covered = points[-1][0], rules.rate_figures(points, config.Alerts().negligible_rate), coverage(record)
-    told = f"The rates of {steps:,} steps add up to {figures['area']:.3g}, as much as {figures['full_rate_steps']:,.0f} steps at the peak of "
-    told += f"{figures['peak']:.3g}."
+    told = (f"The rates of {steps:,} steps add up to {figures['area']:.3g}, as much as {figures['full_rate_steps']:,.0f} steps "
+            f"at the peak of {figures['peak']:.3g}.")
     if figures["area"] <= 0:
         yield finding("fault", "learning rate of zero", "Every recorded rate is 0.", **figures)
     elif figures["negligible_from"]:
@@ -317,7 +317,8 @@ def data_coverage(record):
     if planned is not None and planned < 1 - 1e-3:
         seen = f": {covered * record.rows:,.0f} of {record.rows:,} rows" if record.rows else ""
         whole = "" if planned == covered else f" All of its {record.planned_steps:,} planned steps would see {planned:.1%}."
-        found = finding("warning", "coverage below one epoch", f"The run saw {covered:.1%} of its training rows{seen}.{whole}", coverage=covered)
+        found = finding("warning", "coverage below one epoch", f"The run saw {covered:.1%} of its training rows{seen}.{whole}",
+                        coverage=covered)
         if dead_from(record) is not None:
             found.cause = found.cause[:-1] + "; it does not explain a gradient norm of exactly 0.0 or identical evaluations."
         found.remedy = f"For one epoch train {1 / planned:.1f} times as many samples." if planned else "Train longer."
@@ -335,8 +336,8 @@ def left_open(record):
         yield unjudged(name, lacking)
 
 
-RULES = (dead_gradients, proof, empty_steps, nonfinite, zero_loss, evaluation, still_adapters, training_loss, data_coverage, learning_rate, spikes,
-         clipping, left_open)
+RULES = (dead_gradients, proof, empty_steps, nonfinite, zero_loss, evaluation, still_adapters, training_loss, data_coverage,
+         learning_rate, spikes, clipping, left_open)
 
 
 def diagnose(record):
@@ -375,13 +376,14 @@ def headline(record, findings):
         return "The record is empty: nothing can be judged. Did the run reach its first logged step?"
     if "dead gradients" in faults:
         if dead_from(record) is None and record.series("grad_norm"):
-            return ("Dead gradients in a part of the adapters, which learn nothing, at any rate, batch size or number of bits. Repair the gradients "
-                    "first; the evidence below names them.")
+            return ("Dead gradients in a part of the adapters, which learn nothing, at any rate, batch size or number of bits. "
+                    "Repair the gradients first; the evidence below names them.")
         since = "This run" if all(norm == 0 for _, norm in record.series("grad_norm")) else f"From step {dead_from(record):,} on this run"
         later = [name for name in warnings if name in ("coverage below one epoch", "rate ends at nothing", "training loss flat")]
         rest = f"; only then look at the rest ({', '.join(later)})" if later else ""
-        return (f"Dead gradients. {since} learnt nothing, and could not. Other rates, batch sizes or bits would not have cured it, nor more "
-                f"steps or more rows, and so none of the three approaches in configs would: every update was made from a gradient of zero. Repair the gradients first{rest}.")
+        return (f"Dead gradients. {since} learnt nothing, and could not. Other rates, batch sizes or bits would not have cured it, "
+                "nor more steps or more rows, and so none of the three approaches in configs would: every update was made from "
+                f"a gradient of zero. Repair the gradients first{rest}.")
     if faults:
         return f"Faulty: {', '.join(faults)}. See to the first fault below before anything else."
     if warnings:
@@ -412,8 +414,8 @@ def main(argv):
         print(__doc__.strip())
         return 0
     if len(words) != 1 or overrides:
-        raise ValueError("usage: python health.py PATH [--rows=N] [--clip=X] [--json], with a trainer_state.json, a metrics.jsonl or a folder "
-                         "as PATH")
+        raise ValueError("usage: python health.py PATH [--rows=N] [--clip=X] [--json], "
+                         "with a trainer_state.json, a metrics.jsonl or a folder as PATH")
     record = logs.read(words[0])
     record.rows, record.clip = whole_number(flags["rows"], "rows", int), whole_number(flags["clip"], "clip", float)
     findings = diagnose(record)
@@ -421,8 +423,8 @@ def main(argv):
     if flags["json"]:
         finite = lambda figures: {name: value for name, value in figures.items() if not isinstance(value, float) or math.isfinite(value)}
         plain = [{**vars(found), "figures": finite(found.figures)} for found in findings]
-        print(json.dumps({"record": record.kind, "steps": last, "planned_steps": record.planned_steps, "headline": headline(record, findings),
-                          "findings": plain}, indent=1))
+        print(json.dumps({"record": record.kind, "steps": last, "planned_steps": record.planned_steps,
+                          "headline": headline(record, findings), "findings": plain}, indent=1))
         return 0
     counted = {"loss": "loss", "grad_norm": "gradient norm", "eval_loss": "evaluation"}
     counts = ", ".join(counted_as(len(record.series(name, finite=False)), what) for name, what in counted.items())

@@ -112,7 +112,8 @@ class Int8Weight(FrozenWeight):
     def __init__(self, weight):
         super().__init__(weight.shape)
         scale = weight.abs().amax(dim=1).float() / 127
-        divisor, q = scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None], torch.empty(weight.shape, device=weight.device, dtype=torch.int8)
+        divisor = scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        q = torch.empty(weight.shape, device=weight.device, dtype=torch.int8)
         for rows in pieces(self.out_features):
             q[rows] = torch.round(weight[rows].float() / divisor[rows]).to(torch.int8)
         self.store(q=q, scale=scale)  # (out, in) int8, (out,) fp32
@@ -157,7 +158,8 @@ class LLMInt8Weight(FrozenWeight):
 
     def gathered(self, x, dtype):
         """(t, in) -> (t, out) in `dtype`, as bitsandbytes does it."""
-        half = x.to(torch.float16, copy=True)  # the operator takes outliers out of what it is given and puts them back, which autograd forbids in x
+        # the operator takes outliers out of what it is given and puts them back, which autograd forbids in x
+        half = x.to(torch.float16, copy=True)
         codes, row_max, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(half, threshold=self.threshold)
         return torch.ops.bitsandbytes.int8_mixed_scaled_mm(x.to(dtype), codes, self.q, row_max, self.row_max, outliers)[0]
 
@@ -196,15 +198,18 @@ class NF4Weight(FrozenWeight):
         """The scales of the blocks, fp32 (out * in / 64,)."""
         if not self.double_quant:
             return self.scales
-        return torch.ops.bitsandbytes.dequantize_blockwise(self.scale_codes, self.scale_scales, self.scale_codebook, SCALE_BLOCK, torch.float32) + self.scale_offset
+        operator = torch.ops.bitsandbytes.dequantize_blockwise
+        return operator(self.scale_codes, self.scale_scales, self.scale_codebook, SCALE_BLOCK, torch.float32) + self.scale_offset
 
     def _dequantize(self, out):
         if self.in_features % NF4_BLOCK == 0 and gpu_kernels.on_gpu(out):
             gpu_kernels.nf4_dequantize(self, nf4_codebook(out.device), out)
-        elif self.in_features % NF4_BLOCK and out.device.type == "cpu":  # bitsandbytes' AVX-512 code returns wrong values for rows that are not whole blocks
+        elif self.in_features % NF4_BLOCK and out.device.type == "cpu":
+            # bitsandbytes' AVX-512 code returns wrong values for rows that are not whole blocks
             out.copy_(nf4_dequantize(self.packed, self.block_scales(), (self.out_features, self.in_features)))
         else:
-            out.copy_(torch.ops.bitsandbytes.dequantize_4bit(self.packed, self.block_scales(), NF4_BLOCK, "nf4", (self.out_features, self.in_features), out.dtype))
+            shape = self.out_features, self.in_features
+            out.copy_(torch.ops.bitsandbytes.dequantize_4bit(self.packed, self.block_scales(), NF4_BLOCK, "nf4", shape, out.dtype))
 
 
 @functools.cache

@@ -42,7 +42,8 @@ def _line(data, where):
     for key, value in values.items():
         if type(value) not in (int, float, str):
             raise ValueError(f"{where}: {key} must be a number or text, got {json.dumps(value)[:100]}")
-        if key.startswith(("alerts", "train/", "eval/", "adapters/", "proof/")) and (key in TEXTS) != (isinstance(value, str) and value not in NONFINITE):
+        textual = isinstance(value, str) and value not in NONFINITE
+        if key.startswith(("alerts", "train/", "eval/", "adapters/", "proof/")) and (key in TEXTS) != textual:
             raise ValueError(f"{where}: {key} must be {'text' if key in TEXTS else 'a number'}, got {json.dumps(value)[:100]}")
         values[key] = NONFINITE.get(value, value) if isinstance(value, str) else value
     return values
@@ -55,7 +56,8 @@ def _whole_lines(path, problems=None):
         try:
             values = _line(data, f"{path}, line {number}")
             if lines and values["step"] <= lines[-1][1]["step"]:
-                raise ValueError(f"{path}, line {number}: step {values['step']} after step {lines[-1][1]['step']}; steps must rise, each once")
+                raise ValueError(f"{path}, line {number}: step {values['step']} after step {lines[-1][1]['step']}; "
+                                 "steps must rise, each once")
             lines.append((data, values))
         except ValueError as error:
             if problems is None:
@@ -113,7 +115,8 @@ def read_evaluations(run_folder, problems=None):
             with safe_open(path, "np") as file:
                 arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
             if set(arrays) != {"nll", "tokens", "correct"} or len({array.shape for array in arrays.values()}) > 1:
-                raise ValueError(f"{path}: must hold nll, tokens and correct, one value a row each; it holds {', '.join(arrays) or 'nothing'}")
+                raise ValueError(f"{path}: must hold nll, tokens and correct, one value a row each; "
+                                 f"it holds {', '.join(arrays) or 'nothing'}")
         except (SafetensorError, ValueError) as error:
             told = error if isinstance(error, ValueError) else (
                 f"{path}: not a whole safetensors file ({error}); delete it, and evaluate again with eval.py --keep")
@@ -129,7 +132,8 @@ def take_along(source, run_folder, step):
     """Copy what the run in `source` recorded up to `step` to a run that goes on from there in another folder, which has no record yet."""
     source, folder = pathlib.Path(source), pathlib.Path(run_folder)
     until = lambda path: not path.stem.startswith("step-") or path.stem[5:].isdigit() and int(path.stem[5:]) <= step
-    names = [path.relative_to(source) for path in (source / "metrics.jsonl", *sorted(source.glob("evaluations/*.safetensors"))) if path.is_file() and until(path)]
+    names = [path.relative_to(source) for path in (source / "metrics.jsonl", *sorted(source.glob("evaluations/*.safetensors")))
+             if path.is_file() and until(path)]
     for name in names:  # metrics.jsonl comes first: the Recorder cuts off what comes after the step
         with writing(folder / name, "make room and start again"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +165,8 @@ class Recorder:
         self.folder, path = folder, folder / "metrics.jsonl"
         lines = _whole_lines(path) if path.exists() else []
         if lines and resume_step is None:
-            raise ValueError(f"{path}: holds {len(lines)} steps of an earlier run; go on with --resume, or choose another folder with --out")
+            raise ValueError(f"{path}: holds {len(lines)} steps of an earlier run; "
+                             "go on with --resume, or choose another folder with --out")
         last_step = -1 if resume_step is None else resume_step
         kept = b"".join(data + b"\n" for data, values in lines if values["step"] <= last_step)
         temporary = folder / ".metrics.jsonl.tmp"
@@ -254,7 +259,8 @@ def _version(package):
 
 def _cpu_model():
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 

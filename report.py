@@ -472,7 +472,12 @@ def proof(found):
     for line in [line for line in found["metrics"] if is_number(line.get("proof/ratio"))][:12]:
         ratio, tolerance = line["proof/ratio"], line.get("proof/tolerance")
         told = str(line.get("proof/outcome", "")).startswith
-        agrees = "cannot be told" if told("open") else "–" if not is_number(tolerance) else "yes" if abs(ratio - 1) <= tolerance and not told(("wrong", "stale")) else "**no**"
+        if told("open"):
+            agrees = "cannot be told"
+        elif not is_number(tolerance):
+            agrees = "–"
+        else:
+            agrees = "yes" if abs(ratio - 1) <= tolerance and not told(("wrong", "stale")) else "**no**"
         rows.append([f"{line['step']:,}", number(ratio, ".4f"), number(tolerance, ".4f") if is_number(tolerance) else "–", agrees])
     return paragraphs(prose("Forward passes on either side along the gradient measure how the loss changes, and gradients on the way "
                             "predict it: the ratio must be 1 within the tolerance of the precision, or the gradient is not that of this "
@@ -484,7 +489,8 @@ def happened(metrics):
     """What the record holds of the figures that a forecast tells, by the forecast's names."""
     total = lambda tag: np.nansum(series(metrics, tag)[1])
     steps, rates = series(metrics, "train/learning_rate")
-    figures = {"coverage": last_value(metrics, "train/epoch"), "steps": metrics[-1]["step"] if metrics else 0, "samples": total("train/samples"),
+    figures = {"coverage": last_value(metrics, "train/epoch"), "steps": metrics[-1]["step"] if metrics else 0,
+               "samples": total("train/samples"),
                "tokens_seen": total("train/tokens"), "supervised_tokens_seen": total("train/supervised_tokens"),
                "seconds": total("train/seconds"), "step_seconds": median(series(metrics, "train/seconds")[1]),
                "peak_bytes": max(series(metrics, "train/peak_memory_gib")[1], default=None)}

@@ -284,8 +284,8 @@ def unfollowed(entry, first, began, covered):
         return
     fell, followed = began - entry["train"], first["loss"] - entry["loss"]
     if fell > max(0.5, 6 * entry["error"]) and followed < 0.25 * fell:
-        told = f"Up to step {entry['step']:,}, in the first pass over the rows, the training loss fell from {began:.4f} to {entry['train']:.4f}; "
-        told += f"the evaluation loss was {first['loss']:.4f} before training and is {entry['loss']:.4f}."
+        told = (f"Up to step {entry['step']:,}, in the first pass over the rows, the training loss fell from {began:.4f} "
+                f"to {entry['train']:.4f}; the evaluation loss was {first['loss']:.4f} before training and is {entry['loss']:.4f}.")
         yield finding("warning", "evaluation does not follow training", told, fell=fell, followed=followed)
 
 
@@ -374,9 +374,11 @@ def empty(windows, step):
     """
     count, row = sum(windows), next((i for i, none in enumerate(reversed(windows)) if not none), len(windows))
     if row >= 10 or row == len(windows) > 2:
-        yield finding("fault", "steps not applied", f"None of the last {row:,} steps, up to step {step:,}, held a supervised token.", "no step applied", steps=row)
+        told = f"None of the last {row:,} steps, up to step {step:,}, held a supervised token."
+        yield finding("fault", "steps not applied", told, "no step applied", steps=row)
     elif count >= max(3, len(windows) // 10):
-        yield finding("warning", "steps not applied", f"{count:,} of {len(windows):,} steps, up to step {step:,}, held no supervised token.", steps=count)
+        told = f"{count:,} of {len(windows):,} steps, up to step {step:,}, held no supervised token."
+        yield finding("warning", "steps not applied", told, steps=count)
 
 
 def evaluation_entry(line):

@@ -68,9 +68,10 @@ def plan_steps(config, train_rows):
     if config.train.max_steps:
         return config.train.max_steps, samples_before(config.train.max_steps + 1, config)
     samples = max(1, round(config.train.epochs * train_rows))
+    most = max([p[1] for p in config.schedule.batch_points] + [config.samples_per_step])
     steps = 1
     while samples_before(steps + 1, config) < samples:
-        steps += max(1, (samples - samples_before(steps + 1, config)) // max([p[1] for p in config.schedule.batch_points] + [config.samples_per_step]))
+        steps += max(1, (samples - samples_before(steps + 1, config)) // most)
     return steps, samples
 
 

@@ -47,7 +47,8 @@ def measure_weights(network):
     """
     modules = adapted(network)
     dtype = network.adapter_memory.working.dtype
-    norms = [torch.linalg.vector_norm(module.weight.dequantize(dtype), dtype=torch.promote_types(dtype, torch.float32)).double() for module in modules.values()]
+    wide = torch.promote_types(dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(module.weight.dequantize(dtype), dtype=wide).double() for module in modules.values()]
     steps = []
     for module in modules.values():
         with module.weight.whole():
@@ -68,7 +69,8 @@ def quantisation_step(weight):
     levels = quant.nf4_codebook(weight.packed.device)
     gaps = torch.cat((levels[1:2] - levels[:1], (levels[2:] - levels[:-2]) / 2, levels[-1:] - levels[-2:-1]))  # (16,)
     of_byte = (gaps[:, None] + gaps[None, :]).reshape(-1)  # of the two codes in a byte
-    packed, scales, total = weight.packed.reshape(-1), weight.block_scales(), torch.zeros((), device=weight.packed.device, dtype=torch.float64)
+    packed, scales = weight.packed.reshape(-1), weight.block_scales()
+    total = torch.zeros((), device=weight.packed.device, dtype=torch.float64)
     half = quant.NF4_BLOCK // 2  # bytes a block
     for start in range(0, len(packed), half << 16):
         part = of_byte[packed[start:start + (half << 16)].int()]
@@ -92,7 +94,8 @@ def shape_of_updates(network):
     for members in groups.values():
         B, A = (torch.stack([getattr(modules[i], matrix) for i in members]) for matrix in ("lora_B", "lora_A"))  # (m, out, r), (m, r, in)
         inner = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT
-        values = torch.linalg.svdvals(inner.double()) * torch.tensor([[modules[i].scaling] for i in members], device=inner.device, dtype=torch.float64)
+        scalings = torch.tensor([[modules[i].scaling] for i in members], device=inner.device, dtype=torch.float64)
+        values = torch.linalg.svdvals(inner.double()) * scalings
         share = values / values.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         place = torch.tensor(members, device=norms.device)
         norms[place] = values.norm(dim=1)
@@ -112,10 +115,12 @@ def adapters(network, weights):
     table = {}
     for (name, module), norm, rank in zip(modules.items(), norms, ranks):
         size, step = weights[name]
-        table[name] = [norm / size if size else math.nan, rank, norm / math.sqrt(module.out_features * module.in_features) / step if step else None]
+        rms = norm / math.sqrt(module.out_features * module.in_features)
+        table[name] = [norm / size if size else math.nan, rank, rms / step if step else None]
     ratios, ranks, steps = ([row[i] for row in table.values() if row[i] is not None] for i in range(3))
     mean = lambda values: sum(values) / len(values)
-    values = {"adapters/delta_ratio": mean(ratios), "adapters/delta_ratio_max": max(ratios), "adapters/effective_rank": mean(ranks)} | ({"adapters/step_ratio": mean(steps)} if steps else {})
+    values = {"adapters/delta_ratio": mean(ratios), "adapters/delta_ratio_max": max(ratios), "adapters/effective_rank": mean(ranks)}
+    values |= {"adapters/step_ratio": mean(steps)} if steps else {}
     short = lambda value: None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
     return values | {"adapters/modules": json.dumps({name: [short(value) for value in row] for name, row in table.items()})}
 

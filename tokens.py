@@ -81,9 +81,10 @@ def load_tokenizer(path, template_file="", revision=""):
     if isinstance(tokenizer.chat_template, dict):  # by name: what is trained, saved and served is one of them
         names = ", ".join(sorted(tokenizer.chat_template))
         if "default" not in tokenizer.chat_template:
-            raise ValueError(f"data.chat_template: the model brings several chat templates ({names}) and none called default; name the file of one "
-                             "with data.chat_template=FILE")
-        print(f"note: of the model's chat templates ({names}) the default one is used; data.chat_template=FILE names another", file=sys.stderr)
+            raise ValueError(f"data.chat_template: the model brings several chat templates ({names}) and none called default; "
+                             "name the file of one with data.chat_template=FILE")
+        print(f"note: of the model's chat templates ({names}) the default one is used; data.chat_template=FILE names another",
+              file=sys.stderr)
         tokenizer.chat_template = tokenizer.chat_template["default"]
     trust.try_template(tokenizer)
     return tokenizer
@@ -125,9 +126,9 @@ def ends_of(tokenizer):
     ids, chars, _ = _encode([text], tokenizer)
     closing = [n for n in range(len(ids)) if chars[n, 0] >= start and ids[n] in special]
     if answer not in text or not closing:
-        raise ValueError(f"data.chat_template: the template renders a small chat as {sources.shown(text)}, with no special token behind the "
-                         "answer, so the model could not learn to stop; set the tokenizer's eos_token if it is missing, or give another "
-                         "template")
+        raise ValueError(f"data.chat_template: the template renders a small chat as {sources.shown(text)}, with no special token "
+                         "behind the answer, so the model could not learn to stop; set the tokenizer's eos_token if it is missing, "
+                         "or give another template")
     terminator, end = int(ids[closing[0]]), int(chars[closing[0], 1])
     # A tokenizer read from a GGUF file may name the token that opens turns as eos: what stands within a chat ends nothing.
     stops = [terminator] if eos is None or eos in ids else [terminator, eos]
@@ -186,8 +187,9 @@ def _render(record, tokenizer, ends, supervise, columns, roles):
         messages, tools = prompt + answer, sources.tools_of(record, columns)
         text = _apply(tokenizer, messages, tools=tools)
         if len(messages) * min(len(text), LONGEST_TEXT) > MOST_RENDERED and supervise != "all":
-            raise ValueError(f"has {len(messages):,} turns in {len(text):,} characters: to find out which of them are answers, the chat is rendered up to "
-                             "each of them, which would take hours; split it into several rows, or set data.supervise=all")
+            raise ValueError(f"has {len(messages):,} turns in {len(text):,} characters: to find out which of them are answers, the chat "
+                             "is rendered up to each of them, which would take hours; split it into several rows, "
+                             "or set data.supervise=all")
         answers = [k for k in range(len(prompt), len(messages)) if messages[k]["role"] == "assistant"]
         if not answers:
             raise ValueError("no assistant turn, so there is nothing to learn from")
@@ -326,8 +328,8 @@ def _joined(one, other):
     (*more_arrays, more_names), more_counts, more_skipped, later = other
     if longest and later:
         longest = (*longest[:2], longest[2] + later[2])
-    return ((*map(np.concatenate, zip(arrays, more_arrays)), names + more_names), {name: count + more_counts[name] for name, count in counts.items()},
-            skipped + more_skipped, longest or later)
+    counts = {name: count + more_counts[name] for name, count in counts.items()}
+    return ((*map(np.concatenate, zip(arrays, more_arrays)), names + more_names), counts, skipped + more_skipped, longest or later)
 
 
 def tokenizing(chunks, tokenizer, data, totals, workers=1):
@@ -360,7 +362,8 @@ def tokenizing(chunks, tokenizer, data, totals, workers=1):
         raise ValueError(f"no row is left of {counts.get('rows_read', 0)}; {remedy}")
     if not counts["supervised_tokens"]:
         raise ValueError(f"no supervised token is left: of {counts['rows_read']} rows from {totals['first']} on, {len(skipped)} were "
-                         f"skipped and {counts['rows_lost']} are lost to data.max_length={data.max_length}; raise it, or look at the answers")
+                         f"skipped and {counts['rows_lost']} are lost to data.max_length={data.max_length}; "
+                         "raise it, or look at the answers")
 
 
 def tokenize(records, tokenizer, data):

@@ -87,7 +87,8 @@ def check_folder(folder):
 
     A hub's cache is made of links into its own blobs/ folder, which is allowed. Raises ValueError naming the file.
     """
-    folder, templates = pathlib.Path(folder), pathlib.Path(folder, "additional_chat_templates")  # the one folder in it that transformers reads
+    folder = pathlib.Path(folder)
+    templates = folder / "additional_chat_templates"  # the one folder in it that transformers reads
     allowed = [folder.resolve()] + [folder.resolve().parent.parent / "blobs"] * (folder.resolve().parent.name == "snapshots")
     for path in (*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())):
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):

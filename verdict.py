@@ -400,8 +400,8 @@ def counted(run, set, name, threshold, gain, reason, which, unit=1.0, paired=Tru
         if repair is not None:
             gain = minus(gain, unit * repair) if paired else gain - unit * repair
             cost = f"{unit * repair[0]:{form}}"
-            reason += (f" Of it {cost} repair what {quant} cost the untrained model on evaluation rows; the rest counts." if float(cost) > 0 else
-                       f" {quant} cost the untrained model nothing on evaluation rows.")
+            reason += (f" Of it {cost} repair what {quant} cost the untrained model on evaluation rows; the rest counts."
+                       if float(cost) > 0 else f" {quant} cost the untrained model nothing on evaluation rows.")
         else:
             low_allowance = unit * MOST_REPAIR.get(run.quant, MOST_REPAIR["nf4"])[which]
             reason += f" Up to {low_allowance:.2g} {what} of it may only repair what {quant} cost: the unquantised model was not measured."
@@ -497,7 +497,8 @@ def gradient_norm(run):
     threshold, name = run.criteria.minimum_gradient_norm, "gradient norm in every step"
     dead = [line["step"] for line in run.metrics if str(line.get("proof/outcome", "")).startswith("dead")]
     if dead:
-        return unmeasured("minimum", name, threshold, f"The gradient proof at step {dead[0]:,} found adapter matrices that no gradient reaches.", FAIL)
+        reason = f"The gradient proof at step {dead[0]:,} found adapter matrices that no gradient reaches."
+        return unmeasured("minimum", name, threshold, reason, FAIL)
     lines = [line for line in run.metrics if "train/grad_norm" in line]
     if not lines:
         return unmeasured("minimum", name, threshold, "The record holds no gradient norm.")
