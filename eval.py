@@ -109,8 +109,9 @@ def generate(network, tokenizer, prompts, max_new_tokens, end_ids, interrupted=(
             written = write(network, ids, mask, max_new_tokens, end_ids, interrupted)
     except (RuntimeError, MemoryError) as error:
         if len(prompts) == 1 and model.out_of_memory(error) and ranks.RANKS == 1:
-            raise model.DoesNotFit(f"eval.samples, eval.prompts: the prompt {prompts[0]['prompt'][:60]!r} of {width:,} tokens does not fit into memory with "
-                                   f"{max_new_tokens:,} more; lower eval.max_new_tokens, or give shorter prompts") from error
+            raise model.DoesNotFit(f"eval.samples, eval.prompts: the prompt {prompts[0]['prompt'][:60]!r} of {width:,} tokens does not fit "
+                                   f"into memory with {max_new_tokens:,} more; lower eval.max_new_tokens, "
+                                   "or give shorter prompts") from error
         if len(prompts) == 1 or not model.out_of_memory(error):
             raise
         fits = False
@@ -119,12 +120,15 @@ def generate(network, tokenizer, prompts, max_new_tokens, end_ids, interrupted=(
         return None
     if not fits:
         model.release_memory()
-        halves = [generate(network, tokenizer, half, max_new_tokens, end_ids, interrupted) for half in (prompts[:len(prompts) // 2], prompts[len(prompts) // 2:])]
+        middle = len(prompts) // 2
+        halves = [generate(network, tokenizer, half, max_new_tokens, end_ids, interrupted)
+                  for half in (prompts[:middle], prompts[middle:])]
         return None if None in halves else halves[0] + halves[1]
     samples = []
     for prompt, new in zip(prompts, written):
         stop = next((i for i, token in enumerate(new) if token in end_ids), None)
-        samples.append({"prompt": prompt["prompt"], "reference": prompt["reference"], "text": tokenizer.decode(new[:stop], skip_special_tokens=True),
+        samples.append({"prompt": prompt["prompt"], "reference": prompt["reference"],
+                        "text": tokenizer.decode(new[:stop], skip_special_tokens=True),
                         "tokens": len(new) if stop is None else stop + 1, "stopped": stop is not None})
     return samples
 
@@ -184,13 +188,15 @@ def evaluate_unquantised(config, device, eval_rows):
     name = place and cache.key(unquantised_figures_shaped_by(config, device, eval_rows))
     known = place and (place / name).is_dir()
     if not known and config.eval.unquantised == "auto" and any(ranks.most(1.3 * loading.stored_bytes(config) > model.free_memory(device))):
-        print("note: the unquantised model does not fit beside what is in memory, so it is not evaluated; eval.unquantised=no leaves it out without a word")
+        print("note: the unquantised model does not fit beside what is in memory, so it is not evaluated; "
+              "eval.unquantised=no leaves it out without a word")
         return None
 
     def build(folder):
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quant="none"))
         network = model.load(plain, device)
-        figures, by_row = evaluate(network, eval_rows, config.eval.max_rows, config.memory.max_tokens or (8192 if device.type == "cuda" else 2048))
+        max_tokens = config.memory.max_tokens or (8192 if device.type == "cuda" else 2048)
+        figures, by_row = evaluate(network, eval_rows, config.eval.max_rows, max_tokens)
         del network
         model.release_memory()
         save_file(by_row, folder / "by_row.safetensors")
@@ -221,8 +227,9 @@ def check_vocabulary(network, *data_sets):
     """Raises ValueError where a tokenizer makes ids that the network has no embedding for."""
     known, largest = len(network.get_input_embeddings().weight), max(int(rows.ids.max()) for rows in data_sets)
     if largest >= known:
-        raise ValueError(f"model.path: the tokenizer gives the token id {largest}, but the model embeds ids below {known}; the two do not belong "
-                         "together, or a chat template uses tokens that were added later: give the tokenizer that came with the model")
+        raise ValueError(f"model.path: the tokenizer gives the token id {largest}, but the model embeds ids below {known}; "
+                         "the two do not belong together, or a chat template uses tokens that were added later: "
+                         "give the tokenizer that came with the model")
 
 
 @torch.no_grad()
@@ -233,7 +240,8 @@ def untrained_tokens(network, tokenizer, rows):
     Bartolo 2024, section 2) the same as another token's but for 1 part in 2000 of the cosine. Looks at the first 1,000 rows. A token left
     at random initial values is not found.
     """
-    table, special = network.get_input_embeddings().weight, {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    table = network.get_input_embeddings().weight
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     used = sorted(special.intersection(rows.ids[:rows.offsets[min(len(rows), 1000)]].tolist()))
     if not used:
         return ""
@@ -251,8 +259,9 @@ def untrained_tokens(network, tokenizer, rows):
     if not found:
         return ""
     names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in found[:5])
-    return (f"model.path: the rows use {names}, which the base model seems never to have been trained on (an embedding next to zero, or the same as another "
-            "token's), and an adapter leaves embeddings as they are; take a model that knows its template, or another template (data.chat_template=FILE)")
+    return (f"model.path: the rows use {names}, which the base model seems never to have been trained on (an embedding next to zero, "
+            "or the same as another token's), and an adapter leaves embeddings as they are; take a model that knows its template, "
+            "or another template (data.chat_template=FILE)")
 
 
 def configure(ckpt, model_path, overrides):
@@ -267,9 +276,11 @@ def configure(ckpt, model_path, overrides):
         return config, None, None
     folder = checkpoint.find(ckpt)
     lora, tensors, base = lora_layers.read_adapter(folder)
-    run = next((parent for parent in folder.absolute().parents[:2] if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
+    run = next((parent for parent in folder.absolute().parents[:2]
+                if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
     tree = json.loads((run / "config.json").read_text(encoding="utf-8")) if run else {"model": {"path": base}}
-    tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "dora": lora.dora, "targets": lora.targets}
+    tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "dora": lora.dora,
+                    "targets": lora.targets}
     config = settings.located(settings.from_dict(tree, overrides, str(run / "config.json") if run else "command line"))
     return config, tensors, folder
 
@@ -286,8 +297,8 @@ def kept_as(folder, untrained, overrides):
         raise ValueError(f"--keep: {' '.join(wrong)} would make it another evaluation than the run's own; leave that or --keep out")
     tree = json.loads((run / "config.json").read_text(encoding="utf-8"))
     if untrained and (tree.get("lora", {}).get("init_from") or tree.get("lora", {}).get("init", "zero") != "zero"):
-        raise ValueError(f"--untrained: {run} did not start at B = 0 (lora.init, lora.init_from), so its untrained model is not what it was measured "
-                         "against; evaluate it without --keep")
+        raise ValueError(f"--untrained: {run} did not start at B = 0 (lora.init, lora.init_from), so its untrained model is not what "
+                         "it was measured against; evaluate it without --keep")
     unquantised = untrained and dict(overrides).get("model.quant") == "none"
     step = 0 if untrained else int(folder.name[5:])
     return run, step, "unquantised" if unquantised else f"step-{step:06d}"
@@ -333,7 +344,8 @@ def main(argv):
     print(f"                {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}")
     print(f"rows            {some}{len(rows):,} of {name}")
     print(f"loss            {figures['loss']:.4f} nats a token, over {figures['supervised_tokens']:,} supervised tokens")
-    print(f"perplexity      {figures['perplexity']:.3f}\ntoken accuracy  {figures['token_accuracy']:.4f}\ntime            {figures['seconds']:.1f} s")
+    print(f"perplexity      {figures['perplexity']:.3f}\ntoken accuracy  {figures['token_accuracy']:.4f}\n"
+          f"time            {figures['seconds']:.1f} s")
     if samples:
         told = sample_figures(samples)
         print(f"stop rate       {told['stop_rate']:.2f} of {len(samples)} samples, greedy, up to {config.eval.max_new_tokens} tokens")

@@ -95,7 +95,8 @@ def summed_loss(network, batch):
     """
     hidden = hidden_states(network, batch).index_select(0, batch.rows)  # (S, width)
     head = network.get_output_embeddings()
-    return ChunkedCrossEntropy.apply(hidden, head.weight, getattr(head, "bias", None), batch.targets, network.loss_chunk, getattr(network.config, "final_logit_softcapping", None))
+    head_bias, softcap = getattr(head, "bias", None), getattr(network.config, "final_logit_softcapping", None)
+    return ChunkedCrossEntropy.apply(hidden, head.weight, head_bias, batch.targets, network.loss_chunk, softcap)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -109,7 +110,8 @@ def load(config, device):
     device, dtype = torch.device(device), quant.DTYPES[config.model.compute_dtype]
     use_varlen = config.model.attention != "documents" and attention.varlen_works(device, dtype)
     if config.model.attention == "varlen" and not use_varlen:
-        raise ValueError(f"model.attention: varlen needs a GPU of compute capability 8.0 or more and bf16 or fp16, got {device} and {config.model.compute_dtype}; choose auto")
+        raise ValueError("model.attention: varlen needs a GPU of compute capability 8.0 or more and bf16 or fp16, "
+                         f"got {device} and {config.model.compute_dtype}; choose auto")
     folder = loading.local_folder(config.model.path, config.model.revision)
     network = loading.architecture(folder, dtype)
     files = loading.weight_files(folder)
@@ -120,14 +122,17 @@ def load(config, device):
         raise ValueError(f"{folder}: {len(missing)} weights of {type(network).__name__} are not in its files, the first is {missing[0]}")
     inject(network, config.lora, device, torch.float64 if dtype == torch.float64 else torch.float32)
     network.sharded = config.memory.shard and ranks.RANKS > 1
-    layers = {f"{name}.": layer for name, layer in network.named_modules() if layer in set(network.get_decoder().layers)} if network.sharded else {}
+    layers = {}
+    if network.sharded:
+        layers = {f"{name}.": layer for name, layer in network.named_modules() if layer in set(network.get_decoder().layers)}
     awaited = {place: sum(name.startswith(place) for name in expected) for place in layers}
     for name in [name for name in files if name in expected and name not in tied]:  # in file order: each shard is read through once
         tensor = loading.read_tensor(files[name], name, device)
         if tuple(tensor.shape) != expected[name]:
             raise ValueError(f"{files[name]}: {name} has the shape {tuple(tensor.shape)}, {type(network).__name__} needs {expected[name]}")
         if tensor.dtype not in quant.DTYPES.values():
-            raise ValueError(f"{files[name]}: {name} is stored as {tensor.dtype}; give the model with 16 or 32-bit weights, it is quantised here")
+            raise ValueError(f"{files[name]}: {name} is stored as {tensor.dtype}; give the model with 16 or 32-bit weights, "
+                             "it is quantised here")
         module_name, _, leaf = name.rpartition(".")
         module = network.get_submodule(module_name)
         if isinstance(module, lora_layers.AdaptedLinear) and leaf == "weight":
@@ -173,9 +178,11 @@ def shard(module, device):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     weights = [part for part in module.modules() if isinstance(part, quant.FrozenWeight)]
-    split = {parameter for weight in weights for name, parameter in weight.named_parameters() if parameter.ndim and name != "scale_codebook"}
+    split = {parameter for weight in weights for name, parameter in weight.named_parameters()
+             if parameter.ndim and name != "scale_codebook"}
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # a layer returns a view; nothing writes into it
-    fully_shard(module, mesh=init_device_mesh(device.type, (ranks.RANKS,)), ignored_params=set(module.parameters()) - split, reshard_after_forward=True)
+    fully_shard(module, mesh=init_device_mesh(device.type, (ranks.RANKS,)), ignored_params=set(module.parameters()) - split,
+                reshard_after_forward=True)
 
     @contextlib.contextmanager
     def gather():
@@ -203,11 +210,13 @@ def compare_with_transformers(network):
     batch = types.SimpleNamespace(
         input_ids=torch.cat(documents), position_ids=torch.cat([torch.arange(len(d), device=device) for d in documents]),
         cu_seqlens=torch.tensor([0, 9, 15], device=device, dtype=torch.int32), max_seqlen=9,
-        rows=torch.cat([torch.arange(len(d) - 1, device=device) + start for d, start in zip(documents, starts)]), targets=torch.cat([d[1:] for d in documents]))
+        rows=torch.cat([torch.arange(len(d) - 1, device=device) + start for d, start in zip(documents, starts)]),
+        targets=torch.cat([d[1:] for d in documents]))
     try:
         packed = summed_loss(network, batch)[1]
         with attention.own_attention(network):
-            own = torch.cat([F.cross_entropy(network.eval()(input_ids=d[None], use_cache=False).logits[0, :-1].double(), d[1:], reduction="none") for d in documents])
+            logits = [network.eval()(input_ids=d[None], use_cache=False).logits[0, :-1].double() for d in documents]
+            own = torch.cat([F.cross_entropy(one, d[1:], reduction="none") for one, d in zip(logits, documents)])
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"model.path: {name} cannot be trained on packed documents here: {error}") from error
     finally:
@@ -215,7 +224,9 @@ def compare_with_transformers(network):
     difference = ((packed - own).norm() / own.norm()).item()
     allowed = 0.05 if network.get_input_embeddings().weight.dtype.itemsize == 2 else 1e-3
     if not difference < allowed:
-        raise ValueError(f"model.path: {name} cannot be trained here: the loss of packed documents is not the one of transformers' own forward pass (they differ by {difference:.2g}), so something in this architecture crosses documents or is not known to rawlora")
+        raise ValueError(f"model.path: {name} cannot be trained here: the loss of packed documents is not the one of transformers' own "
+                         f"forward pass (they differ by {difference:.2g}), so something in this architecture crosses documents "
+                         "or is not known to rawlora")
 
 
 def inject(network, lora, device, adapter_dtype):
@@ -226,7 +237,8 @@ def inject(network, lora, device, adapter_dtype):
     head = network.get_output_embeddings()
     linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head}
     if not linear:
-        raise ValueError(f"model.path: {type(network).__name__} has no linear projections to quantise and adapt, so it cannot be trained here")
+        raise ValueError(f"model.path: {type(network).__name__} has no linear projections to quantise and adapt, "
+                         "so it cannot be trained here")
     everything = lora.targets == ["all-linear"]
     for target in () if everything else lora.targets:
         if not any(("." + name).endswith("." + target) for name in linear):
@@ -234,12 +246,14 @@ def inject(network, lora, device, adapter_dtype):
             raise ValueError(f"lora.targets: {target!r} matches no projection of {type(network).__name__}; it has {', '.join(there)}")
     widest = max(max(module.in_features, module.out_features) for module in linear.values())
     if lora.r > widest:
-        raise ValueError(f"lora.r: {lora.r:,} is beyond the width of every projection of {type(network).__name__} (at most {widest:,}), and an update "
-                         "has no higher rank than that; lower it")
+        raise ValueError(f"lora.r: {lora.r:,} is beyond the width of every projection of {type(network).__name__} "
+                         f"(at most {widest:,}), and an update has no higher rank than that; lower it")
     scaling = lora.alpha / (math.sqrt(lora.r) if lora.rslora else lora.r)
     for name, module in linear.items():
         adapted = everything or any(("." + name).endswith("." + target) for target in lora.targets)
-        network.set_submodule(name, lora_layers.AdaptedLinear(module.in_features, module.out_features, module.bias, lora.r if adapted else 0, scaling, lora.dropout, device, adapter_dtype, lora.dora))
+        network.set_submodule(name, lora_layers.AdaptedLinear(
+            module.in_features, module.out_features, module.bias, lora.r if adapted else 0, scaling, lora.dropout, device,
+            adapter_dtype, lora.dora))
 
 
 def free_memory(device):
@@ -264,7 +278,8 @@ def keep_dequantized(network, memory, dtype):
     if network.device.type == "cuda" and memory.budget_gib:
         free = min(free, memory.budget_gib * 2**30 - torch.cuda.memory_allocated(network.device))
     fits = not any(ranks.most(size >= free / 4))
-    if memory.keep_dequantized == "yes" or memory.keep_dequantized == "auto" and (memory.checkpoint_layers <= 0 or network.device.type == "cpu") and fits:
+    nothing_recomputed = memory.checkpoint_layers <= 0 or network.device.type == "cpu"
+    if memory.keep_dequantized == "yes" or memory.keep_dequantized == "auto" and nothing_recomputed and fits:
         for weight in weights:
             weight.keep(dtype)
 
@@ -275,7 +290,8 @@ class DoesNotFit(ValueError):
 
 def out_of_memory(error):
     """Whether an error says that memory ran out, the GPU's or the host's."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    host_is_full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or host_is_full
 
 
 def release_memory():
@@ -293,11 +309,12 @@ def smaller(batch, rows, error, sharded=False):
     if not out_of_memory(error):
         raise error
     if sharded:
-        raise ValueError(f"memory ran out over {len(batch.input_ids):,} tokens, and a rank whose weights are sharded cannot try again alone; "
-                         "lower memory.max_tokens, or raise memory.checkpoint_layers; the newest checkpoint is whole") from error
+        raise ValueError(f"memory ran out over {len(batch.input_ids):,} tokens, and a rank whose weights are sharded cannot try again "
+                         "alone; lower memory.max_tokens, or raise memory.checkpoint_layers; the newest checkpoint is whole") from error
     if len(batch.samples) == 1:
         row = batch.samples[0]
-        raise DoesNotFit(f"{rows.names[row]}: this row of {int(rows.offsets[row + 1] - rows.offsets[row]):,} tokens does not fit into memory even alone; "
+        size = int(rows.offsets[row + 1] - rows.offsets[row])
+        raise DoesNotFit(f"{rows.names[row]}: this row of {size:,} tokens does not fit into memory even alone; "
                          "lower data.max_length, or raise memory.checkpoint_layers") from error
     return len(batch.input_ids) // 2
 
@@ -317,7 +334,8 @@ def recompute(network, layers, offload=False):
         layer.forward = plain
         if number < layers:
             layer.stored = plain
-            layer.forward = lambda *args, plain=plain, **kwargs: checkpoint(plain, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs)
+            layer.forward = lambda *args, plain=plain, **kwargs: (
+                checkpoint(plain, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs))
 
 
 class HostEmbedding(nn.Module):
@@ -375,7 +393,8 @@ def memory_table(network):
     embeddings = {id(network.get_input_embeddings().weight), id(network.get_output_embeddings().weight)}
     storage = {id(parameter) for module in network.modules() if isinstance(module, quant.FrozenWeight) for parameter in module.parameters()}
     for parameter in network.parameters():
-        part = "adapters" if parameter.requires_grad else "embeddings and head" if id(parameter) in embeddings else "projections" if id(parameter) in storage else "norms and biases"
+        part = ("adapters" if parameter.requires_grad else "embeddings and head" if id(parameter) in embeddings else
+                "projections" if id(parameter) in storage else "norms and biases")
         count(part, parameter)
     for module in network.modules():
         if isinstance(module, quant.FrozenWeight) and module.kept is not None and not isinstance(module, quant.PlainWeight):
