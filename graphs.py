@@ -71,7 +71,8 @@ def recording(graph, **options):
         if reason is not None:
             raise reason
         first_line = str(error).partition("\n")[0]
-        raise ValueError(f"memory.graphs: this model's passes cannot be recorded as a CUDA graph ({first_line}); give --memory.graphs=no") from error
+        raise ValueError(f"memory.graphs: this model's passes cannot be recorded as a CUDA graph ({first_line}); "
+                         "give --memory.graphs=no") from error
 
 
 class Replayed:

@@ -124,7 +124,8 @@ def load(config, device):
     network.sharded = config.memory.shard and ranks.RANKS > 1
     layers = {}
     if network.sharded:
-        layers = {f"{name}.": layer for name, layer in network.named_modules() if layer in set(network.get_decoder().layers)}
+        decoder_layers = set(network.get_decoder().layers)
+        layers = {f"{name}.": module for name, module in network.named_modules() if module in decoder_layers}
     awaited = {place: sum(name.startswith(place) for name in expected) for place in layers}
     for name in [name for name in files if name in expected and name not in tied]:  # in file order: each shard is read through once
         tensor = loading.read_tensor(files[name], name, device)

@@ -209,8 +209,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         of_pair, adapter_norms = rest[:done["of_pair"]], rest[done["of_pair"]:]
         seconds = clock.elapsed(*done["marks"])
         values |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/clipped": float(grad_norm > values["train/clip_threshold"]),
-                   "train/skipped": float(not finite), "train/seconds": seconds, "train/tokens_per_second": values["train/tokens"] / seconds}
-        values |= {"train/peak_memory_gib": memory.peak(device) / 2**30} | memory.reserved(device)
+                   "train/skipped": float(not finite), "train/seconds": seconds}
+        values |= {"train/tokens_per_second": values["train/tokens"] / seconds, "train/peak_memory_gib": memory.peak(device) / 2**30} | memory.reserved(device)
         values |= noise.update(of_pair) | ({"train/loss_scale": scale} if fp16 else {})
         if finite:
             state["norms"] = [*state["norms"], [step, grad_norm]][-config.schedule.clip_window - 1:]
@@ -456,7 +456,10 @@ def be_deterministic():
 
 
 def claim(run):
-    """The lock on a run folder that was not there when the run was asked for. Raises ValueError where another process made a run in it since."""
+    """The lock on a run folder that was not there when the run was asked for.
+
+    Raises ValueError where another process made a run in it since.
+    """
     guard = checkpoint.lock(run)
     if any(run.glob("checkpoints/step-*")):
         raise ValueError(f"{run}: another process made a run in this folder while this one was loading; choose another with --out=, "
@@ -492,7 +495,7 @@ def open_record(run, config, state, resume, owed, outlook):
 # -------------------------------------------------------------------------------------------------- pieces of the loop
 
 def rescale(scaler, finite):
-    """fp16 loss scaling (Micikevicius et al. 2018, section 3.2): halve the scale after a non-finite step, double it after 2000 finite ones."""
+    """fp16 loss scaling: halve the scale after a non-finite step, double it after 2000 finite ones (Micikevicius et al. 2018, section 3.2)."""
     good = torch.where(finite, scaler["good_steps"] + 1, 0)
     doubled = torch.where(good >= 2000, scaler["scale"] * 2, scaler["scale"])
     scaler["scale"].copy_(torch.where(finite, doubled, torch.clamp(scaler["scale"] / 2, min=1.0)))
