@@ -3,7 +3,7 @@
     python train.py configs/approach1.json             a run, in runs/approach1
     python train.py CONFIG --train.max_steps=20 --data.train=my.jsonl --out=FOLDER
     python train.py CONFIG --resume                    go on from the newest checkpoint
-    python train.py CONFIG --resume=CHECKPOINT         go back to that one; with --out=NEW, go on from it in a folder of its own
+    python train.py CONFIG --resume=CHECKPOINT         go back to that one (with --out=NEW: go on in a new folder)
     python train.py CONFIG --resume --accept=NAME,...  go on though NAME changed
     python train.py CONFIG --overwrite                 replace an earlier run
     python train.py CONFIG --preflight                 only the forecast: what the run would see, need and take
@@ -210,7 +210,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         seconds = clock.elapsed(*done["marks"])
         values |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/clipped": float(grad_norm > values["train/clip_threshold"]),
                    "train/skipped": float(not finite), "train/seconds": seconds}
-        values |= {"train/tokens_per_second": values["train/tokens"] / seconds, "train/peak_memory_gib": memory.peak(device) / 2**30} | memory.reserved(device)
+        values["train/tokens_per_second"] = values["train/tokens"] / seconds
+        values |= {"train/peak_memory_gib": memory.peak(device) / 2**30} | memory.reserved(device)
         values |= noise.update(of_pair) | ({"train/loss_scale": scale} if fp16 else {})
         if finite:
             state["norms"] = [*state["norms"], [step, grad_norm]][-config.schedule.clip_window - 1:]
@@ -495,7 +496,10 @@ def open_record(run, config, state, resume, owed, outlook):
 # -------------------------------------------------------------------------------------------------- pieces of the loop
 
 def rescale(scaler, finite):
-    """fp16 loss scaling: halve the scale after a non-finite step, double it after 2000 finite ones (Micikevicius et al. 2018, section 3.2)."""
+    """fp16 loss scaling: halve the scale after a step that is not finite, double it after 2000 that are.
+
+    Micikevicius et al. 2018, section 3.2.
+    """
     good = torch.where(finite, scaler["good_steps"] + 1, 0)
     doubled = torch.where(good >= 2000, scaler["scale"] * 2, scaler["scale"])
     scaler["scale"].copy_(torch.where(finite, doubled, torch.clamp(scaler["scale"] / 2, min=1.0)))
