@@ -1,4 +1,4 @@
-"""Token sets on disk: memory-mapped, found again by what shapes them, and never half there.
+"""Token sets (and what the unquantised model made of one) on disk: found again by what shapes them, and never half there.
 
 An entry is a folder named by a key, the SHA-256 of everything that shapes its content, the code that makes it included. It is
 written under another name, synced and renamed, so it is whole or it is not there; writers of one key wait for each other at a
@@ -23,6 +23,7 @@ import numpy as np
 
 STALE_SECONDS = 24 * 3600  # what a killed writer left is swept after that
 CODE = ("audit.py", "cache.py", "data.py", "sources.py", "tokens.py")  # makes entries: what other text of theirs made is not taken
+_told = set()  # folders that could not be written, each told once
 _code = [hashlib.sha256((pathlib.Path(__file__).parent / name).read_bytes()).hexdigest() for name in CODE]
 
 
@@ -41,8 +42,10 @@ def folder(setting):
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         if setting == "auto":
-            print(f"warning: tokens are not kept: {path} cannot be written ({error.strerror}); data.cache=FOLDER names another place",
-                  file=sys.stderr)
+            if path not in _told:
+                _told.add(path)
+                print(f"warning: tokens are not kept: {path} cannot be written ({error.strerror}); data.cache=FOLDER names another place",
+                      file=sys.stderr)
             return None
         raise ValueError(f"data.cache: {path} cannot be written ({error.strerror}); name another folder, or off") from None
     return path
@@ -79,6 +82,8 @@ def entry(place, name, build, read):
             os.rename(temporary, path)
             _sync(place)
         except OSError as error:
+            if error.filename and not pathlib.Path(os.fsdecode(error.filename)).is_relative_to(place):
+                raise  # what build reads, not what it writes
             raise ValueError(f"data.cache: {place} cannot be written ({error.strerror or error}); make room, name another folder, "
                              "or off") from error
         finally:
@@ -97,7 +102,7 @@ def _locked(path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that reads the same rows ({path})", file=sys.stderr)
+            print(f"waiting for another process that makes the same ({path})", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -15,6 +15,8 @@ def introduce(run, config, rows, network, state, outlook):
     """What is about to happen: the forecast, and how it will be done."""
     plan = state["plan"]
     print(f"run       {run}" + (f", going on after step {state['step']:,}" if state["step"] else ""))
+    if begun := record.continues(run):
+        print(f"          begun in another folder: {begun}; the record until there is\n          in this one too, the best step is looked for anew")
     for accepted in state["accepted"]:
         print(f"          accepted at step {accepted['step']}: another {', another '.join(name for name in accepted if name != 'step')}")
     print(forecast.show_forecast(outlook))

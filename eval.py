@@ -21,9 +21,12 @@ import hashlib
 import json
 import math
 import pathlib
+import platform
+import sys
 import textwrap
 import time
 
+import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
@@ -33,6 +36,7 @@ import checkpoint
 import config as settings
 import data
 import generation
+import graphs
 import loading
 import lora_layers
 import model
@@ -80,10 +84,16 @@ def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
     if any(ranks.most(bool(interrupted))):
         return None, None
     nll, tokens, correct = ranks.total(totals).cpu().numpy()
-    loss = float(nll.sum() / max(1, tokens.sum()))
-    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": float(correct.sum() / max(1, tokens.sum())),
-               "supervised_tokens": int(tokens.sum()), "rows": count, "seconds": time.perf_counter() - began, "max_tokens": max_tokens}
-    return figures, {"nll": nll, "tokens": tokens, "correct": correct}
+    by_row = {"nll": nll, "tokens": tokens, "correct": correct}
+    return figures_of(by_row) | {"seconds": time.perf_counter() - began, "max_tokens": max_tokens}, by_row
+
+
+def figures_of(by_row):
+    """{"loss", "perplexity", "token_accuracy", "supervised_tokens", "rows"} of what each row came to."""
+    tokens = by_row["tokens"].sum()
+    loss = float(by_row["nll"].sum() / max(1, tokens))
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": float(by_row["correct"].sum() / max(1, tokens)),
+            "supervised_tokens": int(tokens), "rows": len(by_row["nll"])}
 
 
 @torch.no_grad()
@@ -102,11 +112,16 @@ def generate(network, tokenizer, prompts, max_new_tokens, end_ids, interrupted=(
     ids = torch.tensor([[pad] * (width - len(prompt["ids"])) + list(prompt["ids"]) for prompt in prompts], device=network.device)
     mask = torch.tensor([[0] * (width - len(prompt["ids"])) + [1] * len(prompt["ids"]) for prompt in prompts], device=network.device)
     interrupted = () if network.sharded else interrupted
-    write = generation.by_transformers if generation.serves(network) else generation.replayed
+    write = generation.by_transformers if generation.serves(network, len(prompts)) else generation.replayed
     fits = True
     try:
         with attention.own_attention(network):
-            written = write(network, ids, mask, max_new_tokens, end_ids, interrupted)
+            try:
+                written = write(network, ids, mask, max_new_tokens, end_ids, interrupted)
+            except graphs.NotRecordable as error:
+                print(f"note: samples are written without CUDA graphs, which is slower ({error.__cause__})", file=sys.stderr)
+                network.graphs = False
+                written = generation.by_transformers(network, ids, mask, max_new_tokens, end_ids, interrupted)
     except (RuntimeError, MemoryError) as error:
         if len(prompts) == 1 and model.out_of_memory(error) and ranks.RANKS == 1:
             raise model.DoesNotFit(f"eval.samples, eval.prompts: the prompt {prompts[0]['prompt'][:60]!r} of {width:,} tokens does not fit "
@@ -173,54 +188,67 @@ def show(samples, width=80):
     return "\n".join(lines)
 
 
-SHAPES_FIGURES = ("attention.py", "eval.py", "fused.py", "gpu_kernels.py", "loading.py", "lora_layers.py", "model.py", "quant.py")
+class NotFinite(Exception):
+    """What rows came to (its argument) that is not to be kept."""
 
 
 def evaluate_unquantised(config, device, eval_rows):
     """(figures, by row) of the untouched model in 16 or 32 bits, as eval.evaluate gives them; None where it is not asked for or does not fit.
 
-    What training gains is told against it too: making good what quantisation spoilt is not yet learning. Kept between starts beside
-    the tokens (data.cache), since the same model, rows and code give the same figures.
+    What training gains is told against it too: making good what quantisation spoilt is not yet learning. What rows came to is kept
+    between starts beside the tokens (data.cache), since the same model, rows and code give the same figures.
     """
     if config.eval.unquantised == "no" or config.model.quant == "none":
         return None
-    place = cache.folder(config.data.cache) if ranks.RANKS == 1 else None  # ranks evaluate together, whatever each finds
-    name = place and cache.key(unquantised_figures_shaped_by(config, device, eval_rows))
-    known = place and (place / name).is_dir()
-    if not known and config.eval.unquantised == "auto" and any(ranks.most(1.3 * loading.stored_bytes(config) > model.free_memory(device))):
+    if config.eval.unquantised == "auto" and any(ranks.most(1.3 * loading.stored_bytes(config) > model.free_memory(device))):
         print("note: the unquantised model does not fit beside what is in memory, so it is not evaluated; "
               "eval.unquantised=no leaves it out without a word")
         return None
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quant="none"),
+                                lora=dataclasses.replace(config.lora, dora=False, init="zero", init_from=""))
 
     def build(folder):
-        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, quant="none"))
         network = model.load(plain, device)
         max_tokens = config.memory.max_tokens or (8192 if device.type == "cuda" else 2048)
-        figures, by_row = evaluate(network, eval_rows, config.eval.max_rows, max_tokens)
+        _, by_row = evaluate(network, eval_rows, config.eval.max_rows, max_tokens)
         del network
         model.release_memory()
+        if not np.isfinite(by_row["nll"]).all():
+            raise NotFinite(by_row)
         save_file(by_row, folder / "by_row.safetensors")
-        return figures
+        return {}
 
-    return cache.entry(place, name, build, lambda folder: (cache.meta(folder), load_file(folder / "by_row.safetensors")))
+    place = cache.folder(config.data.cache) if ranks.RANKS == 1 else None  # ranks evaluate together, whatever each finds
+    try:
+        by_row = cache.entry(place, place and cache.key(unquantised_shaped_by(config, device, eval_rows)), build,
+                             lambda folder: load_file(folder / "by_row.safetensors"))
+    except NotFinite as found:
+        by_row = found.args[0]
+    return figures_of(by_row), by_row
 
 
-def unquantised_figures_shaped_by(config, device, eval_rows):
-    """What the figures of evaluate_unquantised follow from, JSON-ready, with the SHA-256 of every file of the model and of our code."""
+_code = [hashlib.sha256((pathlib.Path(__file__).parent / name).read_bytes()).hexdigest()  # as it is imported
+         for name in ("attention.py", "eval.py", "fused.py", "gpu_kernels.py", "loading.py", "lora_layers.py", "model.py", "quant.py")]
+
+
+def unquantised_shaped_by(config, device, eval_rows):
+    """What evaluate_unquantised's rows come to follows from this, JSON-ready, with the SHA-256 of every file of the model and of our code.
+
+    The adapters do not shape it: at B = 0 they add exactly nothing.
+    """
     import transformers
 
     def sha(path):
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    folder, here = loading.local_folder(config.model.path, config.model.revision), pathlib.Path(__file__).parent
-    files = [folder / "config.json", *sorted(set(loading.weight_files(folder).values())), *(here / name for name in SHAPES_FIGURES)]
+    folder = loading.local_folder(config.model.path, config.model.revision)
+    files = [folder / "config.json", *sorted(set(loading.weight_files(folder).values()))]
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         digests = list(threads.map(sha, files))
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    started = [config.lora.dora, config.lora.init, config.lora.init_from]  # r and alpha add exactly nothing at B = 0
-    return ["unquantised", digests, eval_rows.digest, config.eval.max_rows, config.model.compute_dtype, config.model.attention, started,
-            dataclasses.asdict(config.memory), where, torch.__version__, transformers.__version__]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return ["unquantised", _code, digests, eval_rows.digest, config.eval.max_rows, config.model.compute_dtype, config.model.attention,
+            dataclasses.asdict(config.memory), config.train.deterministic, where, torch.__version__, torch.version.cuda, transformers.__version__]
 
 
 def check_vocabulary(network, *data_sets):

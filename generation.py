@@ -18,16 +18,15 @@ import quant
 import ranks
 
 LOOK = 8  # tokens from one look at who has ended, and whether the run is interrupted, to the next
-MOST = 256  # prompts at a time, as LLM.int8() is asked whether it would wait for so many tokens
 STEP = 64  # the cache's length is a multiple of this: attention likes its mask's rows aligned, and lengths that it has met before
 
 
-def serves(network):
-    """'' if this network's tokens can and should be replayed, else why not, in words."""
+def serves(network, prompts):
+    """'' if this network's tokens for so many prompts can and should be replayed, else why not, in words."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
     if network.sharded or ranks.RANKS > 1:
         return "several ranks go from token to token together"
-    if any(isinstance(module, quant.LLMInt8Weight) and module.waits(MOST) for module in network.modules()):
+    if any(isinstance(module, quant.LLMInt8Weight) and module.waits(prompts) for module in network.modules()):
         return "LLM.int8() waits for the GPU"
     if network.get_input_embeddings().weight.device != network.device:
         return "embeddings are looked up on the host"

@@ -54,12 +54,16 @@ def padded(batch, tokens, supervised, documents, longest):
             "targets": torch.cat((batch.targets, torch.full((missing,), -100)))}
 
 
+class NotRecordable(ValueError):
+    """Something in a model's passes cannot be part of a CUDA graph; the message names the way out."""
+
+
 @contextlib.contextmanager
 def recording(graph, **options):
-    """torch.cuda.graph(graph, **options), whose failure names the way out.
+    """torch.cuda.graph(graph, **options), whose failure is told as what it is.
 
-    Raises ValueError where what is recorded cannot be, and torch.OutOfMemoryError where that was the reason: ending a recording that has
-    failed raises an error of its own, which would hide it.
+    Raises NotRecordable where what is recorded cannot be, and torch.OutOfMemoryError where that was the reason: ending a recording that
+    has failed raises an error of its own, which would hide it. Other errors stay what they are.
     """
     try:
         with torch.cuda.graph(graph, **options):
@@ -70,8 +74,10 @@ def recording(graph, **options):
             reason = reason.__context__
         if reason is not None:
             raise reason
+        if "captur" not in str(error).lower():
+            raise
         first_line = str(error).partition("\n")[0]
-        raise ValueError(f"memory.graphs: this model's passes cannot be recorded as a CUDA graph ({first_line}); "
+        raise NotRecordable(f"memory.graphs: this model's passes cannot be recorded as a CUDA graph ({first_line}); "
                          "give --memory.graphs=no") from error
 
 

@@ -129,7 +129,10 @@ def read_evaluations(run_folder, problems=None):
 
 
 def take_along(source, run_folder, step):
-    """Copy what the run in `source` recorded up to `step` to a run that goes on from there in another folder, which has no record yet."""
+    """Copy what the run in `source` recorded up to `step` to a run that goes on from there in another folder, which has no record yet.
+
+    continues.json says so for good.
+    """
     source, folder = pathlib.Path(source), pathlib.Path(run_folder)
     until = lambda path: not path.stem.startswith("step-") or path.stem[5:].isdigit() and int(path.stem[5:]) <= step
     names = [path.relative_to(source) for path in (source / "metrics.jsonl", *sorted(source.glob("evaluations/*.safetensors")))
@@ -138,6 +141,17 @@ def take_along(source, run_folder, step):
         with writing(folder / name, "make room and start again"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, folder / name)
+    with writing(folder / "continues.json", "make room and start again"):
+        (folder / "continues.json").write_text(json.dumps({"run": source.name, "step": step}), encoding="utf-8")
+
+
+def continues(run_folder):
+    """"NAME@step-000500" where a run goes on from another one's checkpoint in a folder of its own, else ""."""
+    path = pathlib.Path(run_folder) / "continues.json"
+    if not path.is_file():
+        return ""
+    origin = json.loads(path.read_text(encoding="utf-8"))
+    return f"{origin['run']}@step-{origin['step']:06d}"
 
 
 def _leave_to_next_call(args, hook=threading.excepthook):

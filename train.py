@@ -112,6 +112,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
              "plan": plan, "origin": continuation.origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
     if before:
         state = continuation.restore(saved, resume, accept, state, adapters, moments, scaler, device)
+        if ranks.FIRST and other_run(resume, run):  # the best checkpoint until here is the other run's
+            state |= {"best_step": None, "best_loss": None, "without_improvement": 0}
     ranks.from_first([flat, *moments.values(), *scaler.values()])
     fatal, too_large = [], []  # alerts that end the run; a row that does not fit into memory even alone, told with its name
     stopped = lambda: state["nonfinite"] == config.train.nonfinite_limit or bool(fatal)
@@ -121,6 +123,9 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     conclude = lambda: overfit.conclude(run, rows) if by_heart else console.conclude(run, config, state, max_steps)
     concluded = lambda: int(ranks.same(str(conclude()) if ranks.FIRST else ""))
     if finished():
+        if ranks.FIRST and other_run(resume, run):
+            raise ValueError(f"--resume: {resume} is the end of its run, so there is nothing to go on with in {run}; raise train.max_steps, "
+                             "or start from its adapter with --lora.init_from=")
         print(f"finished already: {resume} is the end of the run")
         return concluded()
 
@@ -191,16 +196,21 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         attend(state["step"], {tag: record.NONFINITE.get(value, value) for tag, value in state["line"].items()})
 
     def look_for_dead(step, applied, finite):
-        """Find adapter matrices without a gradient in the first steps: B's in the first that is applied, A's once B has moved."""
+        """Find adapter matrices without a gradient in the first steps: B's in the first that is applied, A's once B has moved.
+
+        Returns what of it goes into the step's record.
+        """
         matrix = proof.due_matrix(applied, alive)
         dead = proof.dead(continuation.views(flat.grad, adapters), matrix) if matrix and finite else []
         if matrix == "lora_A":  # where B is still zero, theirs is zero rightly
             dead = sorted(set(dead) - set(proof.asleep(network, dead)))
         alive.update({matrix} if matrix and finite else ())
-        if dead and config.proof.enabled:
-            console.say(f"gradients  DEAD: after step {step} {len(dead)} of the {matrix} have a gradient that is zero or not finite: "
-                        f"{proof.some(dead)}")
-            fatal.append("dead gradients")
+        if not dead or not config.proof.enabled:
+            return {}
+        told = f"after step {step} {len(dead)} of the {matrix} have a gradient that is zero or not finite: {proof.some(dead)}"
+        console.say(f"gradients  DEAD: {told}")
+        fatal.append("dead gradients")
+        return {"proof/outcome": f"dead: {told}"}
 
     def settle(done):
         """Read a step's figures off the device and write them down. A step that was not applied is told with its rows."""
@@ -374,9 +384,10 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         if fp16 and supervised:
             rescale(scaler, finite)
 
+        found_dead = {}
         if len(alive) < 2 and proof.telling(window):  # the first steps: waiting for the device costs nothing yet
             applied += bool(finite)
-            look_for_dead(step, applied, finite)
+            found_dead = look_for_dead(step, applied, finite)
 
         marks.append(clock.mark(device))
         figures = torch.cat((torch.stack((loss, grad_norm, finite, scaler["scale"])).float(), of_pair.float()))
@@ -386,7 +397,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         state |= {"tokens": state["tokens"] + tokens, "supervised_tokens": state["supervised_tokens"] + supervised}
         values = {"train/learning_rate": learning_rate, "train/clip_threshold": threshold, "train/samples": count, "train/tokens": tokens,
                   "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)}
-        values |= {"train/max_tokens": plan["fits"]} if plan["shrunk"] else {}
+        values |= found_dead | ({"train/max_tokens": plan["fits"]} if plan["shrunk"] else {})
         pending.append({"step": step, "samples": samples, "marks": marks, "of_pair": len(of_pair), "figures": clock.to_host(figures),
                         "values": values})
 
@@ -394,7 +405,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         proof_due = proof.due(config, step, first, max_steps, device)
         agree()
         boundary = evaluation_due or save_due or bool(proof_due) or bool(ending) or bool(fatal)
-        while len(pending) > (0 if boundary else 1) and not stopped():
+        while len(pending) > (0 if boundary else 1) and state["nonfinite"] < config.train.nonfinite_limit:
             settle(pending.pop(0))  # of the step before, while a GPU is busy with this one
         agree()
         if stopped():
@@ -477,7 +488,7 @@ def other_run(resume, run):
 def open_record(run, config, state, resume, owed, outlook):
     """The recorder, and settings and surroundings written down. Where an evaluation is owed, its step's line is begun again."""
     if not resume:  # what lies there has no checkpoint to go on from, or is to be overwritten
-        names = ("checkpoints", "evaluations", "metrics.jsonl", "verdict.json", "report.md", "plots")
+        names = ("checkpoints", "evaluations", "metrics.jsonl", "continues.json", "verdict.json", "report.md", "plots")
         for old in [*(run / name for name in names), *run.glob("events.out.tfevents.*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     elif source := other_run(resume, run):
@@ -550,7 +561,11 @@ def main(argv):
     resume, problems = None, []
     if flags["resume"] and ranks.FIRST:
         resume, problems = checkpoint.newest_valid(run) if flags["resume"] is True else (checkpoint.find(flags["resume"]), [])
-        if other_run(resume, run) and any((run / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+        source = other_run(resume, run)
+        if source and not flags["out"]:
+            raise ValueError(f"--resume: {resume} is no checkpoint of {run}; give --out={source} to go back in its own run, or --out=NEW "
+                             "to go on from it in a new folder")
+        if source and any(run.glob("checkpoints/step-*")):
             raise ValueError(f"--resume: {resume} is a checkpoint of another run than {run}, whose record would be mixed with it; "
                              "name a new folder with --out=")
     elif ranks.FIRST and any(run.glob("checkpoints/step-*")) and not flags["overwrite"] and not flags["preflight"]:

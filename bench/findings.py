@@ -109,7 +109,7 @@ def experiments():
     bits = {kind: {"model.quant": kind} for kind in ("none", "int8")}
     schedules = {"zero": {"schedule.lr_min": 0}, "wsd": {"schedule.lr_kind": "wsd"}, "constant": {"schedule.lr_kind": "constant"},
                  "floor-3e-5": {"schedule.lr_min": "3e-5"}, "growing-batch": {"schedule.batch_points": "[[1,16],[1001,48]]"},
-                 "adaptive-clip": {"schedule.clip_percentile": 50}, "no-clip": {"schedule.clip_norm": 0}}
+                 "adaptive-clip": {"schedule.clip_percentile": 50, "schedule.clip_norm": 100}, "no-clip": {"schedule.clip_norm": 0}}
     plan += [run for kind in bits for run in variant(f"bits-{kind}", bits[kind])]
     plan += [run for name in single for run in variant(name, single[name], seconds=55)]
     plan += seeded("factor-all-but-bits", "approach3", TLDR | FIGURES | {"model.quant": "nf4"}, 60, first)

@@ -14,6 +14,7 @@ or unsloth, which are no part of requirements.txt. The record holds loss, gradie
 LLM.int8, DoRA, mixtures, several GPUs.
 """
 import collections
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -137,7 +138,9 @@ def train(peer, config, run, fp32=False):
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     print(f"{peer}: adapters in {theirs}" + (f", trained in {adapter_dtypes(trainer.model)}" if fp32 else ""), flush=True)
     (run / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
-    (run / "environment.json").write_text(json.dumps(record.environment(), indent=1))
+    surroundings = record.environment()
+    surroundings["packages"] |= {name: importlib.metadata.version(name) for name in {"trl", peer}}
+    (run / "environment.json").write_text(json.dumps(surroundings, indent=1))
     began = time.perf_counter()
     trainer.train()
     print(f"{peer}: {steps} steps in {time.perf_counter() - began:.1f} s")

@@ -110,7 +110,7 @@ def computed(speeds, inside, between, hosts_of=8, micro_batch=8192, micro_batche
     rows = json.loads(pathlib.Path(speeds).read_text())
     ours = next(row for row in rows if row["case"] == "A" and row["who"] == "rawlora" and row.get("gpus", 1) == 1)
     weights = {model: sizes(model)["weights"] * sizes(model)["layers"] + MODELS[model][1] * MODELS[model][4] for model in MODELS}
-    lines = ["| model | GPUs | sum, ms | layer gathered, ms | tokens/s, replicated | of N GPUs alone | tokens/s, sharded | of N GPUs alone |",
+    lines = ["| model | GPUs | sum, ms | layer gathered, ms | tokens/s, replicated | of N GPUs alone | tokens/s, sharded | of N that recompute alone |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for model in ("8B", "70B"):
         alone = ours["tokens_per_second"] * weights["8B"] / weights[model]

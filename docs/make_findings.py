@@ -6,8 +6,8 @@
 
 The records are what bench/findings.py keeps of its runs. Intervals are those of compare.py and verdict.py: evaluation rows drawn with
 replacement, the same draw on both sides. Where a setting ran with several seeds, each row's loss is first averaged over them. A
-difference is called clear where its interval excludes 0 and it is larger than what seeds alone do: twice the standard error that the
-deviation between seeds, pooled over all settings that have several, gives for so many seeds. What was not run is called so.
+difference is called clear where its interval excludes 0 and it is larger than what seeds alone do in 95 of 100 cases, by Student's t and
+the deviation between seeds, pooled over all settings that have several. What was not run is called so.
 """
 import json
 import math
@@ -84,22 +84,32 @@ def loss(run, step=None):
     return math.nan if arrays is None else compare.loss_of(arrays)
 
 
-def seed_deviation(runs, like="approach1"):
-    """The standard deviation of the last evaluation loss between seeds, pooled over the settings of one kind that ran with several: those of
-    the failed run's length, the peers' 500 steps, 200 steps of both paths, or approach 1's 2,000. NaN without."""
-    kind = lambda name: name.split("-")[0] if name.startswith(("seed", "ours")) else "200" if name.startswith(("fast-200", "slow-200")) else "seed" if name.startswith("cure") else "approach1"
+def seed_deviation(runs):
+    """(standard deviation of the last evaluation loss between seeds, its degrees of freedom), pooled over all settings that ran with
+    several. (NaN, 0) without."""
     squares, freedom = 0.0, 0
     for name in sorted({re.sub(r"-s\d$", "", name) for name in runs if re.search(r"-s\d$", name)}):
-        values = [value for value in (loss(run) for run in seeds_of(runs, name)) if math.isfinite(value)] if kind(name) == kind(like) else []
+        values = [value for value in (loss(run) for run in seeds_of(runs, name)) if math.isfinite(value)]
         if len(values) > 1:
             squares, freedom = squares + np.var(values, ddof=1) * (len(values) - 1), freedom + len(values) - 1
-    return math.sqrt(squares / freedom) if freedom else math.nan
+    return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
 
 
-def sense(gap, seeds, deviation):
-    """lower, higher or unclear: of a loss difference between `seeds` = (runs here, runs there)."""
+def student(freedom):
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 1964, 26.7.5; 4 % low at 2 degrees of freedom, exact to 1 % from 4)."""
+    z = 1.959964
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
+def seed_noise(deviation, freedom, seeds):
+    """How large a difference between `seeds` = (runs here, runs there) seeds alone make in 95 of 100 cases; 0 where that is not known."""
+    return student(freedom) * deviation * math.sqrt(1 / seeds[0] + 1 / seeds[1]) if freedom else 0.0
+
+
+def sense(gap, noise):
+    """lower, higher or unclear: of a loss difference beside what seeds alone make of it."""
     word = compare.sense(gap)
-    noise = 2 * deviation * math.sqrt(1 / seeds[0] + 1 / seeds[1]) if math.isfinite(deviation) else 0.0
     return "unclear" if word in ("lower", "higher") and abs(gap["value"]) < noise else word
 
 
@@ -121,15 +131,18 @@ def spread(values, form=".4f"):
 
 
 def gap_cells(entry, found, reference, deviation):
-    """A loss difference, its interval, and what it says, as cells."""
+    """A loss difference, its interval, and what it says, as cells. A run that is one of the reference's, bit for bit, shows nothing."""
     if entry is None or entry["loss_difference"] is None:
         return [DASH, DASH, DASH]
-    return [*compare.difference(entry["loss_difference"], 1, ".4f"), sense(entry["loss_difference"], (len(found), len(reference)), deviation)]
+    if any(np.array_equal(rows_of([ours])["nll"], rows_of([theirs])["nll"]) for ours in found for theirs in reference):
+        return [DASH, DASH, "the same run, bit for bit"]
+    noise = seed_noise(*deviation, (len(found), len(reference)))
+    return [*compare.difference(entry["loss_difference"], 1, ".4f"), sense(entry["loss_difference"], noise)]
 
 
 def differences_table(runs, what, reference, names):
     """A table of settings against the first. names: {row's label: experiment}."""
-    deviation, base = seed_deviation(runs, reference[1]), seeds_of(runs, reference[1])
+    deviation, base = seed_deviation(runs), seeds_of(runs, reference[1])
     groups = {label: seeds_of(runs, name) for label, name in names.items()}
     entries = against(rows_of(base) if base else None, [rows_of(found) if found else None for found in groups.values()])
     rows = []
@@ -366,9 +379,9 @@ def machine(runs):
     names = [experiment.name for experiment in findings.experiments()]
     missing = [name for name in names if name not in runs]
     text = f"{len(names) - len(missing)} of {len(names)} experiments have been run."
-    deviation = seed_deviation(runs)
-    if math.isfinite(deviation):
-        text += f" Between seeds alone the last evaluation loss of approach 1 and its variants deviates by {deviation:.4f} nats."
+    deviation, freedom = seed_deviation(runs)
+    if freedom:
+        text += f" Between seeds alone the last evaluation loss deviates by {deviation:.4f} nats ({freedom} degrees of freedom)."
     return words.prose(text + (f" Not run: {', '.join(missing)}." if missing and len(missing) < len(names) else ""))
 
 
@@ -429,8 +442,8 @@ def first_screen(runs):
                     f"{spread(map(loss, ours), '.3f')}, token accuracy {accuracy(first, 0):.2f} → {spread(map(accuracy, ours), '.3f')}, {len(ours)} seeds.")
     if mine and theirs:
         value, span = compare.difference(against(rows_of(mine), [rows_of(theirs)])[0]["loss_difference"], 1, ".3f")
-        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order, 500 steps: loss {spread(map(loss, theirs), '.3f')} beside "
-                    f"{spread(map(loss, mine), '.3f')} here, {value} ({span}).")
+        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order, 500 steps, its adapters in bf16 as it casts them: loss "
+                    f"{spread(map(loss, theirs), '.3f')} ({words.count(len(theirs), 'seed')}) beside {spread(map(loss, mine), '.3f')} here, {value} ({span}).")
     return "\n".join(words.prose(sentence, "- ") for sentence in told) or "No experiment has been run yet."
 
 
@@ -474,8 +487,7 @@ def draw_differences(runs, path):
             gap = entry["loss_difference"]
             axis.plot([gap["low"], gap["high"]], [place, place], color=plots.TRAIN, linewidth=2)
             axis.plot(gap["value"], place, "o", color=plots.EVAL, markersize=5)
-        if math.isfinite(deviation):
-            noise = 2 * deviation * math.sqrt(1 + 1 / len(base))
+        if noise := seed_noise(*deviation, (1, len(base))):
             axis.axvspan(-noise, noise, color="#eeeeee", zorder=0, label="what another seed alone does (one run)")
         axis.axvline(0, color=plots.GREY, linewidth=0.8)
         axis.set_yticks(range(len(known)), known)

@@ -315,7 +315,13 @@ def test_the_unquantised_figures_are_kept_and_every_row_of_theirs(tiny_inputs, t
     real, loads = model.load, []
     monkeypatch.setattr(model, "load", lambda *given: loads.append(given) or real(*given))
     again, rows_again = evaluation.evaluate_unquantised(cfg, cpu, rows)
-    assert not loads and again == figures and set(rows_again) == set(by_row)
+    assert not loads and again == figures == evaluation.figures_of(by_row) and set(rows_again) == set(by_row)
+    for started in ({"init": "loftq", "r": 2}, {"dora": True, "r": 8}):  # adapters that would not begin at nothing
+        assert evaluation.evaluate_unquantised(configured(tiny_inputs, model={"quant": "nf4"}, data={"cache": str(tmp_path / "cache")}, lora=started), cpu, rows)[0] == figures
+    assert not loads
+    for meta in (tmp_path / "cache").glob("*/meta.json"):  # nothing of the figures is taken from what no digest covers
+        meta.write_text(meta.read_text().replace('"meta": {}', '"meta": {"loss": 0.123}'))
+    assert evaluation.evaluate_unquantised(cfg, cpu, rows)[0] == figures
     assert all(rows_again[name].dtype == by_row[name].dtype and (rows_again[name] == by_row[name]).all() for name in by_row)
     for other in ({"model": {"compute_dtype": "fp32"}, "lora": {"r": 2}}, {"model": {"double_quant": False}}):  # nothing of the figures
         evaluation.evaluate_unquantised(configured(tiny_inputs, **{"data": {"cache": str(tmp_path / "cache")}} | other | {"model": {"quant": "nf4"} | other["model"]}), cpu, rows)
@@ -346,3 +352,38 @@ def test_without_a_cache_the_unquantised_model_is_evaluated_each_time(tiny_input
     monkeypatch.setattr(model, "load", lambda *given: loads.append(given) or real(*given))
     values = [evaluation.evaluate_unquantised(cfg, torch.device("cpu"), rows) for _ in range(2)]
     assert len(loads) == 2 and values[0][0]["loss"] == values[1][0]["loss"] and set(values[0][1]) == {"nll", "tokens", "correct"}
+
+
+def test_unquantised_figures_that_are_not_finite_are_told_and_not_kept(tiny_inputs, tmp_path, monkeypatch):
+    cfg = configured(tiny_inputs, model={"quant": "nf4"}, data={"cache": str(tmp_path / "cache")})
+    rows, real, loads = tokenized(tiny_inputs), model.load, []
+
+    def broken(*given):
+        network = real(*given)
+        if not loads:
+            network.get_input_embeddings().weight.data[:] = float("nan")
+        loads.append(network)
+        return network
+
+    monkeypatch.setattr(model, "load", broken)
+    losses = [evaluation.evaluate_unquantised(cfg, torch.device("cpu"), rows)[0]["loss"] for _ in range(3)]
+    assert math.isnan(losses[0]) and losses[1] == losses[2] and math.isfinite(losses[1]) and len(loads) == 2
+
+
+def test_a_model_that_does_not_fit_is_not_read_to_find_its_figures(tiny_inputs, tmp_path, monkeypatch, capsys):
+    cfg = configured(tiny_inputs, model={"quant": "nf4"}, data={"cache": str(tmp_path / "cache")})
+    monkeypatch.setattr(model, "free_memory", lambda device: 0)
+    monkeypatch.setattr(evaluation, "unquantised_shaped_by", lambda *given: pytest.fail("the weights were read"))
+    assert evaluation.evaluate_unquantised(cfg, torch.device("cpu"), tokenized(tiny_inputs)) is None and "does not fit" in capsys.readouterr().out
+
+
+def test_a_model_file_that_cannot_be_read_is_not_called_a_cache_that_cannot_be_written(tiny_inputs, tmp_path, monkeypatch):
+    cfg = configured(tiny_inputs, model={"quant": "nf4"}, data={"cache": str(tmp_path / "cache")})
+
+    def refused(*given):
+        raise PermissionError(13, "Permission denied", str(tiny_inputs / "model/model.safetensors"))
+
+    monkeypatch.setattr(model, "load", refused)
+    with pytest.raises(PermissionError):
+        evaluation.evaluate_unquantised(cfg, torch.device("cpu"), tokenized(tiny_inputs))
+    assert not list((tmp_path / "cache").glob("*.tmp"))

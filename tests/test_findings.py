@@ -1,6 +1,7 @@
 """bench/findings.py runs and keeps experiments; docs/make_findings.py makes the page of what was kept, and of nothing else."""
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -320,7 +321,8 @@ def test_a_difference_is_that_of_the_rows_and_is_called_clear_beyond_what_seeds_
     keep_one(tmp_path, "schedule-wsd-s0", {0: 4.6, 2000: 2.05})
     keep_one(tmp_path, "schedule-no-clip-s0", {0: 4.6, 2000: 2.25})
     runs = make.read(tmp_path)
-    assert make.seed_deviation(runs) == pytest.approx(0.002, rel=1e-3)
+    deviation, freedom = make.seed_deviation(runs)
+    assert deviation == pytest.approx(0.002, rel=1e-3) and freedom == 2
     text = make.filled(PAGE, runs, tmp_path)
     assert row(text, "cosine, floor 1e-5")[1:3] == ["3", "2.1500 ± 0.0020"]
     wsd, zero = row(text, "WSD, floor 1e-5"), row(text, "cosine to 0")
@@ -330,6 +332,23 @@ def test_a_difference_is_that_of_the_rows_and_is_called_clear_beyond_what_seeds_
     assert "NF4, double" in text and row(text, "16 bits")[1] == "3.9000" and "+0.7000" in text
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["findings-approaches.png", "findings-differences.png"]
     assert make.filled(text, runs, tmp_path) == text  # made again, it stays
+
+
+@pytest.mark.parametrize("freedom, quantile, within", [(2, 4.3027, 0.04), (4, 2.7764, 0.01), (14, 2.1448, 1e-4), (1000, 1.9623, 1e-4)])
+def test_what_seeds_do_is_judged_by_students_t(freedom, quantile, within):
+    assert make.student(freedom) == pytest.approx(quantile, rel=within)
+    assert make.seed_noise(0.01, freedom, (1, 3)) == pytest.approx(0.01 * quantile * (4 / 3) ** 0.5, rel=within) and make.seed_noise(math.nan, 0, (1, 3)) == 0
+
+
+def test_a_setting_that_changed_nothing_is_shown_as_the_same_run(tmp_path):
+    """Its loss may well differ from the mean over seeds, which would look like a finding."""
+    for seed, value in enumerate((2.150, 2.152, 2.148)):
+        keep_one(tmp_path, f"approach1-s{seed}", {0: 4.6, 2000: value})
+    shutil.copytree(tmp_path / "approach1-s1", tmp_path / "schedule-adaptive-clip-s0")
+    about = tmp_path / "schedule-adaptive-clip-s0" / "summary.json"
+    about.write_text(about.read_text().replace("approach1-s1", "schedule-adaptive-clip-s0"))
+    cells = row(make.filled(PAGE, make.read(tmp_path), None), "clipped at the median")
+    assert cells[3:] == [make.DASH, make.DASH, "the same run, bit for bit"]
 
 
 def test_a_proof_that_stopped_the_run_is_told_with_what_it_found(tmp_path):

@@ -1,4 +1,6 @@
 """Samples by replay: on the CPU its every step runs eagerly, and is held to transformers' own loop and to what a graph can record."""
+import types
+
 import pytest
 import torch
 from conftest import make_config, make_model
@@ -114,7 +116,7 @@ def test_evaluation_takes_the_replay_where_it_serves_and_training_does_not_notic
     network = loaded(quant="nf4", lora={"dropout": 0.3})
     expected = samples(network)
     monkeypatch.setattr(network, "generate", lambda **_: pytest.fail("transformers' loop ran"))
-    monkeypatch.setattr(generation, "serves", lambda network: "")
+    monkeypatch.setattr(generation, "serves", lambda network, prompts: "")
     network.train()
     flat, state = network.adapter_memory.flat, torch.get_rng_state()
     flat.grad.fill_(0.5)
@@ -137,7 +139,7 @@ class After(list):
 
 def test_an_interruption_is_seen_within_a_few_tokens(loaded, monkeypatch):
     network, tokens = loaded(), []
-    monkeypatch.setattr(generation, "serves", lambda network: "")
+    monkeypatch.setattr(generation, "serves", lambda network, prompts: "")
     hook = network.register_forward_pre_hook(lambda *_: tokens.append(1))
     assert samples(network, 200, After(3)) is None and len(tokens) == 1 + 3 * generation.LOOK and generation.LOOK <= 8
     assert samples(network, 200, [15]) is None and len(tokens) == 2 + 3 * generation.LOOK
@@ -152,7 +154,7 @@ def test_samples_that_do_not_fit_together_are_replayed_in_halves(loaded, monkeyp
         sizes.append(len(ids))
         return real(network, ids, *rest) if len(ids) < 2 else torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(generation, "serves", lambda network: "")
+    monkeypatch.setattr(generation, "serves", lambda network, prompts: "")
     monkeypatch.setattr(generation, "replayed", lacking)
     assert samples(network) == expected and sizes == [4, 2, 1, 1, 2, 1, 1]
 
@@ -223,40 +225,41 @@ def test_no_token_but_the_first_touches_the_hosts_memory(tmp_path, kind):
 
 
 def test_what_cannot_be_recorded_is_told_by_what_it_is(loaded, tmp_path, monkeypatch):
-    assert generation.serves(loaded()) == "no GPU", "nothing else is against it"
-    assert generation.serves(loaded(quant="nf4", lora={"dora": True})) == "no GPU"
+    assert generation.serves(loaded(), 4) == "no GPU", "nothing else is against it"
+    assert generation.serves(loaded(quant="nf4", lora={"dora": True}), 4) == "no GPU"
     for kind in ("gemma2", "gemma3_text"):
-        assert "plain full attention" in generation.serves(loaded(kind))
-    assert "LLM.int8()" in generation.serves(loaded(quant="llm_int8", dtype="bf16"))
-    assert "memory.graphs" in generation.serves(loaded(memory={"graphs": "no"}))
+        assert "plain full attention" in generation.serves(loaded(kind), 4)
+    assert "LLM.int8()" in generation.serves(loaded(quant="llm_int8", dtype="bf16"), 4)
+    assert "memory.graphs" in generation.serves(loaded(memory={"graphs": "no"}), 4)
     growing = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     cases = ("window", {"sliding_window": 8}, "plain full attention"), ("growing", {"rope_parameters": growing}, "how long")
     for folder, changes, said in cases:
         make_model(tmp_path / folder, "mistral", **{"sliding_window": None} | changes)
-        assert said in generation.serves(model.load(make_config(tmp_path / folder), "cpu"))
+        assert said in generation.serves(model.load(make_config(tmp_path / folder), "cpu"), 4)
     network = loaded()
     elsewhere = model.HostEmbedding(network.get_input_embeddings().weight, network.device)
     elsewhere.weight = elsewhere.weight.to("meta")
     monkeypatch.setattr(network, "get_input_embeddings", lambda: elsewhere)
-    assert "looked up on the host" in generation.serves(network)
+    assert "looked up on the host" in generation.serves(network, 4)
     monkeypatch.undo()
     for name, value, said in (("sharded", True, "several ranks"), ("_can_compile_fullgraph", False, "whatever the values")):
         monkeypatch.setattr(network, name, value)
-        assert said in generation.serves(network)
+        assert said in generation.serves(network, 4)
         monkeypatch.undo()
     monkeypatch.setattr(generation.ranks, "RANKS", 2)
-    assert "several ranks" in generation.serves(network)
+    assert "several ranks" in generation.serves(network, 4)
     monkeypatch.undo()
     torch.use_deterministic_algorithms(True)
     try:
-        assert "deterministic" in generation.serves(network)
+        assert "deterministic" in generation.serves(network, 4)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("inside, at_the_end, raised, told", [
-    (RuntimeError("operation not permitted when stream is capturing"), RuntimeError("capture was invalidated\nmore"), ValueError, "invalidated); give --memory.graphs=no"),
-    (None, RuntimeError("cannot end"), ValueError, "cannot end"),
+    (RuntimeError("operation not permitted when stream is capturing"), RuntimeError("capture was invalidated\nmore"), graphs.NotRecordable, "invalidated); give --memory.graphs=no"),
+    (None, RuntimeError("the capture cannot end"), graphs.NotRecordable, "cannot end"),
+    (RuntimeError("an illegal memory access"), None, RuntimeError, "illegal memory access"),
     (torch.OutOfMemoryError("no memory"), RuntimeError("capture was invalidated"), torch.OutOfMemoryError, "no memory"),
     (torch.OutOfMemoryError("no memory"), None, torch.OutOfMemoryError, "no memory"), (KeyError("ours"), None, KeyError, "ours")])
 def test_a_recording_that_fails_tells_the_way_out_and_lack_of_memory_as_such(monkeypatch, inside, at_the_end, raised, told):
@@ -276,3 +279,20 @@ def test_a_recording_that_fails_tells_the_way_out_and_lack_of_memory_as_such(mon
         if inside:
             raise inside
     assert told in str(caught.value)
+
+
+def test_samples_that_cannot_be_recorded_are_written_all_the_same_with_a_note(loaded, monkeypatch, capsys):
+    network, prompts = loaded(), [{"ids": ids, "prompt": str(ids), "reference": ""} for ids in PROMPTS]
+    letters = types.SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
+    expected = evaluation.generate(network, letters, prompts, 6, [END])
+    asked = []
+
+    def cannot(*given):
+        asked.append(given)
+        raise graphs.NotRecordable("give --memory.graphs=no") from RuntimeError("not while capturing")
+
+    monkeypatch.setattr(generation, "serves", lambda network, prompts: "" if network.graphs else "no")
+    monkeypatch.setattr(generation, "replayed", cannot)
+    monkeypatch.setattr(network, "graphs", True)
+    assert [evaluation.generate(network, letters, prompts, 6, [END]) for _ in range(2)] == [expected] * 2
+    assert len(asked) == 1 and capsys.readouterr().err.count("without CUDA graphs, which is slower (not while capturing)") == 1

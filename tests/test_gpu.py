@@ -305,7 +305,7 @@ def shortfall(network, rows):
 def test_replayed_samples_are_those_of_transformers_own_loop(tmp_path, architecture, kind, sections):
     make_model(tmp_path, architecture, num_hidden_layers=3, initializer_range=0.1)
     network = random_b(model.load(make_config(tmp_path, kind, "fp32", **sections), "cuda"))
-    assert not generation.serves(network)
+    assert not generation.serves(network, 4)
     expected = continued(network, generation.by_transformers)
     for count in (24, 24, 9, 2, 1):
         assert continued(network, generation.replayed, count) == [row[:count] for row in expected]
@@ -383,9 +383,9 @@ def test_an_evaluation_replays_its_samples_and_is_interrupted_between_them(tmp_p
     assert evaluation.generate(network, letters, asked, 200, [2], After()) is None and network.training
     assert evaluation.generate(network, letters, asked, 24, [2]) == samples
     eight_bits = model.load(make_config(tmp_path, "llm_int8", "bf16"), "cuda")
-    assert not generation.serves(eight_bits)
+    assert not generation.serves(eight_bits, 4)
     monkeypatch.setattr(quant, "MASKED", 0)
-    assert "LLM.int8()" in generation.serves(eight_bits)
+    assert "LLM.int8()" in generation.serves(eight_bits, 4)
 
 
 @gpu

@@ -343,13 +343,50 @@ def test_going_back_to_an_earlier_checkpoint_repeats_what_came_after_it(launch, 
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_goes_on_in_a_folder_of_its_own_with_the_record_until_there(launch, tmp_path):
+@pytest.mark.parametrize("matrix, step", [("lora_B", 1), ("lora_A", 2)])
+def test_what_is_found_dead_in_the_first_steps_ends_the_run_and_is_in_its_record(launch, tmp_path, monkeypatch, capsys, matrix, step):
+    """The proof before step 1 found all alive; in training itself one matrix gets no gradient."""
+    import health
+    import verdict
+    real, load = train.ranks.total, model.load
+    networks = []
+    monkeypatch.setattr(model, "load", lambda *given: networks.append(load(*given)) or networks[-1])
+
+    def total(tensor):
+        if networks and tensor is networks[-1].adapter_memory.flat.grad:
+            name = next(name for name in lora_layers.adapters(networks[-1]) if f".{matrix}." in name)
+            dict(train.continuation.views(tensor, lora_layers.adapters(networks[-1])))[name].zero_()
+        return real(tensor)
+
+    monkeypatch.setattr(train.ranks, "total", total)
+    assert launch("run", "--proof.enabled=true") == 4
+    assert f"DEAD: after step {step} 1 of the {matrix}" in capsys.readouterr().out
+    lines = curve(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, step + 1)), "every step that was taken is in the record"
+    last = record.read_metrics(tmp_path / "run")[-1]
+    assert last["proof/outcome"].startswith(f"dead: after step {step}") and last["train/grad_norm"] > 0
+    assert verdict.of_run(tmp_path / "run").outcome == "FAIL"
+    held = health.read(tmp_path / "run/metrics.jsonl")
+    assert "dead gradients" in [found.name for found in health.diagnose(held)]
+
+
+def test_a_run_goes_on_in_a_folder_of_its_own_with_the_record_until_there(launch, tmp_path, monkeypatch, capsys):
     launch("run", *EVERYTHING)
     at = tmp_path / "run/checkpoints/step-000006"
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert launch("fork", *EVERYTHING, f"--resume={at}") == 0
+    fork = [*EVERYTHING, f"--resume={at}"]
+    with monkeypatch.context() as patch:  # killed before its first checkpoint: the same command begins again
+        patch.setattr(checkpoint, "save", lambda *given: (_ for _ in ()).throw(MemoryError("killed")))
+        with pytest.raises(MemoryError):
+            launch("fork", *fork)
+        gc.collect()
+    assert launch("fork", *fork) == 0
+    assert "begun in another folder: run@step-000006" in capsys.readouterr().out
     assert curve(tmp_path / "fork") == curve(tmp_path / "run")
-    assert differences(tmp_path / "fork", tmp_path / "run") == []
+    assert [found for found in differences(tmp_path / "fork", tmp_path / "run") if "best" not in found and "state" not in found] == []
+    assert record.continues(tmp_path / "fork") == "run@step-000006" and record.continues(tmp_path / "run") == ""
+    best = newest(tmp_path / "fork")["state"]["best_step"]
+    assert best > 6 and checkpoint.find(f"{tmp_path / 'fork'}@best").name == f"step-{best:06d}"
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before, "the run that it came from was touched"
     (tmp_path / "lone").mkdir()
     shutil.copytree(at, tmp_path / "lone/step-000006")  # a checkpoint without its run: there is no record to take along
@@ -357,13 +394,20 @@ def test_a_run_goes_on_in_a_folder_of_its_own_with_the_record_until_there(launch
     assert [line["step"] for line in curve(tmp_path / "alone")][0] > 6
 
 
-def test_a_run_does_not_go_on_from_another_ones_checkpoint_in_a_folder_with_a_record(launch, tmp_path):
+def test_a_run_does_not_go_on_from_another_ones_checkpoint_where_that_would_mix_two_records(launch, tmp_path, monkeypatch):
     launch("run", *EVERYTHING)
     launch("other", *EVERYTHING, "--train.seed=5")
     before = (tmp_path / "other/metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match="another run"):
         launch("other", *EVERYTHING, f"--resume={tmp_path / 'run/checkpoints/step-000006'}")
     assert (tmp_path / "other/metrics.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="end of its run.*train.max_steps"):
+        launch("new", *EVERYTHING, f"--resume={tmp_path / 'run'}")
+    config, _, *rest = launch.arguments("unused", *EVERYTHING, f"--resume={tmp_path / 'run/checkpoints/step-000006'}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"no checkpoint of runs/tiny.*--out={tmp_path / 'run'}"):
+        train.main([config, *rest])
+    assert not (tmp_path / "new").exists() and not (tmp_path / "runs").exists()
 
 
 def test_a_finished_run_is_not_trained_again(launch, tmp_path, capsys):
