@@ -384,8 +384,8 @@ def save(run_folder, step, tensors, texts, keep, best_step=None):
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)  # or the message would count its own leftovers as used
         free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
-        raise OSError(error.errno, f"{final}: could not be saved ({os.strerror(error.errno or errno.EIO)}); it needs "
-                      f"{needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; older checkpoints are untouched: "
+        raise OSError(error.errno, f"{final}: could not be saved ({os.strerror(error.errno or errno.EIO)}); "
+                      f"it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; older checkpoints are untouched: "
                       "make room and run again with --resume") from error
     _retain(folder, keep, best_step)
     return final

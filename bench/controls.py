@@ -82,7 +82,7 @@ CONTROLS = [  # (row, what is wrong then, file, text, text in its place, a test 
     (13, "dropout draws on where the first attempt stopped", "continuation.py", '        torch.set_rng_state(states["torch"])\n',
      '        torch.set_rng_state(states["torch"]) if not set_generators.__dict__.setdefault("once", states) else None\n',
      "test_faults.py::test_a_window_that_is_done_again_draws_the_dropout_that_it_would_have_drawn"),
-    (13, "what fitted is forgotten", "memory.py", "if same else {", "if False else {",
+    (13, "what fitted is forgotten", "memory.py", "    if same:\n", "    if False:\n",
      "test_faults.py::test_what_fitted_is_remembered_by_the_run_that_goes_on_and_no_memory_is_missed_twice"),
     (13, "the row that does not fit is not named", "model.py", "    if len(batch.samples) == 1:\n", "    if False:\n",
      "test_faults.py::test_a_row_that_does_not_fit_even_alone_is_named_and_nothing_is_lost[training-4]"),
