@@ -112,8 +112,13 @@ def _write_meta(path, what):
     for file in sorted(path.iterdir()):
         files[file.name] = [file.stat().st_size, _sha256(file)]
         _sync(file)
-    (path / "meta.json").write_text(json.dumps({"files": files, "meta": what}), encoding="utf-8")
+    content = {"files": files, "meta": what}
+    (path / "meta.json").write_text(json.dumps(content | {"sha256": _sha256_of(content)}), encoding="utf-8")
     _sync(path / "meta.json"), _sync(path)
+
+
+def _sha256_of(tree):
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path):
@@ -134,8 +139,10 @@ def _kept(path, read):
     if not path.is_dir():
         return None
     try:
-        files = json.loads((path / "meta.json").read_text(encoding="utf-8"))["files"]
-        wrong = [name for name, (size, digest) in files.items() if (path / name).stat().st_size != size or _sha256(path / name) != digest]
+        content = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        wrong = [name for name, (size, digest) in content["files"].items()
+                 if (path / name).stat().st_size != size or _sha256(path / name) != digest]
+        wrong += ["meta.json"] * (content.pop("sha256") != _sha256_of(content))
         if not wrong:
             return read(path)
     except (OSError, LookupError, TypeError, ValueError) as error:

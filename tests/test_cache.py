@@ -151,12 +151,17 @@ def test_an_entry_of_findings_that_lacks_something_is_made_anew(tmp_path, capsys
     file = next((tmp_path / "cache").glob("*/found.jsonl")).with_name("meta.json")
     tree = json.loads(file.read_text())
     del tree["meta"]["near"]
-    file.write_text(json.dumps(tree))
+    file.write_text(json.dumps(sealed(tree)))
     again = data.inspect(cfg, make_tokenizer())
     assert again["near"] is seen["near"] is True and "damaged (KeyError: 'near'); it is made anew" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fault", ["cut", "flip", "gone", "meta", "lacks"])
+def sealed(tree):
+    """meta.json's content with the digest that it would have been written with."""
+    return {"files": tree["files"], "meta": tree["meta"], "sha256": cache._sha256_of({"files": tree["files"], "meta": tree["meta"]})}
+
+
+@pytest.mark.parametrize("fault", ["cut", "flip", "gone", "meta", "changed", "lacks"])
 def test_a_damaged_entry_is_told_and_made_anew(tmp_path, capsys, fault):
     cfg = settings_for(tmp_path)
     good = data.tokenize(data.read_rows(cfg.data.train), make_tokenizer(), cfg.data)
@@ -175,10 +180,14 @@ def test_a_damaged_entry_is_told_and_made_anew(tmp_path, capsys, fault):
     if fault == "lacks":  # as an older version of this code may have written it
         tree = json.loads((file.parent / "meta.json").read_text())
         del tree["meta"]["train"]["too_long"]
+        (file.parent / "meta.json").write_text(json.dumps(sealed(tree)))
+    if fault == "changed":
+        tree = json.loads((file.parent / "meta.json").read_text())
+        tree["meta"]["train"]["too_long"] = [1]  # another row than it was
         (file.parent / "meta.json").write_text(json.dumps(tree))
     assert same(data.load(cfg, make_tokenizer())[0], good)
     said = capsys.readouterr().err
-    named = {"meta": "JSONDecodeError", "lacks": "KeyError: 'too_long'"}.get(fault, "train.arrow")
+    named = {"meta": "JSONDecodeError", "changed": "damaged (meta.json)", "lacks": "KeyError: 'too_long'"}.get(fault, "train.arrow")
     assert "damaged" in said and "made anew" in said and named in said
     assert same(data.load(cfg, make_tokenizer())[0], good) and not capsys.readouterr().err
 
