@@ -40,6 +40,16 @@ def bucket(n, finest):
     return -(-n // step) * step
 
 
+def sizes_of(batch):
+    """(tokens, supervised positions, documents, longest document) that a data.MicroBatch is padded to.
+
+    Each new combination costs an eager pass and a recording, half a second of a small model, so what costs next to nothing when it is
+    padded (positions for the head, empty documents) comes in coarse steps.
+    """
+    longest, tokens = max(256, 1 << (batch.max_seqlen - 1).bit_length()), bucket(len(batch.input_ids), 64)
+    return tokens, bucket(len(batch.rows), 128), bucket(len(batch.cu_seqlens) - 1 + -(-tokens // longest), 16), longest
+
+
 def padded(batch, tokens, supervised, documents, longest):
     """The fields of a data.MicroBatch (on the host) padded to the given sizes, as {name: tensor}."""
     extra = tokens - len(batch.input_ids)
@@ -93,9 +103,7 @@ class Replayed:
         """batch: a data.MicroBatch on the host; weight: a scalar tensor."""
         if len(batch.input_ids) > LARGEST:
             return self.eager(batch, weight)
-        longest = max(64, 1 << (batch.max_seqlen - 1).bit_length())
-        tokens = bucket(len(batch.input_ids), 64)
-        sizes = tokens, bucket(len(batch.rows), 32), bucket(len(batch.cu_seqlens) - 1 + -(-tokens // longest), 16), longest
+        sizes = sizes_of(batch)
         fields = {name: tensor.pin_memory() for name, tensor in padded(batch, *sizes).items()}
         self.weight.copy_(weight)
         if sizes not in self.graphs:
