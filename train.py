@@ -78,6 +78,9 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     eval_rows, lowest = (rows, overfit.floor(rows)[0]) if by_heart else (eval_rows, 0.0)
     prompts, end_ids = data.prompts(config, tokenizer), data.end_of_turn(tokenizer)
     saved = continuation.load_checkpoint(resume) if resume and ranks.FIRST else None
+    source = other_run(resume, run)
+    if source:  # the best checkpoint until here is the other run's; every rank is told this state
+        saved["state"] |= {"best_step": None, "best_loss": None, "without_improvement": 0}
     before = json.loads(ranks.same(json.dumps(saved["state"] if saved else {})))
     initial = continuation.load_initial(config) if config.lora.init_from and not before else None
     max_steps, total_samples = schedule.plan_steps(config, len(rows))
@@ -112,8 +115,6 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
              "plan": plan, "origin": continuation.origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
     if before:
         state = continuation.restore(saved, resume, accept, state, adapters, moments, scaler, device)
-        if ranks.FIRST and other_run(resume, run):  # the best checkpoint until here is the other run's
-            state |= {"best_step": None, "best_loss": None, "without_improvement": 0}
     ranks.from_first([flat, *moments.values(), *scaler.values()])
     fatal, too_large = [], []  # alerts that end the run; a row that does not fit into memory even alone, told with its name
     stopped = lambda: state["nonfinite"] == config.train.nonfinite_limit or bool(fatal)
@@ -123,7 +124,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     conclude = lambda: overfit.conclude(run, rows) if by_heart else console.conclude(run, config, state, max_steps)
     concluded = lambda: int(ranks.same(str(conclude()) if ranks.FIRST else ""))
     if finished():
-        if ranks.FIRST and other_run(resume, run):
+        if source:
             raise ValueError(f"--resume: {resume} is the end of its run, so there is nothing to go on with in {run}; raise train.max_steps, "
                              "or start from its adapter with --lora.init_from=")
         print(f"finished already: {resume} is the end of the run")
@@ -157,7 +158,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     recorder = record.Nobody()
     if ranks.FIRST:
         guard = guard or claim(run)  # held until the process ends
-        recorder = open_record(run, config, state, resume, owed, outlook)
+        recorder = open_record(run, config, state, resume, source, owed, outlook)
         data.keep_dropped(rows, run)
     console.introduce(run, config, rows, network, state, outlook)
     if untrained:
@@ -480,18 +481,23 @@ def claim(run):
 
 
 def other_run(resume, run):
-    """The folder of the run that the checkpoint `resume` is of, where that is not `run`; None where it is, or where it lies in no run."""
+    """The folder of the run that the checkpoint `resume` is of, where that is not `run`; None where it is, or there is no such run."""
+    if not resume:
+        return None
     source = resume.absolute().parents[1]
     return source if resume.parent.name == "checkpoints" and source.resolve() != run.resolve() else None
 
 
-def open_record(run, config, state, resume, owed, outlook):
-    """The recorder, and settings and surroundings written down. Where an evaluation is owed, its step's line is begun again."""
+def open_record(run, config, state, resume, source, owed, outlook):
+    """The recorder, and settings and surroundings written down. Where an evaluation is owed, its step's line is begun again.
+
+    source: the folder of another run whose record until here belongs to this one too, or None.
+    """
     if not resume:  # what lies there has no checkpoint to go on from, or is to be overwritten
         names = ("checkpoints", "evaluations", "metrics.jsonl", "continues.json", "verdict.json", "report.md", "plots")
         for old in [*(run / name for name in names), *run.glob("events.out.tfevents.*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    elif source := other_run(resume, run):
+    elif source:
         record.take_along(source, run, state["step"])
     written = {"config.json": config.to_dict(), "environment.json": record.environment(), "forecast.json": forecast.as_json(outlook)}
     for name, tree in written.items():

@@ -364,6 +364,14 @@ def test_torchrun_runs_it(tiny_settings, tmp_path):  # noqa: F811
     assert json.loads((tmp_path / "run" / "environment.json").read_text())
 
 
+def test_ranks_that_go_on_from_another_run_count_its_evaluations_alike(run, tmp_path):
+    """The best evaluation is looked for anew, on every rank: one that went on counting would end before the others."""
+    options = [*EXACT, "--train.max_steps=8", "--eval.every_steps=1", "--eval.patience=3", "--eval.min_delta=100", "--save.every_steps=1", "--save.keep=9"]
+    assert run(2, "run", *options) == [0, 0] and newest(tmp_path / "run")["step"] == 3
+    assert run(2, "fork", *options, f"--resume={tmp_path / 'run/checkpoints/step-000002'}") == [0, 0]
+    assert newest(tmp_path / "fork")["step"] == 6
+
+
 # -------------------------------------------------------------------------------------------------- what more ranks would do
 
 def test_what_is_computed_for_more_ranks_has_the_limits_that_it_must(monkeypatch):
