@@ -24,7 +24,20 @@ import numpy as np
 STALE_SECONDS = 24 * 3600  # what a killed writer left is swept after that
 CODE = ("audit.py", "cache.py", "data.py", "sources.py", "tokens.py")  # makes entries: what other text of theirs made is not taken
 _told = set()  # folders that could not be written, each told once
-_code = [hashlib.sha256((pathlib.Path(__file__).parent / name).read_bytes()).hexdigest() for name in CODE]
+
+
+def sha256(path):
+    """The SHA-256 of a file's content, hexadecimal; the file is never in memory whole."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code(names):
+    """The SHA-256 of each of this project's files: call it as a module is imported, so that it is the code that runs."""
+    return [sha256(pathlib.Path(__file__).parent / name) for name in names]
+
+
+_code = code(CODE)
 
 
 def folder(setting):
@@ -110,7 +123,7 @@ def _locked(path):
 def _write_meta(path, what):
     files = {}
     for file in sorted(path.iterdir()):
-        files[file.name] = [file.stat().st_size, _sha256(file)]
+        files[file.name] = [file.stat().st_size, sha256(file)]
         _sync(file)
     content = {"files": files, "meta": what}
     (path / "meta.json").write_text(json.dumps(content | {"sha256": _sha256_of(content)}), encoding="utf-8")
@@ -119,11 +132,6 @@ def _write_meta(path, what):
 
 def _sha256_of(tree):
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path):
@@ -141,7 +149,7 @@ def _kept(path, read):
     try:
         content = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         wrong = [name for name, (size, digest) in content["files"].items()
-                 if (path / name).stat().st_size != size or _sha256(path / name) != digest]
+                 if (path / name).stat().st_size != size or sha256(path / name) != digest]
         wrong += ["meta.json"] * (content.pop("sha256") != _sha256_of(content))
         if not wrong:
             return read(path)

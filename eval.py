@@ -227,8 +227,7 @@ def evaluate_unquantised(config, device, eval_rows):
     return figures_of(by_row), by_row
 
 
-_code = [hashlib.sha256((pathlib.Path(__file__).parent / name).read_bytes()).hexdigest()  # as it is imported
-         for name in ("attention.py", "eval.py", "fused.py", "gpu_kernels.py", "loading.py", "lora_layers.py", "model.py", "quant.py")]
+_code = cache.code(("attention.py", "eval.py", "fused.py", "gpu_kernels.py", "loading.py", "lora_layers.py", "model.py", "quant.py"))
 
 
 def unquantised_shaped_by(config, device, eval_rows):
@@ -237,15 +236,10 @@ def unquantised_shaped_by(config, device, eval_rows):
     The adapters do not shape it: at B = 0 they add exactly nothing.
     """
     import transformers
-
-    def sha(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     folder = loading.local_folder(config.model.path, config.model.revision)
     files = [folder / "config.json", *sorted(set(loading.weight_files(folder).values()))]
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        digests = list(threads.map(sha, files))
+        digests = list(threads.map(cache.sha256, files))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return ["unquantised", _code, digests, eval_rows.digest, config.eval.max_rows, config.model.compute_dtype, config.model.attention,
             dataclasses.asdict(config.memory), config.train.deterministic, where, torch.__version__, torch.version.cuda, transformers.__version__]

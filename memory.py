@@ -15,6 +15,7 @@ import console
 import data
 import graphs
 import model
+import quant
 import ranks
 
 MARGIN = 0.94            # of the memory is planned for: the allocator cannot use every gap
@@ -37,8 +38,7 @@ def plan(config, network, rows, before):
     Raises ValueError with the remedy where nothing fits.
     """
     layers = len(network.get_decoder().layers)
-    kept = any(module.kept is not None for module in network.modules()
-               if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight))
+    kept = any(weight.kept is not None for weight in quant.quantised(network))
     if network.device.type == "cuda" and config.memory.budget_gib:
         total = torch.cuda.get_device_properties(network.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory.budget_gib * 2**30 / total))
@@ -239,8 +239,7 @@ def probe(network, kept):
                              "quantise to fewer bits (model.quant), take a smaller model, or free the GPU")
     found["recomputed"] = lines[0]
     found["stored"] = tuple(max(none, none + (some - none) * layers / few) for none, some in zip(lines[0], lines[few]))
-    weights = [module for module in network.modules()
-               if isinstance(module, model.quant.FrozenWeight) and not isinstance(module, model.quant.PlainWeight)]
+    weights = quant.quantised(network)
     itemsize = network.get_input_embeddings().weight.itemsize
     found["kept"] = sum(weight.in_features * weight.out_features for weight in weights) * itemsize if kept else 0
     table = network.get_input_embeddings().weight

@@ -267,13 +267,12 @@ def free_memory(device):
 
 def keep_dequantized(network, memory, dtype):
     """Keep dequantised copies of all quantised weights: asked for, or (auto) where nothing need be recomputed and they take a quarter of the free memory at most."""
-    weights = [module for module in network.modules() if isinstance(module, quant.FrozenWeight)]
     if network.sharded:  # a copy would be whole on every rank
         return
-    for weight in weights:
-        if isinstance(weight, quant.PlainWeight):
-            weight.keep(dtype)
-    weights = [weight for weight in weights if not isinstance(weight, quant.PlainWeight)]
+    for module in network.modules():
+        if isinstance(module, quant.PlainWeight):
+            module.keep(dtype)
+    weights = quant.quantised(network)
     size = sum(weight.in_features * weight.out_features * dtype.itemsize for weight in weights)
     free = free_memory(network.device)
     if network.device.type == "cuda" and memory.budget_gib:
@@ -371,9 +370,8 @@ def drop_dequantized(network):
     for layer in network.get_decoder().layers:
         for group in layer.forward.groups if isinstance(layer.forward, fused.FusedLayer) else ():
             group.kept = None
-    for module in network.modules():
-        if isinstance(module, quant.FrozenWeight) and not isinstance(module, quant.PlainWeight):
-            module.kept = None
+    for weight in quant.quantised(network):
+        weight.kept = None
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
@@ -397,7 +395,7 @@ def memory_table(network):
         part = ("adapters" if parameter.requires_grad else "embeddings and head" if id(parameter) in embeddings else
                 "projections" if id(parameter) in storage else "norms and biases")
         count(part, parameter)
-    for module in network.modules():
-        if isinstance(module, quant.FrozenWeight) and module.kept is not None and not isinstance(module, quant.PlainWeight):
-            count("dequantised copies", module.kept)
+    for weight in quant.quantised(network):
+        if weight.kept is not None:
+            count("dequantised copies", weight.kept)
     return parts

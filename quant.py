@@ -101,6 +101,11 @@ class PlainWeight(FrozenWeight):
         self.kept = self.plain.data = kept
 
 
+def quantised(network):
+    """The frozen weights in a network that are kept in fewer bits than they are used in."""
+    return [module for module in network.modules() if isinstance(module, FrozenWeight) and not isinstance(module, PlainWeight)]
+
+
 def pieces(rows, size=256):
     """Slices over `rows` rows, a few at a time: an fp32 copy of a whole weight would be the largest thing in memory."""
     return [slice(start, start + size) for start in range(0, rows, size)]

@@ -14,8 +14,8 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import platform
+import shutil
 import threading
 
 TEXTS = ("alerts", "eval/adapter_digest", "eval/samples", "adapters/modules", "proof/outcome")  # tags that hold text

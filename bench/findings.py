@@ -170,7 +170,7 @@ def begin(experiment, place, work, rows, overrides, threads, peers_site=None):
         to.parent.mkdir(exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if peers_site and words[0] == "bench/peers.py":
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(peers_site))))
+        environment |= forked.packages(peers_site)
     if experiment.alone or words[0] not in FORKED:
         with open(to, "wb") if to else contextlib.nullcontext(log) as output:
             started = [sys.executable, str(PROJECT / words[0]), *words[1:]]
@@ -343,7 +343,6 @@ def facts_of(run, lines):
             "loss": [some(loss[:edge], np.median), some(loss[-edge:], np.median)], "loss_window": edge,
             "norm": [some(norms, of) for of in (np.min, np.median, np.max)], "zero_norms": int((norms == 0).sum()),
             "clipped": some(column("train/clipped"), np.mean), "skipped": int(column("train/skipped").sum()), "alerts": alerts,
-            "proof_outcomes": [[line["step"], line["proof/outcome"].partition(":")[0]] for line in lines if "proof/outcome" in line],
             "proof": [[at, *(float(f"{value:.4g}") if np.isfinite(value := verdict.number(part)) else None for part in rest)] for at, *rest in proofs],
             "forecast": [{"name": found["name"], "severity": found["severity"]} for found in forecast],
             "diagnosis": [{"name": found.name, "severity": found.severity} for found in diagnosis if found.severity != "unjudged"],

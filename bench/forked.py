@@ -7,6 +7,11 @@ import sys
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 
 
+def packages(site):
+    """{"PYTHONPATH": ...} for a process that also finds packages in the folder `site`, behind those that everybody finds."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(site))))}
+
+
 def run_script(words, to, log, environment):
     """Run words[0] as its command would, with the rest as arguments; it says what it says to the file `to`, or to `log`, where errors go.
 

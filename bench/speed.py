@@ -25,7 +25,10 @@ import sys
 import time
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path[:0] = [str(PROJECT), str(PROJECT / "bench")]
+
+import forked
+
 SHAPES = {
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
     "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
@@ -183,8 +186,7 @@ def table(path):
 def measure_peer(case, peer, work, npz, site):
     """A row of bench/peers_speed.py, in a process of its own that also finds packages in `site`; None, with what it said, where it fails."""
     command = [sys.executable, str(PROJECT / "bench/peers_speed.py"), peer, case, f"--work={work}", *(f"--{name}={file}" for name, file in npz.items())]
-    paths = os.pathsep.join(path for path in (site, os.environ.get("PYTHONPATH")) if path)
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (forked.packages(site) if site else {}))
     found = [line for line in done.stdout.splitlines() if line.startswith('{"case"')]
     if not found:
         print(f"{case}: {peer} gave no answer: {done.stderr[-1500:]}", file=sys.stderr, flush=True)

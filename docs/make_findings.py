@@ -447,8 +447,8 @@ def first_screen(runs):
     return "\n".join(words.prose(sentence, "- ") for sentence in told) or "No experiment has been run yet."
 
 
-BLOCKS = {"state": machine, "results": results, "first-screen": first_screen, "said": said, "cures": cures, "approaches": approaches, "approach1": approach1, "bits-before": bits_before,
-          "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "rates": rates, "peers": peers, "gsm8k": gsm8k,
+BLOCKS = {"state": machine, "results": results, "first-screen": first_screen, "said": said, "cures": cures, "approaches": approaches,
+          "approach1": approach1, "bits-before": bits_before, "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "rates": rates, "peers": peers, "gsm8k": gsm8k,
           "generation": generation, "paths": paths}
 
 

@@ -112,6 +112,29 @@ def tiny_inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+class After(list):
+    """Something that is empty when it is first asked, and no longer after `number` times."""
+
+    def __init__(self, number):
+        self.left = number
+
+    def __bool__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def rows_of(lengths, seed=0, supervised_share=0.5):
+    """data.Rows of random tokens in the given lengths, their first token unsupervised and their last supervised."""
+    import numpy as np
+    import data
+    generator = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    supervised = generator.random(offsets[-1]) < supervised_share
+    supervised[offsets[:-1]] = False
+    supervised[offsets[1:] - 1] = True
+    return data.Rows(generator.integers(3, 320, offsets[-1]).astype(np.int32), offsets, supervised, [str(i) for i in range(len(lengths))], {}, "")
+
+
 WATCHED = ("seconds", "per_second", "memory_gib")  # what depends on the clock; proof/ depends on where a process began
 
 

@@ -22,7 +22,7 @@ import time
 
 import pytest
 import torch
-from conftest import PROJECT, curve, differences, newest, settings_of
+from conftest import PROJECT, After, curve, differences, newest, settings_of
 
 import checkpoint
 import config
@@ -439,16 +439,6 @@ def test_a_run_interrupted_in_its_first_evaluation_does_all_of_it_when_it_goes_o
     assert newest(tmp_path / "run")["step"] == 0
     assert run("run", *options, "--resume") == 0 and differences(tmp_path / "run", whole(options)) == []
     assert "eval/unquantised_loss" in curve(tmp_path / "run")[0] and (tmp_path / "run/evaluations/unquantised.safetensors").exists()
-
-
-class After(list):
-    """Something that is empty when it is first asked, and no longer after `number` times."""
-    def __init__(self, number):
-        self.left = number
-
-    def __bool__(self):
-        self.left -= 1
-        return self.left < 0
 
 
 def test_a_signal_ends_generation_after_the_next_token(run, whole, tiny_inputs, tmp_path):

@@ -3,7 +3,7 @@ import types
 
 import pytest
 import torch
-from conftest import make_config, make_model
+from conftest import After, make_config, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
@@ -124,17 +124,6 @@ def test_evaluation_takes_the_replay_where_it_serves_and_training_does_not_notic
     assert samples(network) == expected
     assert network.training and torch.equal(torch.get_rng_state(), state) and torch.equal(flat, before) and (flat.grad == 0.5).all()
     assert network.config._attn_implementation == attention.ATTENTION
-
-
-class After(list):
-    """Empty when it is first asked, and no longer after `number` times."""
-
-    def __init__(self, number):
-        self.left = number
-
-    def __bool__(self):
-        self.left -= 1
-        return self.left < 0
 
 
 def test_an_interruption_is_seen_within_a_few_tokens(loaded, monkeypatch):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_config, make_model
+from conftest import After, make_config, make_model, rows_of
 
 import attention
 import data
@@ -143,17 +143,6 @@ def test_llm_int8_on_a_gpu_masks_small_products_and_gathers_large_ones(monkeypat
     gathered = weight.matmul(x)
     assert distance(masked, gathered) < 2 * torch.finfo(torch.bfloat16).eps
     assert distance(masked, x.float() @ weight.dequantize(torch.float32).T) < 0.02
-
-
-def rows_of(lengths, seed=0, supervised_share=0.5):
-    """data.Rows of random tokens in the given lengths."""
-    import numpy as np
-    generator = np.random.default_rng(seed)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    supervised = generator.random(offsets[-1]) < supervised_share
-    supervised[offsets[:-1]] = False
-    supervised[offsets[1:] - 1] = True
-    return data.Rows(generator.integers(3, 320, offsets[-1]).astype(np.int32), offsets, supervised, [str(i) for i in range(len(lengths))], {}, "")
 
 
 def gradients(network, batches, forward=None):
@@ -372,15 +361,7 @@ def test_an_evaluation_replays_its_samples_and_is_interrupted_between_them(tmp_p
     samples, again = (evaluation.generate(network, letters, asked, 24, [2]) for _ in range(2))
     assert samples == again and network.training and network.config._attn_implementation == attention.ATTENTION
 
-    class After(list):
-        """Empty when it is first asked, and no longer later."""
-        left = 2
-
-        def __bool__(self):
-            self.left -= 1
-            return self.left < 0
-
-    assert evaluation.generate(network, letters, asked, 200, [2], After()) is None and network.training
+    assert evaluation.generate(network, letters, asked, 200, [2], After(2)) is None and network.training
     assert evaluation.generate(network, letters, asked, 24, [2]) == samples
     eight_bits = model.load(make_config(tmp_path, "llm_int8", "bf16"), "cuda")
     assert not generation.serves(eight_bits, 4)

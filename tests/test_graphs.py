@@ -3,21 +3,13 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, make_model
+from conftest import make_config, make_model, rows_of
 from hypothesis import strategies
 
 import data
 import graphs
 import lora_layers
 import model
-
-
-def rows_of(lengths, seed=0, share=0.4):
-    generator = np.random.default_rng(seed)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    supervised = generator.random(offsets[-1]) < share
-    supervised[offsets[:-1]], supervised[offsets[1:] - 1] = False, True
-    return data.Rows(generator.integers(3, 320, offsets[-1]).astype(np.int32), offsets, supervised, [str(i) for i in range(len(lengths))], {}, "")
 
 
 @hypothesis.given(strategies.lists(strategies.integers(2, 700), min_size=1, max_size=40))

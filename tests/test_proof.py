@@ -8,9 +8,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, make_model
+from conftest import make_config, make_model, rows_of
 
-import data
 import fused
 import lora_layers
 import model
@@ -24,16 +23,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     make_model(path, num_hidden_layers=2, initializer_range=0.05)
     return path
-
-
-def rows_of(lengths, seed=0, supervised_share=0.5):
-    """data.Rows of random tokens in the given lengths."""
-    generator = np.random.default_rng(seed)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    supervised = generator.random(offsets[-1]) < supervised_share
-    supervised[offsets[:-1]] = False
-    supervised[offsets[1:] - 1] = True
-    return data.Rows(generator.integers(3, 320, offsets[-1]).astype(np.int32), offsets, supervised, [str(i) for i in range(len(lengths))], {}, "")
 
 
 ROWS = rows_of([9, 30, 17, 42, 5, 23, 28, 12])
