@@ -114,8 +114,8 @@ class Train:
 
 @dataclass(frozen=True)
 class Schedule:
-    learning_rate: float = key(1e-4, "peak learning rate", low=0.0)
-    lr_min: float = key(1e-5, "floor under the learning rate after its peak", low=0.0)
+    learning_rate: float = key(2e-4, "peak learning rate", low=0.0)
+    lr_min: float = key(2e-5, "floor under the learning rate after its peak", low=0.0)
     lr_kind: str = key("cosine", "shape after the warm-up; wsd: constant, then linear decay; points: lr_points",
                        choices=("cosine", "linear", "constant", "wsd", "points"))
     lr_warmup_steps: int = key(200, "steps of linear warm-up, from learning_rate / lr_warmup_steps", low=0)
@@ -205,7 +205,7 @@ class Alerts:
                              above=1)
     negligible_rate: float = key(0.01, "rate ends at nothing: below this share of the highest rate so far", low=0.0, high=1.0)
     divergence: float = key(0.1, "divergence: the training loss rises by this share above its start", above=0)
-    gap: float = key(0.02, "growing gap: the evaluation loss rises by this share above its lowest", above=0)
+    gap: float = key(0.01, "growing gap: the evaluation loss rises by this share above its lowest", above=0)
     worse: float = key(0.01, "evaluation worse than before training: by this share", above=0)
     guessing: float = key(12.5, "loss above guessing, in nats: evenly among 262,144 tokens would cost 12.5", above=0)
     quantisation_damage: float = key(1.5, "damage by quantisation, in nats of evaluation loss before training", above=0)

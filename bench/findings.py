@@ -66,13 +66,12 @@ def seeded(name, config, values, seconds, seeds=(0, 1, 2)):
     return [training(f"{name}-s{seed}", config, values | {"train.seed": seed}, seconds) for seed in seeds]
 
 
-def peer(name, who, steps, seconds, alone=False, more=()):
-    """A peer on our rows in our order, and, unless only its time is of interest, our evaluation of what it saved."""
-    values = TLDR | SHORT | {"data.audit": "off"} | ({} if not alone else {"train.max_steps": steps})
-    run = f"WORK/{name}"
-    commands = [["bench/peers.py", who, "configs/approach1.json", f"--out={run}", *more, *(f"--{key}={value}" for key, value in values.items())]]
-    keep = [] if alone else [["eval.py", f"--ckpt={run}", "--keep", "--eval.samples=0"]]
-    return Experiment(name, commands + keep, seconds, alone)
+def peer(name, who, seconds, more=()):
+    """A peer on our rows in our order, and our evaluation of what it saved."""
+    values, run = TLDR | SHORT | {"data.audit": "off"}, f"WORK/{name}"
+    commands = [["bench/peers.py", who, "configs/approach1.json", f"--out={run}", *more, *(f"--{key}={value}" for key, value in values.items())],
+                ["eval.py", f"--ckpt={run}", "--keep", "--eval.samples=0"]]
+    return Experiment(name, commands, seconds)
 
 
 def generation(name, more, seconds=40):
@@ -87,8 +86,7 @@ def experiments():
     failure = TLDR | BESIDE | {"eval.samples": 4}
     first, later = (0,), (1, 2)
     plan = [training("approach1-s0", "approach1", TLDR | {"train.seed": 0, "eval.samples": 16}, 120, alone=True),
-            peer("peer-trl-time", "trl", 60, 60, alone=True), peer("peer-unsloth-time", "unsloth", 60, 80, alone=True),
-            training("approach3", "approach3", TLDR | BESIDE | {"eval.samples": 16}, 150, alone=True),
+            training("approach3", "approach3", TLDR | BESIDE | {"eval.samples": 16}, 150),
             *seeded("seed-failure", "seed-failure", failure, 35),
             training("cut", "seed-failure", failure, 25, ends=(4,), program="bench/cut.py"),
             training("cut-unguarded", "seed-failure", failure | UNGUARDED, 35, program="bench/cut.py"),
@@ -113,10 +111,10 @@ def experiments():
     plan += [run for kind in bits for run in variant(f"bits-{kind}", bits[kind])]
     plan += [run for name in single for run in variant(name, single[name], seconds=55)]
     plan += seeded("factor-all-but-bits", "approach3", TLDR | FIGURES | {"model.quant": "nf4"}, 60, first)
-    plan += [*seeded("ours-500", "approach1", TLDR | FIGURES | SHORT, 40), peer("peer-trl", "trl", 500, 240)]
+    plan += [*seeded("ours-500", "approach1", TLDR | FIGURES | SHORT, 40), peer("peer-trl", "trl", 240)]
     plan += [run for name in schedules for run in variant(f"schedule-{name}", schedules[name])]
     plan += variant("clean", CLEAN, seconds=55)
-    plan += [peer("peer-unsloth", "unsloth", 500, 200), peer("peer-trl-fp32", "trl", 500, 240, more=["--adapters=fp32"])]
+    plan += [peer("peer-unsloth", "unsloth", 200), peer("peer-trl-fp32", "trl", 240, more=["--adapters=fp32"])]
     brief = TLDR | FIGURES | {"train.max_steps": 200, "schedule.lr_warmup_steps": 20}
     slow = brief | {"memory.fused": "false", "memory.graphs": "no", "memory.keep_dequantized": "no"}
     plan += [run for seed in (*first, *later) for name, values in (("fast-200", brief), ("slow-200", slow))

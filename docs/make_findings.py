@@ -14,8 +14,10 @@ import math
 import pathlib
 import re
 import sys
+import types
 
 import numpy as np
+import scipy.stats
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -23,6 +25,7 @@ sys.path.insert(0, str(PROJECT))
 import compare
 import config as settings
 import record
+import schedule
 import verdict
 import words
 
@@ -95,16 +98,9 @@ def seed_deviation(runs):
     return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
 
 
-def student(freedom):
-    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 1964, 26.7.5; 4 % low at 2 degrees of freedom, exact to 1 % from 4)."""
-    z = 1.959964
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
-
-
 def seed_noise(deviation, freedom, seeds):
     """How large a difference between `seeds` = (runs here, runs there) seeds alone make in 95 of 100 cases; 0 where that is not known."""
-    return student(freedom) * deviation * math.sqrt(1 / seeds[0] + 1 / seeds[1]) if freedom else 0.0
+    return float(scipy.stats.t.ppf(0.975, freedom)) * deviation * math.sqrt(1 / seeds[0] + 1 / seeds[1]) if freedom else 0.0
 
 
 def sense(gap, noise):
@@ -318,19 +314,51 @@ def rates(runs):
                             differences_table(runs, "schedule at 5e-4", ("cosine, floor 5e-5", "rate-5e-4"), AT_5E_4))
 
 
+SHAPES = {"cosine to 0": ("schedule-zero", "rate-5e-4-zero"), "cosine, a higher floor": ("schedule-floor-3e-5",), "WSD": ("schedule-wsd", "rate-5e-4-wsd"),
+          "constant": ("schedule-constant", "rate-5e-4-constant")}
+
+
+def rate_area(run):
+    """The learning rates of all of a run's steps, summed: how far Adam can carry a weight at most."""
+    section = types.SimpleNamespace(**run["config"]["schedule"])
+    steps = run["config"]["train"]["max_steps"]
+    return sum(schedule.learning_rate(step, section, steps) for step in range(1, steps + 1))
+
+
+def cosines(runs):
+    """(rate areas, evaluation losses) of the cosines with a tenth as floor, by area: arrays of equal length."""
+    found = [group for group in (seeds_of(runs, name) for name in ("approach1", *RATES.values())) if group]
+    points = sorted((rate_area(group[0]), float(np.mean([loss(run) for run in group]))) for group in found)
+    return np.array(points).reshape(-1, 2).T
+
+
+def area(runs):
+    """The other shapes beside a cosine of the same rate area: its loss is read between those that were run, straight in the area's logarithm."""
+    areas, losses = cosines(runs)
+    rows = []
+    for label, names in SHAPES.items():
+        for group in (seeds_of(runs, name) for name in names):
+            if not group or len(areas) < 2:
+                continue
+            own, reached = rate_area(group[0]), float(np.mean([loss(run) for run in group]))
+            inside = areas[0] * 0.9 < own < areas[-1]  # a little below the smallest: along the first piece
+            slope = (losses[1] - losses[0]) / math.log(areas[1] / areas[0])
+            there = losses[0] + slope * math.log(own / areas[0]) if own < areas[0] else float(np.interp(math.log(own), np.log(areas), losses))
+            rows.append([label, f"{group[0]['config']['schedule']['learning_rate']:g}", f"{own:.3f}", f"{reached:.4f}",
+                         *([f"{there:.4f}", f"{reached - there:+.4f}"] if inside else [DASH, DASH])])
+    head = ["shape", "peak", "rate area", "eval loss", "a cosine of that area", "difference"]
+    return words.table(head, rows) if rows else f"({NOT_RUN}.)"
+
+
 def peers(runs):
     names = {"TRL, PEFT, bitsandbytes": "peer-trl", "the same, adapters in fp32": "peer-trl-fp32", "Unsloth": "peer-unsloth"}
     table = differences_table(runs, "trainer", ("rawlora", "ours-500"), names)
+    measured = {row["who"]: row for row in json.loads((PROJECT / "bench" / "results" / "h100.json").read_text()) if row["case"] == "E"}
     rows = []
-    for label, name in (("rawlora", "approach1-s0"), ("TRL, PEFT, bitsandbytes", "peer-trl-time"), ("Unsloth", "peer-unsloth-time")):
-        run = runs.get(name)
-        about = run and run["summary"]
-        if not run or not about["alone"]:
-            rows.append([label, NOT_RUN if not run else "not alone", DASH, DASH])
-            continue
-        speed = about["samples"] / about["steps"] / about["step_seconds"]
-        rows.append([label, figure(about["step_seconds"], ".1f", 1000), figure(speed, ",.0f"), figure(about["peak_memory_gib"], ".1f")])
-    return words.paragraphs(table, words.table(["alone on the GPU", "ms, median step", "samples/s", "peak GiB"], rows))
+    for label, who in (("rawlora", "rawlora"), ("TRL, PEFT, bitsandbytes", "trl"), ("Unsloth", "unsloth")):
+        seconds, row = measured[who]["step_seconds"], measured[who]
+        rows.append([label, f"{1000 * seconds:.1f}", f"{row['samples_per_second']:,.0f}", f"{500 * seconds:.0f}", f"{row['peak_memory_gib']:.1f}"])
+    return words.paragraphs(table, words.table(["alone on the GPU", "ms, median step", "samples/s", "s, 500 such steps", "peak GiB"], rows))
 
 
 def paths(runs):
@@ -347,6 +375,27 @@ def gsm8k(runs):
     rows = [[f"{line['step']:,}", f"{line['eval/loss']:.4f}", f"{line['eval/token_accuracy']:.4f}"] for line in evals]
     steps = words.table(["step", "eval loss", "token accuracy"], rows) if rows else ""
     return words.paragraphs(approaches(runs, ("gsm8k",)), steps, words.prose(early))
+
+
+def early(runs):
+    """Where `eval.patience` would have ended approach 2, read off its evaluations."""
+    run = runs.get("approach2")
+    if run is None:
+        return f"Approach 2: {NOT_RUN}."
+    evals = [(line["step"], line["eval/loss"]) for line in run["metrics"] if "eval/loss" in line]
+    told = []
+    for patience in (1, 2):
+        best, at, ended = math.inf, 0, None
+        for step, value in evals:
+            best, at = min((best, at), (value, step))
+            waited = sum(1 for other, _ in evals if at < other <= step)
+            if waited == patience:
+                ended = step
+                break
+        told.append(f"patience {patience} would have ended it after step {ended:,} with step {at:,} as the best" if ended
+                    else f"patience {patience} would not have ended it")
+    return words.prose(f"Approach 2's evaluations every {evals[1][0]:,} steps, {', '.join(f'{value:.4f}' for _, value in evals)}: "
+                       f"{'; '.join(told)}.")
 
 
 def generation(runs):
@@ -440,16 +489,18 @@ def first_screen(runs):
         untouched = f" ({compare.loss_of(plain):.2f} in 16 bits)" if plain else ""
         told.append(f"Approach 1, 2,000 steps on one H100{alone}: loss on pages never seen {loss(first, 0):.2f} untouched in 4 bits{untouched} → "
                     f"{spread(map(loss, ours), '.3f')}, token accuracy {accuracy(first, 0):.2f} → {spread(map(accuracy, ours), '.3f')}, {len(ours)} seeds.")
-    if mine and theirs:
+    in_fp32, unsloth = seeds_of(runs, "peer-trl-fp32"), seeds_of(runs, "peer-unsloth")
+    if mine and theirs and in_fp32 and unsloth:
         value, span = compare.difference(against(rows_of(mine), [rows_of(theirs)])[0]["loss_difference"], 1, ".3f")
-        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order, 500 steps, its adapters in bf16 as it casts them: loss "
-                    f"{spread(map(loss, theirs), '.3f')} ({words.count(len(theirs), 'seed')}) beside {spread(map(loss, mine), '.3f')} here, {value} ({span}).")
+        told.append(f"The same rows in the same order, 500 steps: loss {spread(map(loss, mine), '.3f')} here, {spread(map(loss, unsloth), '.3f')} by "
+                    f"Unsloth, {spread(map(loss, in_fp32), '.3f')} by TRL with PEFT and bitsandbytes if its adapters are kept in fp32, and "
+                    f"{spread(map(loss, theirs), '.3f')} ({value}, {span}) if they are in bf16, to which it casts them by itself.")
     return "\n".join(words.prose(sentence, "- ") for sentence in told) or "No experiment has been run yet."
 
 
 BLOCKS = {"state": machine, "results": results, "first-screen": first_screen, "said": said, "cures": cures, "approaches": approaches,
-          "approach1": approach1, "bits-before": bits_before, "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "rates": rates, "peers": peers, "gsm8k": gsm8k,
-          "generation": generation, "paths": paths}
+          "approach1": approach1, "bits-before": bits_before, "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "rates": rates,
+          "area": area, "early": early, "peers": peers, "gsm8k": gsm8k, "generation": generation, "paths": paths}
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -496,10 +547,25 @@ def draw_differences(runs, path):
     return True
 
 
+def draw_area(runs, path):
+    """Evaluation loss by rate area, a mark a run of 2,000 steps of 32; the cosines with a floor of a tenth joined by a line."""
+    import plots
+    areas, losses = cosines(runs)
+    if len(areas) < 2:
+        return False
+    with plots.sheet(path, height=3.8) as (axis,):
+        axis.plot(areas, losses, "o-", color=plots.TRAIN, markersize=5, label="cosine, a tenth as floor")
+        for mark, color, (label, names) in zip("v^sD", (plots.EVAL, "#3a8f5c", "#8e5bb5", "#b8860b"), SHAPES.items()):
+            points = np.array([(rate_area(run), loss(run)) for name in names for run in seeds_of(runs, name)]).reshape(-1, 2)
+            axis.plot(*points.T, mark, color=color, markersize=7, label=label)
+        axis.set(xscale="log", xlabel="rate area: the rates of all steps, summed", ylabel="evaluation loss (nats a token)")
+    return True
+
+
 FAILURES = {"as it was": "seed-failure", "graph cut": "cut-unguarded", **CURES}
 APPROACHES = {"approach 1": "approach1", "approach 2": "approach2", "approach 3": "approach3"}
 PICTURES = {"failure": lambda runs, path: draw_curves(runs, path, FAILURES),
-            "approaches": lambda runs, path: draw_curves(runs, path, APPROACHES), "differences": draw_differences}
+            "approaches": lambda runs, path: draw_curves(runs, path, APPROACHES), "differences": draw_differences, "area": draw_area}
 
 
 def filled(page, runs, folder=None):

@@ -177,7 +177,7 @@ def test_help_lists_every_key_with_its_default_and_fits_a_console():
     for section, kind in config.SECTIONS.items():
         for field in dataclasses.fields(kind):
             assert any(line.startswith(f"  --{section}.{field.name}=") for line in lines), field.name
-    assert "  --schedule.learning_rate=0.0001" in lines and "  --model.quant=nf4" in lines and max(map(len, lines)) <= 120
+    assert "  --schedule.learning_rate=0.0002" in lines and "  --model.quant=nf4" in lines and max(map(len, lines)) <= 120
 
 
 # --------------------------------------------------------------------------------------------------- every key is read
