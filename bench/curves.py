@@ -57,22 +57,22 @@ def point(question, value, shape, rows, samples, settings, steps, work, override
 
 
 def plot(path):
-    """docs/cost.png: microseconds a token against each question's value."""
+    """docs/cost.png: microseconds a token against each question's value, a panel for each question that was run."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     points = json.loads(pathlib.Path(path).read_text())
     labels = {"length": "tokens a row (135M)", "rank": "rank (8B)", "model": "million weights"}
-    figure, axes = pyplot.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
-    for axis, (question, label) in zip(axes, labels.items()):
+    asked = [question for question in labels if any(entry["question"] == question for entry in points)]
+    figure, axes = pyplot.subplots(1, len(asked), figsize=(3.5 * len(asked), 3.2), layout="constrained", squeeze=False)
+    for axis, question in zip(axes[0], asked):
         mine = sorted((entry["value"], entry["microseconds_per_token"]) for entry in points if entry["question"] == question)
-        if mine:
-            axis.plot(*zip(*mine), marker="o")
-            axis.set_xscale("log", base=2)
-            axis.set_xticks([value for value, _ in mine], [f"{value:,}" for value, _ in mine], rotation=30)
-            axis.minorticks_off()
-        axis.set_ylim(bottom=0)
-        axis.set(xlabel=label, ylabel="µs a token")
+        axis.plot(*zip(*mine), marker="o")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([value for value, _ in mine], [f"{value:,}" for value, _ in mine], rotation=30)
+        axis.minorticks_off()
+        axis.set_ylim(0, 1.08 * max(cost for _, cost in mine))
+        axis.set(xlabel=labels[question], ylabel="µs a token")
         axis.grid(alpha=0.3)
     figure.savefig(HERE.parent / "docs/cost.png", dpi=150)
 

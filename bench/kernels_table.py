@@ -1,11 +1,13 @@
 """Where a step's time goes, by kernel, and how near each is to what the GPU can do: a profile of two steps of train.py's own loop.
 
     python bench/kernels_table.py A [E ...] [--work=/tmp/bench] [--tldr=FILE.npz] [--write=bench/results/kernels.json] [--section.key=value ...]
+    python bench/kernels_table.py --table=bench/results/kernels.json          the tables again, from what --write kept
 
 Matrix products are told apart by their shapes, T being a micro-batch's tokens: 2 m n k operations. Our own kernels move known numbers of bytes a token or a weight
 (below). The roofline: 780 TFLOP/s of bf16 products as a short one reaches here, 3.0 TB/s of copies; --tflops= and --tbs= give others.
 CUDA graphs hide operators, so the profile runs without them; the kernels are the same. Attention's operations are those of the
-causal half, twice and a half again backward. What is left is told as one line. Prints a Markdown table, most time first.
+causal half, twice and a half again backward. Above 100 % of the roofline stands what finds a part of its numbers in the GPU's cache. Kernels
+of less than half a percent are told as one line. Prints a Markdown table, most time first.
 """
 import collections
 import contextlib
@@ -49,7 +51,7 @@ def profiled(arguments):
         raise SystemExit(f"train.py ended with {code}\n{said.getvalue()[-3000:]}")
     found = []
     for event in profiler.key_averages(group_by_input_shape=True):
-        if event.key.startswith("aten::") and event.self_device_time_total > 0:  # an operator, with what its kernels took
+        if event.key.startswith("aten::") and (event.self_device_time_total > 0 or event.key == "aten::embedding"):  # an operator, with what its kernels took
             found.append((event.key, [shape for shape in event.input_shapes if shape], event.count, event.self_device_time_total))
     for event in profiler.key_averages():  # kernels that no operator launched: ours
         if event.device_type.name == "CUDA" and event.key.startswith("_"):
@@ -76,36 +78,47 @@ def work_of(name, shapes, calls, shape, tokens):
     return None, None
 
 
-def table(case, found, total, tokens, tflops, tbs):
-    """Markdown: kernel, calls and milliseconds a step, share of the step, operations or bytes, share of the roofline."""
+def rows_of(case, found, total, tokens, tflops, tbs):
+    """[{"case", "kernel", "calls", "milliseconds", "share", "teraflop", "gigabytes", "roofline"}] a step, most time first; the last is the rest."""
     shape = speed.SHAPES[speed.CASES[case][0]]
     groups = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
     lengths = {shapes[1][-1] for name, shapes, *_ in found if name == "aten::embedding"}  # of the micro-batches
     for name, shapes, calls, spent in found:
         label = name if name.startswith("_") else name + " " + " ".join("×".join("T" if n in lengths else str(n) for n in s) for s in shapes[:3] if len(s) > 1)
         operations, moved = work_of(name, shapes, calls, shape, tokens * STEPS)
-        entry = groups[label.strip()]
-        entry[0] += calls
-        entry[1] += spent
-        entry[2] += operations or 0
-        entry[3] += moved or 0
-    lines = [f"Case {case}: {total / STEPS / 1e3:.1f} ms of kernels a step", "", "| kernel | calls | ms | share | work | of the roofline |", "| --- | --- | --- | --- | --- | --- |"]
+        for place, value in enumerate((calls, spent, operations or 0, moved or 0)):
+            groups[label.strip()][place] += value
     rows, shown = [], 0.0
     for label, (calls, spent, operations, moved) in sorted(groups.items(), key=lambda item: -item[1][1]):
         if spent < 0.005 * total:
             continue
         shown += spent
-        done = f"{operations / STEPS / 1e12:.2f} TFLOP" if operations else f"{moved / STEPS / 1e9:.2f} GB" if moved else "–"
         near = operations / spent / 1e6 / tflops if operations else moved / spent / 1e6 / tbs if moved else None
-        rows.append({"case": case, "kernel": label, "calls_a_step": calls / STEPS, "milliseconds_a_step": round(spent / STEPS / 1e3, 3), "roofline": near and round(near, 3)})
-        lines.append(f"| {label} | {calls / STEPS:.0f} | {spent / STEPS / 1e3:.2f} | {spent / total:.1%} | {done} | {f'{near:.0%}' if near else '–'} |")
-    lines.append(f"| the rest | | {(total - shown) / STEPS / 1e3:.2f} | {(total - shown) / total:.1%} | | |")
-    return "\n".join(lines), rows
+        rows.append({"case": case, "kernel": label, "calls": calls / STEPS, "milliseconds": round(spent / STEPS / 1e3, 3), "share": round(spent / total, 4),
+                     "teraflop": round(operations / STEPS / 1e12, 4), "gigabytes": round(moved / STEPS / 1e9, 2), "roofline": near and round(near, 3)})
+    return rows + [{"case": case, "kernel": "the rest", "calls": None, "milliseconds": round((total - shown) / STEPS / 1e3, 3), "share": round(1 - shown / total, 4),
+                    "teraflop": 0, "gigabytes": 0, "roofline": None}]
+
+
+def table(rows):
+    """Markdown of one case's rows."""
+    lines = [f"Case {rows[0]['case']}: {sum(row['milliseconds'] for row in rows):.1f} ms of kernels a step", "",
+             "| kernel | calls | ms | share | work | of the roofline |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        work = f"{row['teraflop']:.2f} TFLOP" if row["teraflop"] else f"{row['gigabytes']:.2f} GB" if row["gigabytes"] else "–"
+        calls = "" if row["calls"] is None else f"{row['calls']:.0f}"
+        near = f"{row['roofline']:.0%}" if row["roofline"] else "–"
+        lines.append(f"| {row['kernel']} | {calls} | {row['milliseconds']:.2f} | {row['share']:.1%} | {work} | {near} |")
+    return "\n".join(lines)
 
 
 def main(argv):
     import record
     options = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--") and "." not in arg.split("=")[0])
+    if "table" in options:
+        kept = json.loads(pathlib.Path(options["table"]).read_text())
+        print("\n\n".join(table([row for row in kept if row["case"] == case]) for case in dict.fromkeys(row["case"] for row in kept)))
+        return
     overrides = [arg for arg in argv if arg.startswith("--") and "." in arg.split("=")[0]] + ["--memory.graphs=no", "--proof.enabled=false"]
     npz = {name: options.get(name, f"{name}-train-ids.npz") for name in ("gsm8k", "tldr")}
     kept = []
@@ -113,8 +126,8 @@ def main(argv):
         arguments, run, *_ = speed.prepare(case, FIRST + STEPS + 2, pathlib.Path(options.get("work", "/tmp/bench")), npz, overrides)
         found, total = profiled(arguments)
         tokens = record.read_metrics(run)[FIRST]["train/tokens"]
-        text, rows = table(case, found, total, tokens, float(options.get("tflops", 780)), float(options.get("tbs", 3.0)))
-        print(text, flush=True)
+        rows = rows_of(case, found, total, tokens, float(options.get("tflops", 780)), float(options.get("tbs", 3.0)))
+        print(table(rows), flush=True)
         kept += rows
     if "write" in options:
         pathlib.Path(options["write"]).write_text(json.dumps(kept, indent=1))
