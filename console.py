@@ -1,4 +1,5 @@
 """What a run says on the console: what is about to happen, its alerts, how it ended. Eighty columns, above the progress bar."""
+import json
 import math
 import sys
 import textwrap
@@ -6,6 +7,7 @@ import textwrap
 from tqdm import tqdm
 
 import forecast
+import ranks
 import record
 import report
 import verdict
@@ -18,7 +20,10 @@ def introduce(run, config, rows, network, state, outlook):
     if begun := record.continues(run):
         print(f"          begun in another folder: {begun}; the record until there is\n          in this one too, the best step is looked for anew")
     for accepted in state["accepted"]:
-        print(f"          accepted at step {accepted['step']}: another {', another '.join(name for name in accepted if name != 'step')}")
+        for name in [name for name in accepted if name != "step"]:
+            was, now = (json.dumps(accepted[name][which]) for which in ("was", "is"))
+            print(textwrap.fill(f"accepted at step {accepted['step']}: {name} was {was}, is {now}", 80,
+                                initial_indent=" " * 10, subsequent_indent=" " * 12))
     print(forecast.show_forecast(outlook))
     print("".join(f"{line}\n" for line in rows.remarks), end="")
     for count, what in (("turns_unsupervised", "answers are not supervised: the chat template hides what the model wrote"),
@@ -26,7 +31,8 @@ def introduce(run, config, rows, network, state, outlook):
         if rows.counts[count]:
             print(f"\n{rows.counts[count]:,} {what}")
     print(f"network   {type(network).__name__}, {config.model.quant}, computing in {config.model.compute_dtype} on {network.device}\n"
-          f"packing   up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of "
+          + (f"ranks     {ranks.RANKS:,} share each window{' and the frozen weights' * network.sharded}\n" if ranks.RANKS > 1 else "")
+          + f"packing   up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of "
           f"{len(network.get_decoder().layers)} layers recomputed"
           + (", their inputs on the host" if plan["offload"] else "") + (", embeddings on the host" if plan["host_embeddings"] else "")
           + f"\n          ({plan['why']}); {network.fused_layers} layers fused, "

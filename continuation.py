@@ -61,7 +61,8 @@ STATE = {  # what state.json must hold, by name
     "norms": lambda v: isinstance(v, list) and all(isinstance(pair, list) and len(pair) == 2
                                                    and _count(pair[0]) and _number(pair[1]) for pair in v),
     "line": lambda v: isinstance(v, dict) and "step" not in v and all(map(_figure, v.items())),
-    "accepted": lambda v: isinstance(v, list) and all(isinstance(entry, dict) and _count(entry.get("step")) for entry in v),
+    "accepted": lambda v: isinstance(v, list) and all(isinstance(entry, dict) and _count(entry.get("step")) and all(
+        isinstance(change, dict) and {"was", "is"} <= change.keys() for name, change in entry.items() if name != "step") for entry in v),
     "evaluated": lambda v: v == -1 or _count(v),
     "best_step": lambda v: v is None or _count(v), "best_loss": lambda v: v is None or _number(v),
     "origin": lambda v: isinstance(v, dict), "plan": _plan, "noise": _noise}
@@ -101,12 +102,29 @@ def origin(config, tokenizer, rows, eval_rows, base_weights, plan):
     free = ("memory.checkpoint_layers", "memory.budget_gib", "memory.offload", "model.path", "data.train", "data.eval",
             "data.chat_template", "data.mixture", "data.first_rows", "data.drop", "data.audit", "data.cache", "data.near_duplicate",
             "data.columns", "data.roles")
-    sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
     shaping = {name: value for name, value in config.flat().items() if name not in free and not name.startswith(sections)}
-    contents = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
-                "chat template": sha(tokenizer.chat_template or ""), "base weights": base_weights}
     shaping |= {f"memory.{name}": plan[name] for name in ("max_tokens", "keep_dequantized")} | {"ranks": ranks.RANKS}
-    return shaping | {name: digest[:16] for name, digest in contents.items()}
+    return shaping | contents(tokenizer, rows, eval_rows) | {"base weights": base_weights[:16]}
+
+
+def contents(tokenizer, rows, eval_rows):
+    """{what: digest} of rows and tokenizer."""
+    sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    digests = {"training rows": rows.digest, "evaluation rows": eval_rows.digest, "tokenizer": sha(tokenizer.backend_tokenizer.to_str()),
+               "chat template": sha(tokenizer.chat_template or "")}
+    return {name: digest[:16] for name, digest in digests.items()}
+
+
+def of_every_rank(config, tokenizer, rows, eval_rows, prompts, device):
+    """{what: value or digest} that every rank must have alike. Files may lie elsewhere on each host.
+
+    The kind of device is among it: another kind sums in another order, and the ranks' adapters would drift apart.
+    """
+    places = ("model.path", "lora.init_from", "data.train", "data.eval", "data.mixture", "data.chat_template", "data.cache", "eval.prompts")
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    asked = hashlib.sha256(json.dumps([list(map(int, prompt["ids"])) for prompt in prompts]).encode()).hexdigest()[:16]
+    settings = {name: value for name, value in config.flat().items() if name not in places}
+    return settings | contents(tokenizer, rows, eval_rows) | {"prompts": asked, "torch": torch.__version__, "device": kind}
 
 
 def restore(saved, path, accept, fresh, adapters, moments, scaler, device):

@@ -10,8 +10,11 @@ Leaves out: pipeline and tensor parallelism, and ranks that come and go during a
 import contextlib
 import datetime
 import functools
+import json
 import os
+import signal
 import sys
+import time
 import traceback
 
 import torch
@@ -19,6 +22,7 @@ import torch.distributed as dist
 
 RANK, RANKS, ON_HOST = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 FIRST = RANK == 0  # the one that writes and speaks
+PARTING = 2  # seconds that a rank which lost another one stays, so that torchrun sees that one end first, and reports it
 LOADING = 12 * 3600  # seconds that ranks wait while one of them makes the token cache; one that dies is noticed at once
 
 
@@ -69,8 +73,9 @@ def lost():
 
 def as_lost(error):
     """An error of torch.distributed as what it means."""
-    return Lost(f"rank {RANK}: another rank has ended, or did not come within train.rank_wait; the newest checkpoint is whole, "
-                f"go on from it with --resume ({str(error).splitlines()[0][:100]})")
+    reason = str(error).splitlines()[0].rpartition("] ")[2][:100]  # without the place in torch's own code
+    return Lost(f"rank {RANK}: another rank has ended, and said why if it could, or did not come within train.rank_wait; "
+                f"where there is a checkpoint, the newest is whole: go on from it with --resume ({reason})")
 
 
 @contextlib.contextmanager
@@ -163,6 +168,26 @@ def check_same(digest, what):
         raise RuntimeError(f"the ranks' {what} differ, so they no longer train one model; the last checkpoint is from before that")
 
 
+def begin_alike(facts):
+    """End the run, exit code 2, where one of `facts` {what: value or digest} is not the same on all ranks, as where hosts have other files.
+
+    The first rank raises ValueError with what differs, and where; the others end without a word.
+    """
+    if RANKS == 1:
+        return
+    told = [json.loads(same(json.dumps(facts), rank)) for rank in range(RANKS)]
+    names = [name for name in facts if any(of_rank.get(name) != told[0].get(name) for of_rank in told)]
+    if not names:
+        return
+    if not FIRST:
+        sys.exit(2)
+    other = {name: next(rank for rank in range(RANKS) if told[rank].get(name) != told[0].get(name)) for name in names}
+    lines = "".join(f"\n  {name}: {json.dumps(told[0].get(name))} on the first rank, {json.dumps(told[rank].get(name))} on rank {rank}"
+                    for name, rank in other.items())
+    raise ValueError(f"the ranks would not train the same model on the same rows:{lines}\n"
+                     "Give every host the same files, settings, packages and kind of device.")
+
+
 def together(main):
     """`main` as one of several ranks: where another one is lost, this one ends at once, with code 1 and one message."""
     def run(argv):
@@ -177,5 +202,7 @@ def together(main):
             if not isinstance(error, Lost):
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(PARTING)
             os._exit(1)  # torch.distributed would wait for the lost one before it lets this process go
     return run

@@ -551,7 +551,8 @@ def machine(found):
     gpus = [f"{gpu.get('name')} ({gpu.get('memory_gib')} GiB)" for gpu in environment.get("devices") or []]
     packages = [f"{name} {version}" for name, version in (environment.get("packages") or {}).items() if version]
     cuda = [f"CUDA {environment['cuda']}"] if environment.get("cuda") else []
-    hardware = [*gpus, str(environment.get("cpu", "CPU not recorded")), f"{environment.get('cores', '?')} cores"]
+    processes = [f"{environment['ranks']} ranks"] if is_number(environment.get("ranks")) and environment["ranks"] > 1 else []
+    hardware = [*processes, *gpus, str(environment.get("cpu", "CPU not recorded")), f"{environment.get('cores', '?')} cores"]
     return "\n".join([prose(f"Machine: {plain(', '.join(hardware))}.", "- "),
                       prose(f"Software: {plain(', '.join(['Python ' + str(environment.get('python', '?')), *cuda, *packages]))}.", "- ")])
 

@@ -77,6 +77,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     tokenizer_files = continuation.texts_of(tokenizer)
     eval_rows, lowest = (rows, overfit.floor(rows)[0]) if by_heart else (eval_rows, 0.0)
     prompts, end_ids = data.prompts(config, tokenizer), data.end_of_turn(tokenizer)
+    ranks.begin_alike(continuation.of_every_rank(config, tokenizer, rows, eval_rows, prompts, device))
     saved = continuation.load_checkpoint(resume) if resume and ranks.FIRST else None
     source = other_run(resume, run)
     if source:  # the best checkpoint until here is the other run's; every rank is told this state
@@ -115,7 +116,10 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
              "plan": plan, "origin": continuation.origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
     if before:
         state = continuation.restore(saved, resume, accept, state, adapters, moments, scaler, device)
+    digest = lambda: hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()
     ranks.from_first([flat, *moments.values(), *scaler.values()])
+    if ranks.RANKS > 1:
+        ranks.begin_alike({"base weights": base_weights, "adapters": digest()})
     fatal, too_large = [], []  # alerts that end the run; a row that does not fit into memory even alone, told with its name
     stopped = lambda: state["nonfinite"] == config.train.nonfinite_limit or bool(fatal)
     out_of_patience = lambda: 0 < config.eval.patience <= state["without_improvement"]
@@ -222,7 +226,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         values |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/clipped": float(grad_norm > values["train/clip_threshold"]),
                    "train/skipped": float(not finite), "train/seconds": seconds}
         values["train/tokens_per_second"] = values["train/tokens"] / seconds
-        values |= {"train/peak_memory_gib": memory.peak(device) / 2**30} | memory.reserved(device)
+        values |= {"train/peak_memory_gib": max(done["peak"], memory.peak(device)) / 2**30} | memory.reserved(device)
         values |= noise.update(of_pair) | ({"train/loss_scale": scale} if fp16 else {})
         if finite:
             state["norms"] = [*state["norms"], [step, grad_norm]][-config.schedule.clip_window - 1:]
@@ -264,7 +268,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         plan["evaluates"] = -ranks.most(-figures["max_tokens"])[0]
         loss = figures["loss"]
         values = {f"eval/{name}": figures[name] for name in ("loss", "perplexity", "token_accuracy", "supervised_tokens", "seconds")}
-        values["eval/adapter_digest"] = hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()[:12]
+        values["eval/adapter_digest"] = digest()[:12]
         keep = evaluation.keep if ranks.FIRST else lambda *_: None
         keep(run, f"step-{step:06d}", by_row, step, eval_rows, tokenizer, network)
         if unquantised and step == 0:
@@ -301,7 +305,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
 
     def save(step):
         """A checkpoint of this step boundary, written by the first rank. Returns where it is."""
-        ranks.check_same(hashlib.sha256(flat.detach().cpu().numpy()).hexdigest(), "adapters")
+        ranks.check_same(digest(), "adapters")
         drawn = continuation.of_all_ranks(continuation.generators(device))
         if not ranks.FIRST:
             return None
@@ -337,7 +341,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         samples = data.samples(rows, config.train.seed, start, count)
         window = data.share(rows, samples, plan["fits"], network.sharded)
         of_window = [sum(len(batch.targets) for batch in window), sum(len(batch.input_ids) for batch in window if batch.samples)]
-        supervised, tokens = ranks.total(torch.tensor(of_window)).tolist()
+        telling = len(alive) < 2 and proof.telling(window)
+        supervised, tokens, telling = ranks.total(torch.tensor([*of_window, telling])).tolist()
         drawn = continuation.generators(device) if config.lora.dropout else {}
 
         loss, late = None, False
@@ -359,7 +364,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
                 graphs.forget(forward_backward)
                 model.release_memory()
                 window = data.share(rows, samples, plan["fits"])
-        late, least = ranks.most(late, -plan["fits"])
+        late, least, peak = ranks.most(late, -plan["fits"], memory.peak(device) if ranks.RANKS > 1 else 0)
         if -least < plan["fits"]:
             memory.pack_smaller(plan, step, -least, "on another rank:")
         if late:  # the window is given up, and the step before it is where the run ends
@@ -386,7 +391,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
             rescale(scaler, finite)
 
         found_dead = {}
-        if len(alive) < 2 and proof.telling(window):  # the first steps: waiting for the device costs nothing yet
+        if telling:  # the first steps: waiting for the device costs nothing yet
             applied += bool(finite)
             found_dead = look_for_dead(step, applied, finite)
 
@@ -400,7 +405,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
                   "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)}
         values |= found_dead | ({"train/max_tokens": plan["fits"]} if plan["shrunk"] else {})
         pending.append({"step": step, "samples": samples, "marks": marks, "of_pair": len(of_pair), "figures": clock.to_host(figures),
-                        "values": values})
+                        "values": values, "peak": peak})
 
         evaluation_due, save_due = due(config.eval.every_steps, step), due(config.save.every_steps, step)
         proof_due = proof.due(config, step, first, max_steps, device)
@@ -499,7 +504,8 @@ def open_record(run, config, state, resume, source, owed, outlook):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     elif source:
         record.take_along(source, run, state["step"])
-    written = {"config.json": config.to_dict(), "environment.json": record.environment(), "forecast.json": forecast.as_json(outlook)}
+    written = {"config.json": config.to_dict(), "environment.json": record.environment() | {"ranks": ranks.RANKS},
+               "forecast.json": forecast.as_json(outlook)}
     for name, tree in written.items():
         with record.writing(run / name, "make room and start again"):
             (run / f".{name}.tmp").write_text(json.dumps(tree, indent=1), encoding="utf-8")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import PROJECT, curve, differences, make_config, make_model, newest
 from safetensors.torch import load_file, save_file
-from test_faults import at_sample, command, in_backward, live, once, processes, send, tiny_settings  # noqa: F401  (the first and the last are fixtures)
+from test_faults import at_sample, command, in_backward, live, once, once_trained, processes, send, tiny_settings  # noqa: F401  (the first and the last are fixtures)
 
 import checkpoint
 import data
@@ -169,6 +169,33 @@ def test_two_ranks_train_as_one_does(run, tmp_path, options):
     assert log(tmp_path, "two", 1).strip() == "", "the others are silent"
 
 
+def test_alerts_and_verdict_are_those_of_one_process(run, tmp_path):
+    """Of the data of all ranks: the alerts of each step, what each criterion measured, what each evaluation row came to."""
+    options = [*EXACT, "--train.max_steps=24", "--train.adam_eps=0.1", "--schedule.learning_rate=0.03", "--eval.every_steps=8",
+               "--criteria.milestone_step=24", "--criteria.baseline=quantised", "--alerts.window=10", "--alerts.guessing=5.0"]
+    assert run(1, "alone", *options) == [0] and run(2, "two", *options) == [0, 0]
+    told = [[(line["step"], alert["name"]) for line in curve(tmp_path / name) for alert in json.loads(line.get("alerts", "[]"))] for name in ("alone", "two")]
+    assert told[0] == told[1] and len(told[0]) >= 2
+    judged = [json.loads((tmp_path / name / "verdict.json").read_text())["criteria"] for name in ("alone", "two")]
+    assert [(entry["name"], entry["outcome"]) for entry in judged[0]] == [(entry["name"], entry["outcome"]) for entry in judged[1]]
+    measured = [[entry["measured"] for entry in of_run if entry["measured"] is not None] for of_run in judged]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-3) and len(measured[0]) >= 5
+    rows = [record.read_evaluations(tmp_path / name)[24][0] for name in ("alone", "two")]
+    assert all(rows[0][what] == pytest.approx(rows[1][what], rel=1e-3) for what in ("nll", "tokens", "correct")) and len(rows[0]["nll"]) == 6
+
+
+def test_the_record_says_how_many_ranks_and_what_the_one_with_most_memory_took(run, tmp_path):
+    assert run(2, "two", *EXACT, "--log.report=true", fault=(takes, 7 * 2**30), rank=1) == [0, 0]
+    assert all(line["train/peak_memory_gib"] == 7 for line in record.read_metrics(tmp_path / "two")[1:])
+    assert json.loads((tmp_path / "two/environment.json").read_text())["ranks"] == 2 and "ranks     2 share each window\n" in log(tmp_path, "two")
+    assert "Machine: 2 ranks, " in (tmp_path / "two/report.md").read_text()
+
+
+def takes(size):
+    import memory
+    memory.peak = lambda device: size
+
+
 def test_four_ranks_share_a_window_of_three_samples(run, tmp_path):
     options = [*EXACT, "--train.micro_batch_size=3", "--train.accumulation=1", "--train.max_steps=4", "--eval.every_steps=0", "--schedule.lr_warmup_steps=1"]
     assert run(1, "alone", *options) == [0] and run(4, "four", *options) == [0] * 4
@@ -229,6 +256,19 @@ def test_another_number_of_ranks_goes_on_where_that_is_accepted(run, tmp_path, c
     assert run(1, "alone", *EXACT) == [0] and far(tmp_path / "alone", tmp_path / "run") < 2e-5
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_another_number_of_ranks_goes_on_bit_for_bit_where_the_window_splits_alike(run, tmp_path, count):
+    """Windows of one sample: the first rank does all the work, whatever their number. (Evaluation rows are shared otherwise, so they differ by rounding.)"""
+    options = ["--train.accumulation=1", "--train.micro_batch_size=1", "--lora.dropout=0"]
+    assert run(2, "peace", *options) == [0, 0]
+    assert run(2, "run", *options, fault=(at_sample, 5, os._exit, 9)) == [9, 9]
+    assert run(count, "run", *options, "--resume", "--accept=ranks") == [0] * count and "ranks was 2, is" in log(tmp_path, "run")
+    trained = lambda name: [{tag: value for tag, value in line.items() if tag.startswith("train/")} for line in curve(tmp_path / name)]
+    assert trained("peace") == trained("run") and len(trained("run")) == 9
+    ours, theirs = (newest(tmp_path / name)["tensors"] for name in ("peace", "run"))
+    assert all(torch.equal(ours[file][name], theirs[file][name]) for file in ("adapter_model.safetensors", "optimizer.safetensors") for name in ours[file])
+
+
 def test_an_alert_of_the_steps_before_a_resume_is_known_to_all_ranks(run, tmp_path):
     """The rate is high from step 1 on, which is told once: a rank that knew nothing of it would be told again after the resume, and end all."""
     options = [*DROPOUT, "--schedule.learning_rate=0.03", "--schedule.lr_kind=constant", "--schedule.lr_warmup_steps=0"]
@@ -261,6 +301,14 @@ def test_a_rank_that_is_killed_while_others_wait_for_its_part_of_the_weights_end
     assert run(2, "killed", *options, fault=(in_backward, 6, send, signal.SIGKILL), rank=1) == [1, -signal.SIGKILL]
     assert log(tmp_path, "killed").count("another rank has ended") == 1 and "Traceback" not in log(tmp_path, "killed")
     assert run(2, "killed", *options, "--resume") == [0, 0]
+
+
+def test_a_rank_that_fails_by_itself_ends_first_so_torchrun_reports_that_one(fleet, tiny_settings, tmp_path):  # noqa: F811
+    first, second = fleet(2, train_as_rank, command(tiny_settings, tmp_path / "run", ["--data.train=none.jsonl"]), tmp_path / "run", None, (), None)
+    first.join(60)
+    assert first.exitcode == 2 and "none.jsonl: no such file" in log(tmp_path, "run") and second.is_alive()
+    second.join(60)
+    assert second.exitcode == 1 and log(tmp_path, "run", 1).count("\n") == 1 and "another rank has ended, and said why" in log(tmp_path, "run", 1)
 
 
 def test_the_first_rank_killed_ends_the_others_too(run, tmp_path):
@@ -331,6 +379,85 @@ def test_a_sharded_rank_without_memory_ends_all_and_says_what_to_change(run, tmp
     assert run(2, "run", *EXACT, "--memory.shard=true", "--save.every_steps=1", "--resume") == [0, 0]
 
 
+def not_finite(number):
+    """The loss of this rank's number-th micro-batch is not a number."""
+    once_trained(lambda: spoil(number))
+
+
+def spoil(number):
+    real, calls = model.summed_loss, []
+
+    def loss_of(network, batch):
+        loss, nll, correct = real(network, batch)
+        calls.append(1) if torch.is_grad_enabled() else None
+        return (loss * float("nan") if len(calls) == number and torch.is_grad_enabled() else loss), nll, correct
+
+    model.summed_loss = loss_of
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_applied_on_none_and_its_rows_are_named(run, tmp_path):
+    assert run(2, "run", *EXACT, "--save.every_steps=1", fault=(not_finite, 3), rank=1) == [0, 0]
+    assert [line["step"] for line in record.read_metrics(tmp_path / "run") if line.get("train/skipped")] == [3]
+    told, = [line for line in log(tmp_path, "run").splitlines() if line.startswith("step 3 was not applied")]
+    assert all(f"train.jsonl:{row + 1}" in told for row in data.sample_stream(23, 0, 8, 4)), "those of both ranks"
+
+
+def without_gradient():
+    """One module's output goes past its adapter, and the first rank finds nothing in its part of a window that could tell."""
+    import proof
+    real = ranks.total
+
+    def total(tensor):
+        real(tensor)
+        if tensor.numel() > 1000:
+            tensor[:256] = 0  # the first lora_A
+        return tensor
+
+    ranks.total = total
+    if ranks.FIRST:
+        proof.telling = lambda window: False
+
+
+def test_dead_gradients_are_found_and_told_though_the_first_rank_has_nothing_to_tell_them_by(run, tmp_path):
+    assert run(2, "run", *EXACT, "--proof.enabled=true", "--proof.tokens=8", fault=(without_gradient,)) == [4, 4]
+    assert "gradients  DEAD: after step" in log(tmp_path, "run")
+    assert record.read_metrics(tmp_path / "run")[-1]["proof/outcome"].startswith("dead: after step")
+
+
+OTHERS = {"training rows": lambda folder: ["--data.train=" + str(folder / "other.jsonl")], "base weights": lambda folder: [f"--model.path={folder / 'other'}"],
+          "schedule.learning_rate": lambda folder: ["--schedule.learning_rate=0.02"], "prompts": lambda folder: ["--eval.prompts=" + str(folder / "prompts.txt")]}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_ranks_that_would_train_something_else_are_refused_by_name_before_anything_is_written(run, tiny_inputs, tmp_path, what):
+    (tmp_path / "other.jsonl").write_text("".join((tiny_inputs / "train.jsonl").read_text().splitlines(keepends=True)[::-1]))
+    (tmp_path / "prompts.txt").write_text("red\n")
+    make_model(tmp_path / "other", seed=1, initializer_range=0.1)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "other" / name).write_bytes((tiny_inputs / "model" / name).read_bytes())
+    assert run(2, "run", fault=(ask_also, *OTHERS[what](tmp_path)), rank=1) == [2, 2]
+    assert f"\n  {what}: " in log(tmp_path, "run") and " on rank 1\n" in log(tmp_path, "run") and log(tmp_path, "run", 1).strip() == ""
+    assert not (tmp_path / "run").exists()
+
+
+def ask_also(*options):
+    named = {option.partition("=")[0] for option in options}
+    sys.argv[1:] = [word for word in sys.argv[1:] if word.partition("=")[0] not in named] + list(options)
+
+
+def test_adapters_that_differ_at_the_start_are_found_there(run, tmp_path):
+    assert run(2, "run", *EXACT, fault=(keep_own,), rank=1) == [2, 2]
+    assert "\n  adapters: " in log(tmp_path, "run") and not (tmp_path / "run").exists()
+
+
+def keep_own():
+    """What the first rank tells is heard, and not taken over."""
+    import lora_layers
+    real, taken = ranks.from_first, lora_layers.draw_adapters
+    ranks.from_first = lambda tensors: real([tensor.clone() for tensor in tensors])
+    lora_layers.draw_adapters = lambda network, seed: taken(network, seed + 1)
+
+
 def test_ranks_whose_adapters_differ_are_stopped(run, tmp_path):
     codes = run(2, "torn", *EXACT, fault=(nudge,), rank=1)
     assert 0 not in codes and "adapters differ" in log(tmp_path, "torn") + log(tmp_path, "torn", 1)
@@ -362,6 +489,29 @@ def test_torchrun_runs_it(tiny_settings, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("packing ") == 1 and [line["step"] for line in record.read_metrics(tmp_path / "run")] == list(range(9))
     assert json.loads((tmp_path / "run" / "environment.json").read_text())
+
+
+def test_two_hosts_train_as_one_process_does(run, tiny_settings, tmp_path):  # noqa: F811
+    """Two torchrun agents that meet at one address, as on two hosts, of two ranks each; the record lies with the first."""
+    assert run(1, "alone", *EXACT) == [0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    hosts = []
+    for number in (0, 1):
+        (tmp_path / f"host-{number}").mkdir()
+        meeting = ["--nnodes=2", "--nproc-per-node=2", f"--node-rank={number}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        line = [sys.executable, "-m", "torch.distributed.run", *meeting, str(PROJECT / "train.py"), str(tiny_settings), "--out=run", *EXACT]
+        hosts.append(subprocess.Popen(line, cwd=tmp_path / f"host-{number}", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **hidden}))
+    try:
+        told = [host.communicate(timeout=200) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [0, 0], told
+    assert far(tmp_path / "alone", tmp_path / "host-0/run") < 2e-5
+    assert told[1][0].strip() == "" and list((tmp_path / "host-1").iterdir()) == []
 
 
 def test_ranks_that_go_on_from_another_run_count_its_evaluations_alike(run, tmp_path):
