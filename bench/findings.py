@@ -214,9 +214,9 @@ def last_step(run):
 
 
 def needs(experiment, work, plan):
-    """Whether what an experiment reads is there: the generations are of approach1-s0."""
+    """Names of experiments that one reads and that have not ended: the generations are of approach1-s0."""
     read = [word.split("WORK/")[1] for word in experiment.commands[0] if word.startswith("--ckpt=WORK/")]
-    return all(ended(other, work) for other in plan if other.name in read)
+    return [other.name for other in plan if other.name in read and not ended(other, work)]
 
 
 def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done, peers_site=None, last=False):
@@ -271,7 +271,7 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done, peers_site
                     entry["process"].kill()
             if not running:
                 break
-        ready = [e for e in pending if needs(e, work, plan) and takes(e) < left()] if not stopping else []
+        ready = [e for e in pending if not needs(e, work, plan) and takes(e) < left()] if not stopping else []
         if not running and pending and not ready:
             break
         while ready and len(running) < jobs and not any(entry["experiment"].alone for entry in running):
@@ -288,6 +288,9 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done, peers_site
         time.sleep(0.1)
     for number, handler in previous.items():
         signal.signal(number, handler)
+    for experiment in pending:
+        if missing := needs(experiment, work, plan):
+            say(f"{experiment.name} reads {', '.join(missing)}, which has not ended in {work}; name it too")
     return failed + pending
 
 
@@ -373,13 +376,16 @@ def plain_paths(text, work, rows):
     return text.replace(".jsonl.gz", ".jsonl")
 
 
-def write(experiment, work, rows, into):
-    """Keep what an experiment came to in into/NAME."""
+def write(experiment, work, rows, into, overrides=()):
+    """Keep what an experiment came to in into/NAME. overrides: ((key, value), ...) that its trainings were given."""
     run, folder = work / experiment.name, into / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     strict = lambda tree: plain_paths(json.dumps(tree, indent=1), work, rows) + "\n"
     sittings = sittings_of(work, experiment.name)
-    about = {"name": experiment.name, "commands": [f"python {' '.join(command)}" for command in experiment.commands],
+    given = {f"--{key}": f"--{key}={value}" for key, value in overrides}
+    told = lambda command: [*(word for word in command if word.partition("=")[0] not in given), *given.values()]
+    about = {"name": experiment.name,
+             "commands": [f"python {' '.join(command if command[0] == 'eval.py' else told(command))}" for command in experiment.commands],
              "exit": sittings[-1]["exit"], "seconds": round(sum(sitting["seconds"] for sitting in sittings), 1),
              "alone": len(sittings) == 1 and not sittings[0]["beside"]}
     if (run / "metrics.jsonl").is_file():
@@ -437,7 +443,7 @@ def main(argv):
     into = pathlib.Path(flags["write"]).resolve() if flags["write"] else None
     minutes, jobs = float(flags["minutes"] or 1e6), int(flags["jobs"] or 1)
     work.mkdir(parents=True, exist_ok=True)
-    keep = lambda experiment: into and write(experiment, work, rows, into)
+    keep = lambda experiment: into and write(experiment, work, rows, into, overrides)
     if minutes == 0:
         for experiment in wanted:
             keep(experiment) if ended(experiment, work) else None

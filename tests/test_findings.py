@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import PROJECT, settings_of
 
+import compare
 import config
 import record
 import verdict
@@ -78,6 +79,29 @@ def test_what_is_kept_in_the_repository_was_made_by_the_plan_s_commands():
         planned = [f"python {' '.join(command)}" for command in of[about["name"]].commands]
         assert [set(command.split()) for command in about["commands"]] == [set(command.split()) for command in planned], about["name"]
         assert about["exit"] in of[about["name"]].ends
+
+
+def test_what_is_kept_in_the_repository_ran_with_the_settings_that_the_plan_s_commands_give_today():
+    checked = 0
+    for path in (PROJECT / "docs" / "findings").glob("*/config.json"):
+        if not (planned := json.loads(json.dumps(configured(path.parent.name)))):
+            continue
+        kept, checked = json.loads(path.read_text()), checked + 1
+        planned["model"]["path"] = planned["model"]["path"].rpartition("/")[2]
+        for section in set(kept) - {*compare.HOW_ONLY}:
+            assert kept[section] == planned[section], (path.parent.name, section)
+    assert checked > 50
+
+
+def test_a_record_says_with_what_other_settings_it_was_made(tmp_path):
+    plan = [findings.training("short", "approach1", {"train.max_steps": 2000, "train.seed": 1}, 1),
+            findings.Experiment("asked", [["eval.py", "--ckpt=WORK/short"]], 1)]
+    for experiment in plan:
+        (tmp_path / f"{experiment.name}.json").write_text('[{"seconds": 1, "beside": 0, "exit": 0}]')
+        findings.write(experiment, tmp_path, None, tmp_path / "kept", (("train.max_steps", "4"),))
+    short, asked = (json.loads((tmp_path / "kept" / e.name / "summary.json").read_text())["commands"][0].split() for e in plan)
+    assert "--train.max_steps=4" in short and "--train.max_steps=2000" not in short and "--train.seed=1" in short
+    assert asked == ["python", "eval.py", "--ckpt=WORK/short"]
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -231,8 +255,10 @@ def test_at_the_limit_runs_are_told_to_end_and_the_next_sitting_does_the_rest(sl
 def test_one_that_fails_stops_no_other_and_is_left(tmp_path, sleeper, capsys):
     made, _ = sleeper
     broken = findings.Experiment("broken", [[str(tmp_path / "missing.py")]], 1)
-    left = run([broken, made("good", 0.1)], tmp_path, 1)
-    assert [experiment.name for experiment in left] == ["broken"] and "broken FAILED" in capsys.readouterr().out
+    reads = findings.Experiment("reads", [[str(tmp_path / "sleeper.py"), "--ckpt=WORK/broken"]], 1)
+    left, said = run([broken, made("good", 0.1), reads], tmp_path, 1), capsys.readouterr().out
+    assert [experiment.name for experiment in left] == ["broken", "reads"] and "broken FAILED" in said
+    assert f"reads reads broken, which has not ended in {tmp_path}" in said
 
 
 def test_a_signal_ends_everything_with_what_runs_told_to_save(tmp_path, sleeper):
@@ -278,7 +304,7 @@ def test_a_command_is_right_whatever_stands_around_it():
 def configured(name):
     """The configuration that the plan's command gives a training, as config.json holds it; {} of what is no training."""
     command = next((e.commands[0] for e in findings.experiments() if e.name == name), ["eval.py"])
-    if command[0] != "train.py":
+    if command[0] not in findings.TRAININGS:
         return {}
     words, _, overrides = config.command_line(command[1:], {"out": ""})
     return dataclasses.asdict(config.read(PROJECT / words[0], overrides))
@@ -359,7 +385,7 @@ def test_a_setting_that_changed_nothing_is_shown_as_the_same_run(tmp_path):
     about = tmp_path / "schedule-adaptive-clip-s0" / "summary.json"
     about.write_text(about.read_text().replace("approach1-s1", "schedule-adaptive-clip-s0"))
     cells = row(make.filled(PAGE, make.read(tmp_path), None), "clipped at the median")
-    assert cells[3:] == [make.DASH, make.DASH, "the same run, bit for bit"]
+    assert cells[3:6] == [make.DASH, make.DASH, "the same run, bit for bit"]
 
 
 def test_a_proof_that_stopped_the_run_is_told_with_what_it_found(tmp_path):
@@ -416,10 +442,41 @@ def test_a_shape_is_set_beside_a_cosine_of_the_same_rate_area(tmp_path):
             assert area == pytest.approx(1e-4 * (warm_up + 1800 * by_hand[name]), rel=1e-3)
         keep_one(tmp_path, name, {0: 4.6, 2000: 3.0 - 0.1 * math.log(area) + worse.get(name, 0.0)})
     runs = make.read(tmp_path)
-    off = {label: float(row(make.area(runs), label)[-1]) for label in ("cosine to 0", "WSD", "constant")}
-    assert off == {"cosine to 0": 0.0, "WSD": 0.0, "constant": 0.05}
+    off = {label: [float(cell) for cell in row(make.area(runs), label)[4:6]] for label in ("cosine to 0", "WSD", "constant")}
+    assert off == {"cosine to 0": [0.0, 0.0], "WSD": [0.0, 0.0], "constant": [0.05, 0.05]}
     make.filled(PAGE, runs, tmp_path)
     assert (tmp_path / "findings-area.png").is_file()
+
+
+def test_between_cosines_that_bend_a_smooth_curve_lies_below_the_straight_line_and_beyond_them_nothing_is_said():
+    places = np.array([0.1, 0.2, 0.4, 0.8])
+    bent = lambda place: (math.log(place) - 1) ** 2
+    for own in (0.15, 0.3, 0.6):
+        straight, smooth = make.beside_cosines(places, [bent(place) for place in places], own)
+        assert straight > bent(own) and abs(smooth - bent(own)) < straight - bent(own)
+    assert np.isnan(make.beside_cosines(places, places, 0.05)).all() and np.isnan(make.beside_cosines(places, places, 0.9)).all()
+
+
+def test_what_moved_the_adapters_as_far_as_a_larger_rate_is_set_beside_that_rate(tmp_path):
+    far = {"approach1-s0": (0.01, 2.2), "rate-2e-4-s0": (0.02, 2.1), "rate-5e-4-s0": (0.04, 2.0), "factor-rslora-s0": (0.02, 2.13)}
+    for name, (moved, value) in far.items():
+        keep_one(tmp_path, name, {0: 4.6, 2000: value})
+        with open(tmp_path / name / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 2001, "adapters/delta_ratio": moved}) + "\n")
+    cells = row(make.moved(make.read(tmp_path)), "rsLoRA")
+    assert cells[1:] == ["0.0200", "2.1300", "+0.0300", "+0.0300", "`factor-rslora-s0`"]
+
+
+def test_every_line_of_a_table_names_the_experiment_that_makes_it_again(tmp_path):
+    for name in ("approach1-s0", "approach1-s1", "schedule-zero-s0", "approach3"):
+        keep_one(tmp_path, name, {0: 4.6, 2000: 2.15})
+    runs, names = make.read(tmp_path), {experiment.name for experiment in findings.experiments()}
+    told = [row(make.schedules(runs), label)[-1] for label in ("cosine, floor 1e-5", "cosine to 0")]
+    told += [row(make.factors(runs), "approach 3: and LLM.int8()")[-1]]
+    assert told == ["`approach1-s*`", "`schedule-zero-s0`", "`approach3`"] and row(make.schedules(runs), "constant")[-1] == make.DASH
+    page = (PROJECT / "docs" / "FINDINGS.md").read_text()
+    asked = re.findall(r"\| `([\w*-]+)` +\|$", page, re.M)
+    assert len(asked) > 40 and all(any(findings.fnmatch.fnmatchcase(name, one) for name in names) for one in asked)
 
 
 def test_runs_on_other_rows_are_refused(tmp_path):
