@@ -17,6 +17,7 @@ import sys
 import types
 
 import numpy as np
+import scipy.interpolate
 import scipy.stats
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ DASH = "–"
 # ------------------------------------------------------------------------------------------------------------- records
 
 def read(folder):
-    """{name: run} of every experiment kept in `folder`: {"name", "summary", "config", "verdict", "metrics", "evaluations", "generation"}."""
+    """{name: run} of all experiments kept in `folder`: {"name", "summary", "config", "verdict", "metrics", "evaluations", "generation"}."""
     runs = {}
     for path in sorted(folder.glob("*/summary.json")):
         here, name = path.parent, path.parent.name
@@ -136,16 +137,22 @@ def gap_cells(entry, found, reference, deviation):
     return [*compare.difference(entry["loss_difference"], 1, ".4f"), sense(entry["loss_difference"], noise)]
 
 
+def asked_for(found, name):
+    """What bench/findings.py is called with to run these again: an experiment's name, or a pattern where it ran with several seeds."""
+    return f"`{name}-s*`" if len(found) > 1 else f"`{found[0]['name']}`" if found else DASH
+
+
 def differences_table(runs, what, reference, names):
     """A table of settings against the first. names: {row's label: experiment}."""
     deviation, base = seed_deviation(runs), seeds_of(runs, reference[1])
     groups = {label: seeds_of(runs, name) for label, name in names.items()}
     entries = against(rows_of(base) if base else None, [rows_of(found) if found else None for found in groups.values()])
     rows = []
-    for label, found, entry in [(reference[0], base, None), *zip(groups, groups.values(), entries)]:
+    labelled = [(*reference, base, None), *((label, names[label], found, entry) for (label, found), entry in zip(groups.items(), entries))]
+    for label, name, found, entry in labelled:
         cells = [len(found), spread(map(loss, found)), *gap_cells(entry, found, base, deviation)] if found else [NOT_RUN, *[DASH] * 4]
-        rows.append([label, *cells])
-    return words.table([what, "seeds", "eval loss", "difference", "95% interval", "says"], rows)
+        rows.append([label, *cells, asked_for(found, name)])
+    return words.table([what, "seeds", "eval loss", "difference", "95% interval", "says", "experiment"], rows)
 
 
 def figure(value, form, scale=1.0):
@@ -181,23 +188,24 @@ def said(runs):
     trained, evals = [line["loss"] for line in state if "loss" in line], [line["eval_loss"] for line in state if "eval_loss" in line]
     norm = max(line.get("grad_norm", 0.0) for line in state)
     rows = [["the failed run, as reported", f"{norm:.1f}", f"{trained[0]:.4f} → {trained[-1]:.4f}",
-             " ".join(f"{value:.4f}" for value in evals), DASH]]
+             " ".join(f"{value:.4f}" for value in evals), DASH, DASH]]
     told = []
     for label, name in (("seed-failure", "seed-failure-s0"), ("cut, guards on", "cut"), ("cut, guards off", "cut-unguarded")):
         run = runs.get(name)
         if run is None:
-            rows.append([label, NOT_RUN, DASH, DASH, DASH])
+            rows.append([label, NOT_RUN, *[DASH] * 4])
             told.append(f"- {label}: {NOT_RUN}.")
             continue
         about = run["summary"]
         norms = figure(about["norm"][0], ".3g") + " to " + figure(about["norm"][2], ".3g") if about["norm"][0] is not None else DASH
         trend = " → ".join(figure(value, ".4f") for value in about["loss"]) if about["loss"][0] is not None else DASH
         evaluated = " ".join(f"{line['eval/loss']:.4f}" for line in run["metrics"] if "eval/loss" in line)
-        rows.append([label, norms, trend, evaluated, about["exit"]])
+        rows.append([label, norms, trend, evaluated, about["exit"], f"`{name}`"])
         tools = (f"forecast {named(about['forecast'])}; gradient proof {proofs_of(run)}; alerts {named(about['alerts'])}; health.py "
                  f"{named(about['diagnosis'])}")
         told.append(words.prose(f"{label}: {tools}; verdict {run['verdict']['outcome']} (milestone {outcome(run, 'milestone')}).", "- "))
-    return words.table(["run", "gradient norms", "training loss", "evaluation losses", "exit code"], rows) + "\n\n" + "\n".join(told)
+    head = ["run", "gradient norms", "training loss", "evaluation losses", "exit code", "experiment"]
+    return words.table(head, rows) + "\n\n" + "\n".join(told)
 
 
 CURES = {"rate 1e-4": "cure-rate", "batch 32": "cure-batch", "floor 1e-5": "cure-floor", "2,000 steps": "cure-steps"}
@@ -246,14 +254,16 @@ def approach1(runs):
     return words.table(["", "loss", "perplexity", "token accuracy"], rows)
 
 
+UNTRAINED = {"16 bits": "bits-none-s0", "int8, weights only": "bits-int8-s0", "LLM.int8()": "approach3", "NF4": "bits-single-s0",
+             "NF4, double": "approach1-s0"}
+
+
 def untrained(runs):
     """{weights: (row figures before step 1 or None, their difference from 16 bits or None)}."""
-    kept = {"16 bits": "bits-none-s0", "int8, weights only": "bits-int8-s0", "LLM.int8()": "approach3", "NF4": "bits-single-s0",
-            "NF4, double": "approach1-s0"}
-    arrays = [rows_of([runs[name]], 0) if name in runs else None for name in kept.values()]
+    arrays = [rows_of([runs[name]], 0) if name in runs else None for name in UNTRAINED.values()]
     if arrays[0] is None and "approach1-s0" in runs:  # the same model, measured before that run
         arrays[0] = rows_of([runs["approach1-s0"]], "unquantised")
-    return dict(zip(kept, zip(arrays, against(arrays[0], arrays))))
+    return dict(zip(UNTRAINED, zip(arrays, against(arrays[0], arrays))))
 
 
 def bits_before(runs):
@@ -261,12 +271,13 @@ def bits_before(runs):
     rows = []
     for label, (found, entry) in untrained(runs).items():
         if found is None:
-            rows.append([label, NOT_RUN, DASH, DASH, DASH])
+            rows.append([label, NOT_RUN, *[DASH] * 4])
             continue
         gap = entry["loss_difference"] if entry and label != "16 bits" else None
         right = found["correct"].sum() / found["tokens"].sum()
-        rows.append([label, f"{compare.loss_of(found):.4f}", *compare.difference(gap, 1, ".4f"), f"{right:.4f}"])
-    return words.table(["weights", "loss", "cost", "95% interval", "token accuracy"], rows)
+        rows.append([label, f"{compare.loss_of(found):.4f}", *compare.difference(gap, 1, ".4f"), f"{right:.4f}",
+                     f"`{UNTRAINED[label]}`"])
+    return words.table(["weights", "loss", "cost", "95% interval", "token accuracy", "step 0 of"], rows)
 
 
 def bits_after(runs):
@@ -332,21 +343,57 @@ def cosines(runs):
     return np.array(points).reshape(-1, 2).T
 
 
+def beside_cosines(places, losses, own):
+    """The loss that a cosine would have at `own`, between the places (areas, or how far adapters moved) of those that were run, float64
+    (n,) both: (straight in the place's logarithm, along monotone cubics through the same points: Fritsch and Carlson 1980); NaN beyond."""
+    at, known = math.log(own), np.log(places)
+    curve = scipy.interpolate.PchipInterpolator(known, losses)
+    if own < places[0]:  # a little below the smallest: along the first piece
+        slope = (losses[1] - losses[0]) / (known[1] - known[0])
+        return (losses[0] + slope * (at - known[0]), float(curve(at))) if own > 0.9 * places[0] else (math.nan, math.nan)
+    return (float(np.interp(at, known, losses)), float(curve(at))) if own <= places[-1] else (math.nan, math.nan)
+
+
 def area(runs):
-    """The other shapes beside a cosine of the same rate area: its loss is read between those that were run, straight in the area's logarithm."""
+    """The other shapes beside a cosine of the same rate area: its loss is read between those that were run, in two ways."""
     areas, losses = cosines(runs)
     rows = []
     for label, names in SHAPES.items():
-        for group in (seeds_of(runs, name) for name in names):
+        for name in names:
+            group = seeds_of(runs, name)
             if not group or len(areas) < 2:
                 continue
             own, reached = rate_area(group[0]), float(np.mean([loss(run) for run in group]))
-            inside = areas[0] * 0.9 < own < areas[-1]  # a little below the smallest: along the first piece
-            slope = (losses[1] - losses[0]) / math.log(areas[1] / areas[0])
-            there = losses[0] + slope * math.log(own / areas[0]) if own < areas[0] else float(np.interp(math.log(own), np.log(areas), losses))
-            rows.append([label, f"{group[0]['config']['schedule']['learning_rate']:g}", f"{own:.3f}", f"{reached:.4f}",
-                         *([f"{there:.4f}", f"{reached - there:+.4f}"] if inside else [DASH, DASH])])
-    head = ["shape", "peak", "rate area", "eval loss", "a cosine of that area", "difference"]
+            off = [figure(reached - there, "+.4f") for there in beside_cosines(areas, losses, own)]
+            peak = group[0]["config"]["schedule"]["learning_rate"]
+            rows.append([label, f"{peak:g}", f"{own:.3f}", f"{reached:.4f}", *off, asked_for(group, name)])
+    head = ["shape", "peak", "rate area", "eval loss", "beside a cosine, straight", "smooth", "experiment"]
+    return words.table(head, rows) if rows else f"({NOT_RUN}.)"
+
+
+def distance(run):
+    """How far a run moved its adapters: ||delta W|| / ||W||, mean of the modules, at its last evaluation; NaN where not recorded."""
+    return next((line["adapters/delta_ratio"] for line in reversed(run["metrics"]) if "adapters/delta_ratio" in line), math.nan)
+
+
+MOVED = {"rsLoRA": "factor-rslora", "r 32, alpha 64": "factor-rank", "WSD, floor 1e-5": "schedule-wsd", "constant": "schedule-constant",
+         "batch 16, then 48": "schedule-growing-batch"}
+
+
+def moved(runs):
+    """What changed how far adapters move at approach 1's rate, beside a cosine at a rate with which they moved as far."""
+    groups = [group for group in (seeds_of(runs, name) for name in ("approach1", *RATES.values())) if group]
+    points = sorted((float(np.mean([distance(run) for run in group])), float(np.mean([loss(run) for run in group]))) for group in groups)
+    rows = []
+    for label, name in MOVED.items():
+        group = seeds_of(runs, name)
+        own = float(np.mean([distance(run) for run in group])) if group else math.nan
+        if not math.isfinite(own) or len(points) < 2 or not np.isfinite(points).all():
+            continue
+        reached = float(np.mean([loss(run) for run in group]))
+        off = [figure(reached - there, "+.4f") for there in beside_cosines(*np.array(points).T, own)]
+        rows.append([label, f"{own:.4f}", f"{reached:.4f}", *off, asked_for(group, name)])
+    head = ["approach 1 with", "ΔW/W", "eval loss", "beside a cosine, straight", "smooth", "experiment"]
     return words.table(head, rows) if rows else f"({NOT_RUN}.)"
 
 
@@ -354,15 +401,30 @@ def peers(runs):
     names = {"TRL, PEFT, bitsandbytes": "peer-trl", "the same, adapters in fp32": "peer-trl-fp32", "Unsloth": "peer-unsloth"}
     table = differences_table(runs, "trainer", ("rawlora", "ours-500"), names)
     measured = {row["who"]: row for row in json.loads((PROJECT / "bench" / "results" / "h100.json").read_text()) if row["case"] == "E"}
-    rows = []
+    rows, spent = [], []
     for label, who in (("rawlora", "rawlora"), ("TRL, PEFT, bitsandbytes", "trl"), ("Unsloth", "unsloth")):
-        seconds, row = measured[who]["step_seconds"], measured[who]
-        rows.append([label, f"{1000 * seconds:.1f}", f"{row['samples_per_second']:,.0f}", f"{500 * seconds:.0f}", f"{row['peak_memory_gib']:.1f}"])
-    return words.paragraphs(table, words.table(["alone on the GPU", "ms, median step", "samples/s", "s, 500 such steps", "peak GiB"], rows))
+        row = measured[who]
+        middle, (low, high) = 1000 * row["step_seconds"], (1000 * value for value in row["step_seconds_quartiles"])
+        rows.append([label, f"{middle:.1f} ({low:.1f} to {high:.1f})", row["timed_steps"], f"{row['samples_per_second']:,.0f}",
+                     f"{row['peak_memory_gib']:.1f}"])
+    for label, name in {"rawlora": "ours-500", **names}.items():
+        if found := seeds_of(runs, name)[:1]:
+            about = found[0]["summary"]
+            spent.append(f"{label} {figure(about.get('train_seconds'), '.0f')} s ({figure(about.get('step_seconds'), '.0f', 1000)} ms)")
+    note = ("Seconds in the 500 steps of the runs above (median step), others beside them on the GPU, CUDA graphs recorded and kernels "
+            f"compiled among them: {'; '.join(spent)}.")
+    return words.paragraphs(table, words.table(["alone on the GPU", "ms, median step (quartiles)", "steps", "samples/s", "peak GiB"], rows),
+                            words.prose(note) if spent else "")
 
 
 def paths(runs):
-    return differences_table(runs, "200 steps of approach 1", ("fast paths on", "fast-200"), {"off": "slow-200"})
+    """Runs with and without the fast paths, and the untrained model as both of them see it."""
+    fast, slow, before = runs.get("fast-200-s0"), runs.get("slow-200-s0"), ""
+    if fast and slow and (entry := against(rows_of([fast], 0), [rows_of([slow], 0)])[0]) and entry["loss_difference"]:
+        value, span = compare.difference(entry["loss_difference"], 1, ".4f")
+        before = words.prose(f"Before training the same rows come to {loss(fast, 0):.4f} with them and {loss(slow, 0):.4f} without, "
+                             f"{value} ({span}).")
+    return words.paragraphs(differences_table(runs, "200 steps of approach 1", ("fast paths on", "fast-200"), {"off": "slow-200"}), before)
 
 
 def gsm8k(runs):
@@ -403,14 +465,14 @@ def generation(runs):
     rows = []
     for label, name in kinds.items():
         if name not in runs:
-            rows.append([label, NOT_RUN, DASH, DASH, DASH])
+            rows.append([label, NOT_RUN, *[DASH] * 4])
             continue
         found = runs[name]["generation"]["commands"]
         hits = [sum(bool(row[key]) for row in found) for key in ("exact", "stopped")]
         spans = [verdict.binomial_interval(count, len(found), 0.95) for count in hits]
         shares = [f"{count / len(found):.1%} ({low:.1%} to {high:.1%})" for count, (low, high) in zip(hits, spans)]
-        rows.append([label, len(found), *shares, f"{np.mean([row['overlap'] for row in found]):.3f}"])
-    table = words.table(["model", "commands", "exactly right", "stopped", "overlap"], rows)
+        rows.append([label, len(found), *shares, f"{np.mean([row['overlap'] for row in found]):.3f}", f"`{name}`"])
+    table = words.table(["model", "commands", "exactly right", "stopped", "overlap", "experiment"], rows)
     written = {label: {sample["prompt"]: sample for sample in runs[name]["generation"]["prompts"]}
                for label, name in kinds.items() if name in runs}
     told = lambda sample: (sample["text"].strip() or "(nothing)") + ("" if sample["stopped"] else " … (did not stop)")
@@ -481,8 +543,8 @@ def first_screen(runs):
         least, most = (figure(failed["summary"]["norm"][which], ".3g") for which in (0, 2))
         told.append(f"A failed run (500 steps, gradient norm 0.0, evaluation loss the same three times) again by its settings: loss "
                     f"{loss(failed, 0):.2f} → {loss(failed):.2f}, norms {least} to {most}. Again with the graph cut: norm "
-                    f"{cut['summary']['norm'][2]:.1f}, evaluation loss {', '.join(sorted(frozen))} each time. It was not the settings; here such "
-                    "a run ends before its first step.")
+                    f"{cut['summary']['norm'][2]:.1f}, evaluation loss {', '.join(sorted(frozen))} each time. Batch, rate and steps alone do "
+                    "not make such a record; here such a run ends before its first step.")
     if ours:
         first, plain = ours[0], rows_of(ours[:1], "unquantised")
         alone = f" in {first['summary']['seconds']:.0f} s from command to exit" if first["summary"]["alone"] else ""
@@ -500,26 +562,32 @@ def first_screen(runs):
 
 BLOCKS = {"state": machine, "results": results, "first-screen": first_screen, "said": said, "cures": cures, "approaches": approaches,
           "approach1": approach1, "bits-before": bits_before, "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "rates": rates,
-          "area": area, "early": early, "peers": peers, "gsm8k": gsm8k, "generation": generation, "paths": paths}
+          "area": area, "moved": moved, "early": early, "peers": peers, "gsm8k": gsm8k, "generation": generation, "paths": paths}
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
-def draw_curves(runs, path, names):
-    """Evaluation loss by step (marks) over the training loss (thin) of seed 0 of each experiment. names: {label: experiment}."""
+def draw_curves(runs, path, names, near=False):
+    """Evaluation loss by step (marks) over the training loss (thin) of seed 0 of each experiment. names: {label: experiment}. near: in a
+    second panel the evaluations after step 0 alone, of runs that learnt."""
     import plots
     known = {label: seeds_of(runs, name)[0] for label, name in names.items() if seeds_of(runs, name) and seeds_of(runs, name)[0]["metrics"]}
     if not known:
         return False
     colors = [plots.TRAIN, plots.EVAL, "#3a8f5c", "#8e5bb5", "#b8860b", "#17808e", "#a3456f", "#555555"]
-    with plots.sheet(path, height=4.2) as (axis,):
+    with plots.sheet(path, columns=1 + near, height=4.2) as axes:
         for number, (label, run) in enumerate(known.items()):
             values = {tag: np.array([(line["step"], verdict.number(line[tag])) for line in run["metrics"] if tag in line]).reshape(-1, 2)
                       for tag in ("train/loss", "eval/loss")}
-            axis.plot(*values["train/loss"].T, color=colors[number % 8], linewidth=0.8, alpha=0.4)
-            axis.plot(*values["eval/loss"].T, "os^vDPX*"[number % 8] + "-", color=colors[number % 8], linewidth=1.6, markersize=5, label=label)
-        axis.set(xlabel="step", ylabel="loss (nats a token)")
-        axis.set_title("evaluation (marks), training (thin)")
+            how = dict(color=colors[number % 8], marker="os^vDPX*"[number % 8], linestyle=":", linewidth=1, markersize=5, label=label)
+            axes[0].plot(*values["train/loss"].T, color=colors[number % 8], linewidth=0.8, alpha=0.4)
+            axes[0].plot(*values["eval/loss"].T, **how)
+            first, *later = values["eval/loss"]
+            if near and later and later[-1][1] < first[1] - 0.1:
+                axes[1].plot(*np.array(later).T, **how)
+        for axis, title in zip(axes, ("evaluation (marks), training (thin)", "evaluation alone, after step 0")):
+            axis.set(xlabel="step", ylabel="loss (nats a token)")
+            axis.set_title(title)
     return True
 
 
@@ -553,18 +621,23 @@ def draw_area(runs, path):
     areas, losses = cosines(runs)
     if len(areas) < 2:
         return False
+    peaks = sorted({run["config"]["schedule"]["learning_rate"] for name in ("approach1", *RATES.values()) for run in seeds_of(runs, name)})
     with plots.sheet(path, height=3.8) as (axis,):
-        axis.plot(areas, losses, "o-", color=plots.TRAIN, markersize=5, label="cosine, a tenth as floor")
+        axis.plot(areas, losses, "o-", color=plots.TRAIN, markersize=5, label="cosine, a tenth as floor (with its peak rate)")
+        for place, value, peak in zip(areas, losses, peaks):
+            axis.annotate(f"{peak:g}", (place, value), xytext=(0, -13), textcoords="offset points", ha="right", fontsize=8,
+                          color=plots.TRAIN)
         for mark, color, (label, names) in zip("v^sD", (plots.EVAL, "#3a8f5c", "#8e5bb5", "#b8860b"), SHAPES.items()):
             points = np.array([(rate_area(run), loss(run)) for name in names for run in seeds_of(runs, name)]).reshape(-1, 2)
             axis.plot(*points.T, mark, color=color, markersize=7, label=label)
+        axis.margins(y=0.12)
         axis.set(xscale="log", xlabel="rate area: the rates of all steps, summed", ylabel="evaluation loss (nats a token)")
     return True
 
 
 FAILURES = {"as it was": "seed-failure", "graph cut": "cut-unguarded", **CURES}
 APPROACHES = {"approach 1": "approach1", "approach 2": "approach2", "approach 3": "approach3"}
-PICTURES = {"failure": lambda runs, path: draw_curves(runs, path, FAILURES),
+PICTURES = {"failure": lambda runs, path: draw_curves(runs, path, FAILURES, near=True),
             "approaches": lambda runs, path: draw_curves(runs, path, APPROACHES), "differences": draw_differences, "area": draw_area}
 
 
