@@ -20,8 +20,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import speed  # noqa: E402
 
 speed.SHAPES |= {
-    "360m": dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5, vocab_size=49152, tie_word_embeddings=True),
-    "1.7b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32, vocab_size=49152, tie_word_embeddings=True),
+    "360m": dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5,
+                 vocab_size=49152, tie_word_embeddings=True),
+    "1.7b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32,
+                 vocab_size=49152, tie_word_embeddings=True),
 }
 SHORT = "random 2048"
 QUESTIONS = {  # question -> [(value, shape, rows, samples a step, settings)]
@@ -38,7 +40,8 @@ def point(question, value, shape, rows, samples, settings, steps, work, override
     import record
     import train
     name = f"{question}-{value}"
-    speed.CASES[name] = (shape, rows, samples, {"data.max_length": 40960, "log.tensorboard": "false", "log.report": "false", "data.audit": "off"} | settings)
+    plain = {"data.max_length": 40960, "log.tensorboard": "false", "log.report": "false", "data.audit": "off"}
+    speed.CASES[name] = (shape, rows, samples, plain | settings)
     arguments, run, file, _, chosen = speed.prepare(name, steps, work, {}, overrides)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -51,30 +54,28 @@ def point(question, value, shape, rows, samples, settings, steps, work, override
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return {"question": question, "value": value, "microseconds_per_token": round(1e6 * seconds * len(lines) / speed.real_token_count(file), 3),
-            "peak_memory_gib": round(max(line["train/peak_memory_gib"] for line in lines), 2), "timed_steps": len(lines) - 3, "settings": {key: str(entry) for key, entry in chosen.items()},
+    cost = 1e6 * seconds * len(lines) / speed.real_token_count(file)
+    return {"question": question, "value": value, "microseconds_per_token": round(cost, 3),
+            "peak_memory_gib": round(max(line["train/peak_memory_gib"] for line in lines), 2), "timed_steps": len(lines) - 3,
+            "settings": {key: str(entry) for key, entry in chosen.items()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch": torch.__version__}
 
 
 def plot(path):
     """docs/cost.png: microseconds a token against each question's value, a panel for each question that was run."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import plots
     points = json.loads(pathlib.Path(path).read_text())
     labels = {"length": "tokens a row (135M)", "rank": "rank (8B)", "model": "million weights"}
     asked = [question for question in labels if any(entry["question"] == question for entry in points)]
-    figure, axes = pyplot.subplots(1, len(asked), figsize=(3.5 * len(asked), 3.2), layout="constrained", squeeze=False)
-    for axis, question in zip(axes[0], asked):
-        mine = sorted((entry["value"], entry["microseconds_per_token"]) for entry in points if entry["question"] == question)
-        axis.plot(*zip(*mine), marker="o")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([value for value, _ in mine], [f"{value:,}" for value, _ in mine], rotation=30)
-        axis.minorticks_off()
-        axis.set_ylim(0, 1.08 * max(cost for _, cost in mine))
-        axis.set(xlabel=labels[question], ylabel="µs a token")
-        axis.grid(alpha=0.3)
-    figure.savefig(HERE.parent / "docs/cost.png", dpi=150)
+    with plots.sheet(HERE.parent / "docs" / "cost.png", columns=len(asked), height=3.2) as axes:
+        for axis, question in zip(axes, asked):
+            mine = sorted((entry["value"], entry["microseconds_per_token"]) for entry in points if entry["question"] == question)
+            axis.plot(*zip(*mine), marker="o", color=plots.TRAIN)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks([value for value, _ in mine], [f"{value:,}" for value, _ in mine], rotation=30)
+            axis.minorticks_off()
+            axis.set_ylim(0, 1.08 * max(cost for _, cost in mine))
+            axis.set(xlabel=labels[question], ylabel="µs a token")
 
 
 def main(argv):

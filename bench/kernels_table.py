@@ -1,13 +1,13 @@
 """Where a step's time goes, by kernel, and how near each is to what the GPU can do: a profile of two steps of train.py's own loop.
 
-    python bench/kernels_table.py A [E ...] [--work=/tmp/bench] [--tldr=FILE.npz] [--write=bench/results/kernels.json] [--section.key=value ...]
+    python bench/kernels_table.py A [E ...] [--work=/tmp/bench] [--tldr=FILE.npz] [--write=FILE.json] [--section.key=value ...]
     python bench/kernels_table.py --table=bench/results/kernels.json          the tables again, from what --write kept
 
-Matrix products are told apart by their shapes, T being a micro-batch's tokens: 2 m n k operations. Our own kernels move known numbers of bytes a token or a weight
-(below). The roofline: 780 TFLOP/s of bf16 products as a short one reaches here, 3.0 TB/s of copies; --tflops= and --tbs= give others.
-CUDA graphs hide operators, so the profile runs without them; the kernels are the same. Attention's operations are those of the
-causal half, twice and a half again backward. Above 100 % of the roofline stands what finds a part of its numbers in the GPU's cache. Kernels
-of less than half a percent are told as one line. Prints a Markdown table, most time first.
+Matrix products are told apart by their shapes, T being a micro-batch's tokens: 2 m n k operations. Our own kernels move known numbers of
+bytes a token or a weight (below). The roofline: 780 TFLOP/s of bf16 products as a short one reaches here, 3.0 TB/s of copies; --tflops=
+and --tbs= give others. CUDA graphs hide operators, so the profile runs without them; the kernels are the same. Attention's operations
+are those of the causal half, twice and a half again backward. Above 100 % of the roofline stands what finds a part of its numbers in the
+GPU's cache. Kernels of less than half a percent are told as one line. Prints a Markdown table, most time first.
 """
 import collections
 import contextlib
@@ -51,7 +51,8 @@ def profiled(arguments):
         raise SystemExit(f"train.py ended with {code}\n{said.getvalue()[-3000:]}")
     found = []
     for event in profiler.key_averages(group_by_input_shape=True):
-        if event.key.startswith("aten::") and (event.self_device_time_total > 0 or event.key == "aten::embedding"):  # an operator, with what its kernels took
+        # an operator, with what its kernels took; embeddings tell the micro-batches' lengths
+        if event.key.startswith("aten::") and (event.self_device_time_total > 0 or event.key == "aten::embedding"):
             found.append((event.key, [shape for shape in event.input_shapes if shape], event.count, event.self_device_time_total))
     for event in profiler.key_averages():  # kernels that no operator launched: ours
         if event.device_type.name == "CUDA" and event.key.startswith("_"):
@@ -70,7 +71,8 @@ def work_of(name, shapes, calls, shape, tokens):
     if "attention" in name and shapes and len(shapes[0]) == 4:  # q, or its gradient: documents, heads, tokens, width of a head
         documents, heads, n, d = shapes[0]
         return 2 * documents * heads * n * n * d * calls * (2.5 if "backward" in name else 1), None
-    moved = {"_add_rms_norm": 4 * width, "_rms_norm_backward": 5 * width, "_swiglu": 3 * inner, "_swiglu_backward": 5 * inner, "_swiglu_backward_sums": 5 * inner}
+    moved = {"_add_rms_norm": 4 * width, "_rms_norm_backward": 5 * width, "_swiglu": 3 * inner, "_swiglu_backward": 5 * inner,
+             "_swiglu_backward_sums": 5 * inner}
     layers = shape["num_hidden_layers"]
     if name in moved:
         passes = 2 * layers if "norm" in name else layers
@@ -79,12 +81,13 @@ def work_of(name, shapes, calls, shape, tokens):
 
 
 def rows_of(case, found, total, tokens, tflops, tbs):
-    """[{"case", "kernel", "calls", "milliseconds", "share", "teraflop", "gigabytes", "roofline"}] a step, most time first; the last is the rest."""
+    """[{"case", "kernel", "calls", "milliseconds", "share", "teraflop", "gigabytes", "roofline"}] a step, most time first, then the rest."""
     shape = speed.SHAPES[speed.CASES[case][0]]
     groups = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
     lengths = {shapes[1][-1] for name, shapes, *_ in found if name == "aten::embedding"}  # of the micro-batches
     for name, shapes, calls, spent in found:
-        label = name if name.startswith("_") else name + " " + " ".join("×".join("T" if n in lengths else str(n) for n in s) for s in shapes[:3] if len(s) > 1)
+        told = ["×".join("T" if n in lengths else str(n) for n in s) for s in shapes[:3] if len(s) > 1]
+        label = name if name.startswith("_") else " ".join([name, *told])
         operations, moved = work_of(name, shapes, calls, shape, tokens * STEPS)
         for place, value in enumerate((calls, spent, operations or 0, moved or 0)):
             groups[label.strip()][place] += value
@@ -94,10 +97,11 @@ def rows_of(case, found, total, tokens, tflops, tbs):
             continue
         shown += spent
         near = operations / spent / 1e6 / tflops if operations else moved / spent / 1e6 / tbs if moved else None
-        rows.append({"case": case, "kernel": label, "calls": calls / STEPS, "milliseconds": round(spent / STEPS / 1e3, 3), "share": round(spent / total, 4),
-                     "teraflop": round(operations / STEPS / 1e12, 4), "gigabytes": round(moved / STEPS / 1e9, 2), "roofline": near and round(near, 3)})
-    return rows + [{"case": case, "kernel": "the rest", "calls": None, "milliseconds": round((total - shown) / STEPS / 1e3, 3), "share": round(1 - shown / total, 4),
-                    "teraflop": 0, "gigabytes": 0, "roofline": None}]
+        rows.append({"case": case, "kernel": label, "calls": calls / STEPS, "milliseconds": round(spent / STEPS / 1e3, 3),
+                     "share": round(spent / total, 4), "teraflop": round(operations / STEPS / 1e12, 4),
+                     "gigabytes": round(moved / STEPS / 1e9, 2), "roofline": near and round(near, 3)})
+    return rows + [{"case": case, "kernel": "the rest", "calls": None, "milliseconds": round((total - shown) / STEPS / 1e3, 3),
+                    "share": round(1 - shown / total, 4), "teraflop": 0, "gigabytes": 0, "roofline": None}]
 
 
 def table(rows):

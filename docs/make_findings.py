@@ -248,7 +248,9 @@ def approach1(runs):
         return f"({NOT_RUN}.)"
     row = lambda label, value, right: [label, f"{value:.4f}", figure(math.exp(value), ".3g"), f"{right:.4f}"]
     first, *later = [line for line in run["metrics"] if "eval/loss" in line]
-    rows = [row("untouched, 16 bits", first["eval/unquantised_loss"], first["eval/unquantised_token_accuracy"])] if "eval/unquantised_loss" in first else []
+    rows = []
+    if "eval/unquantised_loss" in first:
+        rows.append(row("untouched, 16 bits", first["eval/unquantised_loss"], first["eval/unquantised_token_accuracy"]))
     rows += [row(label, line["eval/loss"], line["eval/token_accuracy"])
              for label, line in (("untouched, NF4 (step 0)", first), *((f"step {line['step']:,}", line) for line in later))]
     return words.table(["", "loss", "perplexity", "token accuracy"], rows)
@@ -284,7 +286,8 @@ def bits_after(runs):
     names = {"int8, weights only": "bits-int8", "NF4": "bits-single", "NF4, double": "approach1"}
     found, before, told = {label: seeds_of(runs, name) for label, name in names.items()}, untrained(runs), []
     base = seeds_of(runs, "bits-none")
-    for label, entry in zip(found, against(rows_of(base) if base else None, [rows_of(group) if group else None for group in found.values()])):
+    entries = against(rows_of(base) if base else None, [rows_of(group) if group else None for group in found.values()])
+    for label, entry in zip(found, entries):
         cost = before[label][1]
         if entry and cost and cost["loss_difference"]:
             was, now, gap = cost["loss_difference"]["value"], entry["loss_difference"]["value"], entry["loss_difference"]
@@ -316,7 +319,8 @@ def schedules(runs):
 
 
 RATES = {"2e-4": "rate-2e-4", "5e-4": "rate-5e-4", "1e-3": "rate-1e-3", "2e-3": "rate-2e-3"}
-AT_5E_4 = {"cosine to 0": "rate-5e-4-zero", "WSD, floor 5e-5": "rate-5e-4-wsd", "constant": "rate-5e-4-constant", "not clipped": "rate-5e-4-clip-off"}
+AT_5E_4 = {"cosine to 0": "rate-5e-4-zero", "WSD, floor 5e-5": "rate-5e-4-wsd", "constant": "rate-5e-4-constant",
+           "not clipped": "rate-5e-4-clip-off"}
 
 
 def rates(runs):
@@ -325,8 +329,8 @@ def rates(runs):
                             differences_table(runs, "schedule at 5e-4", ("cosine, floor 5e-5", "rate-5e-4"), AT_5E_4))
 
 
-SHAPES = {"cosine to 0": ("schedule-zero", "rate-5e-4-zero"), "cosine, a higher floor": ("schedule-floor-3e-5",), "WSD": ("schedule-wsd", "rate-5e-4-wsd"),
-          "constant": ("schedule-constant", "rate-5e-4-constant")}
+SHAPES = {"cosine to 0": ("schedule-zero", "rate-5e-4-zero"), "cosine, a higher floor": ("schedule-floor-3e-5",),
+          "WSD": ("schedule-wsd", "rate-5e-4-wsd"), "constant": ("schedule-constant", "rate-5e-4-constant")}
 
 
 def rate_area(run):
@@ -549,19 +553,21 @@ def first_screen(runs):
         first, plain = ours[0], rows_of(ours[:1], "unquantised")
         alone = f" in {first['summary']['seconds']:.0f} s from command to exit" if first["summary"]["alone"] else ""
         untouched = f" ({compare.loss_of(plain):.2f} in 16 bits)" if plain else ""
-        told.append(f"Approach 1, 2,000 steps on one H100{alone}: loss on pages never seen {loss(first, 0):.2f} untouched in 4 bits{untouched} → "
-                    f"{spread(map(loss, ours), '.3f')}, token accuracy {accuracy(first, 0):.2f} → {spread(map(accuracy, ours), '.3f')}, {len(ours)} seeds.")
+        told.append(f"Approach 1, 2,000 steps on one H100{alone}: loss on pages never seen {loss(first, 0):.2f} untouched in 4 "
+                    f"bits{untouched} → {spread(map(loss, ours), '.3f')}, token accuracy {accuracy(first, 0):.2f} → "
+                    f"{spread(map(accuracy, ours), '.3f')}, {len(ours)} seeds.")
     in_fp32, unsloth = seeds_of(runs, "peer-trl-fp32"), seeds_of(runs, "peer-unsloth")
     if mine and theirs and in_fp32 and unsloth:
         value, span = compare.difference(against(rows_of(mine), [rows_of(theirs)])[0]["loss_difference"], 1, ".3f")
-        told.append(f"The same rows in the same order, 500 steps: loss {spread(map(loss, mine), '.3f')} here, {spread(map(loss, unsloth), '.3f')} by "
-                    f"Unsloth, {spread(map(loss, in_fp32), '.3f')} by TRL with PEFT and bitsandbytes if its adapters are kept in fp32, and "
-                    f"{spread(map(loss, theirs), '.3f')} ({value}, {span}) if they are in bf16, to which it casts them by itself.")
+        told.append(f"The same rows in the same order, 500 steps: loss {spread(map(loss, mine), '.3f')} here ({len(mine)} seeds, one of each peer), "
+                    f"{spread(map(loss, unsloth), '.3f')} by Unsloth, {spread(map(loss, in_fp32), '.3f')} by TRL with PEFT and "
+                    f"bitsandbytes if its adapters are kept in fp32, and {spread(map(loss, theirs), '.3f')} ({value}, {span}) if they are in bf16, to which it casts them by itself.")
     return "\n".join(words.prose(sentence, "- ") for sentence in told) or "No experiment has been run yet."
 
 
 BLOCKS = {"state": machine, "results": results, "first-screen": first_screen, "said": said, "cures": cures, "approaches": approaches,
-          "approach1": approach1, "bits-before": bits_before, "bits-after": bits_after, "factors": factors, "clean": clean, "schedules": schedules, "rates": rates,
+          "approach1": approach1, "bits-before": bits_before, "bits-after": bits_after, "factors": factors, "clean": clean,
+          "schedules": schedules, "rates": rates,
           "area": area, "moved": moved, "early": early, "peers": peers, "gsm8k": gsm8k, "generation": generation, "paths": paths}
 
 
