@@ -215,6 +215,12 @@ def cures(runs):
     return differences_table(runs, "changed", ("nothing", "seed-failure"), CURES | {"all, approach 1": "approach1"})
 
 
+def unmet(run):
+    """The criteria of minimum and optimal that a run did not pass, by name, with how they came out."""
+    wanted = [found for found in run["verdict"].get("criteria", []) if found["set"] in ("minimum", "optimal") and found["outcome"] != "PASS"]
+    return ", ".join(f"{found['set']} {found['name']} {found['outcome']}" for found in wanted)
+
+
 def approaches(runs, names=("approach1", "approach2", "approach3")):
     rows, prices = [], []
     for name in names:
@@ -237,7 +243,9 @@ def approaches(runs, names=("approach1", "approach2", "approach3")):
         head = ["run", "least norm", "median", "largest", "clipped", "ΔW/W", "ms a step", "s in steps", "s in all", "peak GiB"]
         note = ("Norms, ΔW/W (‖ΔW‖/‖W‖, mean of the modules) and times are of seed 0. A star: others ran beside it on the same GPU, so its "
                 "times are too long.")
+        short = [f"{name}: {failed}." for name in names if (found := seeds_of(runs, name)) and (failed := unmet(found[0]))]
         tables += [words.table(head, prices), words.prose(note)]
+        tables += [words.prose(f"Criteria that did not pass. {' '.join(short)}")] if short else []
     return words.paragraphs(*tables)
 
 
@@ -561,7 +569,8 @@ def first_screen(runs):
         value, span = compare.difference(against(rows_of(mine), [rows_of(theirs)])[0]["loss_difference"], 1, ".3f")
         told.append(f"The same rows in the same order, 500 steps: loss {spread(map(loss, mine), '.3f')} here ({len(mine)} seeds, one of each peer), "
                     f"{spread(map(loss, unsloth), '.3f')} by Unsloth, {spread(map(loss, in_fp32), '.3f')} by TRL with PEFT and "
-                    f"bitsandbytes if its adapters are kept in fp32, and {spread(map(loss, theirs), '.3f')} ({value}, {span}) if they are in bf16, to which it casts them by itself.")
+                    f"bitsandbytes if its adapters are kept in fp32, and {spread(map(loss, theirs), '.3f')} ({value}, {span}) if they are "
+                    "in bf16, to which it casts them by itself.")
     return "\n".join(words.prose(sentence, "- ") for sentence in told) or "No experiment has been run yet."
 
 

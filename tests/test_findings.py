@@ -457,6 +457,17 @@ def test_between_cosines_that_bend_a_smooth_curve_lies_below_the_straight_line_a
     assert np.isnan(make.beside_cosines(places, places, 0.05)).all() and np.isnan(make.beside_cosines(places, places, 0.9)).all()
 
 
+def test_the_criteria_that_a_run_did_not_pass_are_named(tmp_path):
+    keep_one(tmp_path, "approach1-s0", {0: 4.6, 2000: 2.15})
+    assert "did not pass" not in make.approaches(make.read(tmp_path))
+    kept = [{"set": which, "name": name, "outcome": outcome} for which, name, outcome in
+            (("milestone", "loss", "FAIL"), ("minimum", "loss", "PASS"), ("optimal", "perplexity", "FAIL"),
+             ("optimal", "samples", "INCONCLUSIVE"))]
+    (tmp_path / "approach1-s0" / "verdict.json").write_text(json.dumps({"criteria": kept}))
+    text = " ".join(make.approaches(make.read(tmp_path)).split())
+    assert text.endswith("did not pass. approach1: optimal perplexity FAIL, optimal samples INCONCLUSIVE.")
+
+
 def test_what_moved_the_adapters_as_far_as_a_larger_rate_is_set_beside_that_rate(tmp_path):
     far = {"approach1-s0": (0.01, 2.2), "rate-2e-4-s0": (0.02, 2.1), "rate-5e-4-s0": (0.04, 2.0), "factor-rslora-s0": (0.02, 2.13)}
     for name, (moved, value) in far.items():
