@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 RANK, RANKS, ON_HOST = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 FIRST = RANK == 0  # the one that writes and speaks
-PARTING = 2  # seconds that a rank which lost another one stays, so that torchrun sees that one end first, and reports it
+PARTING = 2  # seconds that a rank stays for another one's sake, so that torchrun sees that one end first, and reports it
 LOADING = 12 * 3600  # seconds that ranks wait while one of them makes the token cache; one that dies is noticed at once
 
 
@@ -86,6 +86,13 @@ def one_first():
             dist.barrier(group=patient())
     yield
     if RANKS > 1 and not ON_HOST:
+        with lost():
+            dist.barrier(group=patient())
+
+
+def all_here():
+    """Wait for every rank, the first above all, which saves and writes: torchrun gives the others 30 seconds once one has ended."""
+    if RANKS > 1:
         with lost():
             dist.barrier(group=patient())
 
@@ -188,13 +195,23 @@ def begin_alike(facts):
                      "Give every host the same files, settings, packages and kind of device.")
 
 
+def let_end():
+    """Stay while another rank ends, which torchrun then reports and ends this one for."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PARTING)
+
+
 def together(main):
-    """`main` as one of several ranks: where another one is lost, this one ends at once, with code 1 and one message."""
+    """`main` as one of several ranks: where another one is lost, this one ends in a moment, with code 1 and one message."""
     def run(argv):
         try:
             code = main(argv)
             finish()
             return code
+        except (ValueError, OSError):
+            if not FIRST:  # which as a rule finds the same wrong, and tells it
+                let_end()
+            raise
         except RuntimeError as error:
             raised_in = traceback.extract_tb(error.__traceback__)[-1].filename  # torch's own exchanges, where weights are gathered
             if RANKS > 1 and f"torch{os.sep}distributed{os.sep}" in raised_in:
@@ -202,7 +219,6 @@ def together(main):
             if not isinstance(error, Lost):
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(PARTING)
+            let_end()
             os._exit(1)  # torch.distributed would wait for the lost one before it lets this process go
     return run

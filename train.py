@@ -435,6 +435,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
 
     progress.close()
     recorder.close()
+    ranks.all_here()
     if stopped():
         print(f"stopped: {state['nonfinite']} steps in a row were not finite, and none of them was applied; their rows are named above. "
               "Mend the rows or the settings, then go on from the last checkpoint with --resume." if not fatal else
@@ -442,6 +443,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
               "alerts.stop says which alerts do that.")
         if config.log.report and ranks.FIRST:
             print(f"look     {report.write(run)[0]}")
+        ranks.all_here()
         return 4
     if too_large and ranks.FIRST:
         raise ValueError(f"{too_large[0]}; the run stopped after step {state['step']}, saved {where}, and goes on with --resume")

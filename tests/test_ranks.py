@@ -80,7 +80,7 @@ def log(tmp_path, name, rank=0):
     return (tmp_path / f"{name}-{rank}").read_text()
 
 
-def far(a, b, tags=("train/loss", "train/grad_norm", "eval/loss", "eval/token_accuracy")):
+def far(a, b, tags=("train/loss", "train/grad_norm", "train/tokens", "train/supervised_tokens", "eval/loss", "eval/token_accuracy")):
     """The largest relative difference between two runs' figures."""
     assert len(curve(a)) == len(curve(b)) > 0
     pairs = [(x[tag], y[tag]) for x, y in zip(curve(a), curve(b)) for tag in tags if tag in x]
@@ -169,6 +169,22 @@ def test_two_ranks_train_as_one_does(run, tmp_path, options):
     assert log(tmp_path, "two", 1).strip() == "", "the others are silent"
 
 
+@pytest.mark.parametrize("sharded", [[], ["--memory.shard=true"]], ids=["replicated", "sharded"])
+@pytest.mark.parametrize("dtype, bound", [("fp32", 1e-5), ("fp64", 1e-10)])
+def test_the_first_step_of_a_run_applies_the_gradient_of_one_process(run, tmp_path, dtype, bound, sharded):
+    """train.py's own: after one step AdamW's first moment is a tenth of the clipped gradient. Three ranks, one without a sample."""
+    options = [f"--model.compute_dtype={dtype}", "--lora.dropout=0", "--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--schedule.clip_norm=0.1",
+               "--train.accumulation=1", *["--model.quant=none"] * (dtype == "fp64")]
+    moments = []
+    for count, more in ((1, []), (3, sharded)):
+        assert run(count, f"of-{count}", *options, *more) == [0] * count
+        moments.append({name: tensor for name, tensor in newest(tmp_path / f"of-{count}")["tensors"]["optimizer.safetensors"].items() if name.endswith("exp_avg")})
+    norm = lambda tensors: sum(tensor.double().square().sum() for tensor in tensors).sqrt().item()
+    alone, shared = moments
+    assert norm(alone.values()) == pytest.approx(0.01, rel=1e-3), "a tenth of what the norm was clipped to"
+    assert norm(alone[name] - shared[name] for name in alone) <= bound * norm(alone.values())
+
+
 def test_alerts_and_verdict_are_those_of_one_process(run, tmp_path):
     """Of the data of all ranks: the alerts of each step, what each criterion measured, what each evaluation row came to."""
     options = [*EXACT, "--train.max_steps=24", "--train.adam_eps=0.1", "--schedule.learning_rate=0.03", "--eval.every_steps=8",
@@ -211,6 +227,36 @@ def test_a_sharded_model_takes_half_the_room_on_each_of_two_ranks(fleet, tmp_pat
             assert process.exitcode == 0
         sizes[name] = int((tmp_path / name).read_text())
     assert 0.5 <= sizes["split"] / sizes["whole"] < 0.53  # codebooks and offsets stay whole
+
+
+def test_no_rank_ever_holds_more_than_its_part_and_a_layer_while_a_sharded_model_is_loaded(fleet, tmp_path):
+    make_model(tmp_path / "model", num_hidden_layers=6)
+    for process in fleet(2, most_held, tmp_path / "model", tmp_path / "held"):
+        process.join(60)
+        assert process.exitcode == 0
+    most, at_the_end = json.loads((tmp_path / "held").read_text())
+    assert at_the_end < most < at_the_end * (1 + 2.2 / 6), "of six layers one is whole, which is two parts; codebooks make up the rest"
+
+
+def most_held(folder, place):
+    """Write down how many bytes of frozen projections this rank held at most while it loaded, and how many at the end."""
+    import loading
+    import quant
+    ranks.start(60)
+    networks, seen = [], []
+    make, read = loading.architecture, loading.read_tensor
+    here = lambda parameter: (parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes
+
+    def held():
+        weights = [module for module in networks[-1].modules() if isinstance(module, quant.FrozenWeight)]
+        return sum(here(parameter) for weight in weights for parameter in weight.parameters() if not parameter.is_meta)
+
+    loading.architecture = lambda *given: networks.append(make(*given)) or networks[-1]
+    loading.read_tensor = lambda *given: seen.append(held()) or read(*given)
+    model.load(make_config(folder, "nf4", memory={"shard": True}), "cpu")
+    if ranks.FIRST:
+        place.write_text(json.dumps([max(seen), held()]))
+    ranks.finish()
 
 
 def size_of_projections(folder, sharded, place):
@@ -306,7 +352,9 @@ def test_a_rank_that_is_killed_while_others_wait_for_its_part_of_the_weights_end
 def test_a_rank_that_fails_by_itself_ends_first_so_torchrun_reports_that_one(fleet, tiny_settings, tmp_path):  # noqa: F811
     first, second = fleet(2, train_as_rank, command(tiny_settings, tmp_path / "run", ["--data.train=none.jsonl"]), tmp_path / "run", None, (), None)
     first.join(60)
-    assert first.exitcode == 2 and "none.jsonl: no such file" in log(tmp_path, "run") and second.is_alive()
+    assert first.exitcode == 2 and "none.jsonl: no such file" in log(tmp_path, "run")
+    second.join(0.5)
+    assert second.is_alive()
     second.join(60)
     assert second.exitcode == 1 and log(tmp_path, "run", 1).count("\n") == 1 and "another rank has ended, and said why" in log(tmp_path, "run", 1)
 
@@ -338,6 +386,25 @@ def test_a_signal_to_one_rank_at_a_bad_moment_leaves_none_behind(run, tmp_path, 
     assert run(2, "peace", *DROPOUT) == [0, 0]
     assert run(2, "ended", *DROPOUT, fault=(once, owner, name, number, send, signal.SIGTERM), rank=1) == [143, 143]
     assert run(2, "ended", *DROPOUT, "--resume") == [0, 0] and differences(tmp_path / "peace", tmp_path / "ended") == []
+
+
+def test_no_rank_ends_while_the_first_still_saves(fleet, tiny_settings, tmp_path):  # noqa: F811
+    """torchrun would kill the first half a minute later, and with it a save that takes longer."""
+    arguments = command(tiny_settings, tmp_path / "run", ["--save.every_steps=0", "--eval.every_steps=0"])
+    first, second = fleet(2, train_as_rank, arguments, tmp_path / "run", told_to_end_and_slow, (tmp_path / "saving",), None)
+    while not (tmp_path / "saving").exists():
+        assert first.is_alive()
+        time.sleep(0.02)
+    second.join(1)
+    assert second.is_alive()
+    assert [process.join(60) or process.exitcode for process in (first, second)] == [143, 143]
+
+
+def told_to_end_and_slow(flag):
+    if ranks.FIRST:
+        once("checkpoint", "save", 1, lambda: (flag.touch(), time.sleep(2)))
+    else:
+        at_sample(20, send, signal.SIGTERM)
 
 
 def run_out(*_):
@@ -489,6 +556,12 @@ def test_torchrun_runs_it(tiny_settings, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("packing ") == 1 and [line["step"] for line in record.read_metrics(tmp_path / "run")] == list(range(9))
     assert json.loads((tmp_path / "run" / "environment.json").read_text())
+
+
+def test_what_all_ranks_find_wrong_is_told_once(tiny_settings, tmp_path):  # noqa: F811
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", "--standalone", str(PROJECT / "train.py"), str(tiny_settings), "--lora.r=0"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=100, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and done.stderr.count("lora.r: must be >= 1") == 1 and "exitcode  : 2" in done.stderr
 
 
 def test_two_hosts_train_as_one_process_does(run, tiny_settings, tmp_path):  # noqa: F811
