@@ -1,6 +1,6 @@
 """How fast other trainers are on the cases of bench/speed.py: TRL with PEFT and bitsandbytes, the same with Liger kernels, Unsloth.
 
-    python bench/peers_speed.py PEER CASE [--steps=12] [--micro-batch=4] [--checkpointing=yes] [--work=/tmp/bench] [--gsm8k=FILE.npz] [--tldr=FILE.npz]
+    python bench/peers_speed.py PEER CASE [--steps=22] [--micro-batch=4] [--checkpointing=yes] [--work=/tmp/bench] [--gsm8k=FILE.npz] [--tldr=FILE.npz]
 
 PEER is trl, trl-liger or unsloth; none of them is a requirement of rawlora, so install what is to be measured. Same weights, rows,
 rank, targets, optimizer and clipping as in bench/speed.py; a step consumes the case's samples. Each optimizer step is timed between
@@ -27,6 +27,7 @@ SETTINGS = {  # case -> (micro-batch, gradient checkpointing) of each peer that 
     "D": {"trl": (16, False), "unsloth": (16, False)},
     "E": {"trl": (32, False), "trl-liger": (32, False), "unsloth": (32, False)},
 }
+STEPS = {"E": 62}  # whose steps are the shortest and scatter the most
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -115,7 +116,7 @@ def main(argv):
     checkpointing = options["checkpointing"] == "yes" if "checkpointing" in options else best[1]
     npz = {name: options.get(name, f"{name}-train-ids.npz") for name in ("gsm8k", "tldr")}
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_DISABLE_AUTO_UPDATES="1")
-    print(json.dumps(measure(peer, case, int(options.get("steps", 12)), micro_batch, checkpointing, pathlib.Path(options.get("work", "/tmp/bench")), npz)), flush=True)
+    print(json.dumps(measure(peer, case, int(options.get("steps", STEPS.get(case, 22))), micro_batch, checkpointing, pathlib.Path(options.get("work", "/tmp/bench")), npz)), flush=True)
 
 
 if __name__ == "__main__":
