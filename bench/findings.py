@@ -49,6 +49,7 @@ BESIDE = {"memory.max_tokens": 8192, "memory.checkpoint_layers": 0,  # no probe 
 FIGURES = BESIDE | {"eval.samples": 0, "save.every_steps": 0}          # where only figures are compared
 SHORT = {"train.max_steps": 500, "schedule.lr_warmup_steps": 50}       # what the peers run
 CLEAN = {"data.drop": "duplicate,near_duplicate,leak"}
+CLEAN_OF_WORDS = {"data.drop": "duplicate,near_duplicate,leak,one_word"}
 FORKED = ("train.py", "eval.py", "bench/cut.py")  # not the peers, who change what they import
 TRAININGS = ("train.py", "bench/cut.py")  # they save when told to end, and go on
 UNGUARDED = {"proof.enabled": "false", "alerts.stop": "[]"}
@@ -99,7 +100,9 @@ def experiments():
             generation("generation-before", ["--untrained"]), generation("generation-after", []),
             generation("generation-before-bf16", ["--untrained", "--model.quant=none"]),
             training("gsm8k", "approach1", GSM8K | BESIDE | {"eval.samples": 16, "eval.every_steps": 250}, 110),
-            training("gsm8k-early", "approach1", GSM8K | FIGURES | {"eval.every_steps": 100, "eval.patience": 2}, 90)]
+            training("gsm8k-early", "approach1", GSM8K | FIGURES | {"eval.every_steps": 100, "eval.patience": 2}, 90),
+            training("gsm8k-early-5e-4", "approach1", GSM8K | FIGURES | {"eval.every_steps": 100, "eval.patience": 2, "schedule.learning_rate": "5e-4",
+                                                                         "schedule.lr_min": "5e-5"}, 90)]
     variant = lambda name, values, seeds=first, seconds=50: seeded(name, "approach1", TLDR | FIGURES | values, seconds, seeds)
     single = {"bits-single": {"model.double_quant": "false"}, "factor-rank": {"lora.r": 32, "lora.alpha": 64},
               "factor-rslora": {"lora.rslora": "true"}, "factor-targets": {"lora.targets": "q_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"},
@@ -113,7 +116,7 @@ def experiments():
     plan += seeded("factor-all-but-bits", "approach3", TLDR | FIGURES | {"model.quant": "nf4"}, 60, first)
     plan += [*seeded("ours-500", "approach1", TLDR | FIGURES | SHORT, 40), peer("peer-trl", "trl", 240)]
     plan += [run for name in schedules for run in variant(f"schedule-{name}", schedules[name])]
-    plan += variant("clean", CLEAN, seconds=55)
+    plan += variant("clean", CLEAN, seconds=55) + variant("clean-words", CLEAN_OF_WORDS, seconds=55)
     plan += [peer("peer-unsloth", "unsloth", 200), peer("peer-trl-fp32", "trl", 240, more=["--adapters=fp32"])]
     brief = TLDR | FIGURES | {"train.max_steps": 200, "schedule.lr_warmup_steps": 20}
     slow = brief | {"memory.fused": "false", "memory.graphs": "no", "memory.keep_dequantized": "no"}
@@ -124,7 +127,7 @@ def experiments():
     plan += [run for rate in ("5e-4", "1e-3", "2e-4", "2e-3") for run in variant(f"rate-{rate}", rates[rate])]
     high = {"wsd": schedules["wsd"], "constant": schedules["constant"], "zero": schedules["zero"], "clip-off": schedules["no-clip"]}
     plan += [run for name in high for run in variant(f"rate-5e-4-{name}", rates["5e-4"] | high[name])]
-    plan += variant("bits-none", bits["none"], later)
+    plan += variant("rate-1e-3", rates["1e-3"], later) + variant("bits-none", bits["none"], later)
     plan += [run for name in ("wsd", "constant", "zero") for run in variant(f"schedule-{name}", schedules[name], later)]
     plan += variant("clean", CLEAN, later, 55) + variant("bits-int8", bits["int8"], later)
     return plan + variant("rate-5e-4", rates["5e-4"], later)

@@ -314,7 +314,7 @@ def factors(runs):
 
 
 def clean(runs):
-    return differences_table(runs, "rows", ("all", "approach1"), {"without them": "clean"})
+    return differences_table(runs, "rows", ("all", "approach1"), {"without them": "clean", "nor answers of one word": "clean-words"})
 
 
 SCHEDULES = {"cosine to 0": "schedule-zero", "cosine, floor 3e-5": "schedule-floor-3e-5", "WSD, floor 1e-5": "schedule-wsd",
@@ -440,11 +440,17 @@ def paths(runs):
 
 
 def gsm8k(runs):
-    curve, run, early = runs.get("gsm8k"), runs.get("gsm8k-early"), f"Early stopping: {NOT_RUN}."
-    if run:
+    curve, told = runs.get("gsm8k"), []
+    for rate, name in (("1e-4", "gsm8k-early"), ("5e-4", "gsm8k-early-5e-4")):
+        run = runs.get(name)
+        if run is None:
+            told.append(f"at {rate} {NOT_RUN} (`{name}`)")
+            continue
         ended, planned = run["summary"]["steps"], run["config"].get("train", {}).get("max_steps")
+        lowest, at = min((line["eval/loss"], line["step"]) for line in run["metrics"] if "eval/loss" in line)
         how = f"did not end before its last step, {ended:,}" if ended == planned else f"ended after step {ended:,}"
-        early = f"Early stopping, patience 2 on evaluations every 100 steps: the run {how}; evaluation loss {loss(run):.4f}."
+        told.append(f"at {rate} the run {how}, its lowest evaluation loss {lowest:.4f} at step {at:,} (`{name}`)")
+    early = f"Early stopping, patience 2 on evaluations every 100 steps: {'; '.join(told)}."
     evals = [line for line in curve["metrics"] if "eval/loss" in line] if curve else []
     rows = [[f"{line['step']:,}", f"{line['eval/loss']:.4f}", f"{line['eval/token_accuracy']:.4f}"] for line in evals]
     steps = words.table(["step", "eval loss", "token accuracy"], rows) if rows else ""
@@ -561,9 +567,11 @@ def first_screen(runs):
         first, plain = ours[0], rows_of(ours[:1], "unquantised")
         alone = f" in {first['summary']['seconds']:.0f} s from command to exit" if first["summary"]["alone"] else ""
         untouched = f" ({compare.loss_of(plain):.2f} in 16 bits)" if plain else ""
+        higher = seeds_of(runs, "rate-1e-3")
+        faster = f"; at ten times its rate {spread(map(loss, higher), '.3f')} ({words.count(len(higher), 'seed')})" if higher else ""
         told.append(f"Approach 1, 2,000 steps on one H100{alone}: loss on pages never seen {loss(first, 0):.2f} untouched in 4 "
                     f"bits{untouched} → {spread(map(loss, ours), '.3f')}, token accuracy {accuracy(first, 0):.2f} → "
-                    f"{spread(map(accuracy, ours), '.3f')}, {len(ours)} seeds.")
+                    f"{spread(map(accuracy, ours), '.3f')}, {len(ours)} seeds{faster}.")
     in_fp32, unsloth = seeds_of(runs, "peer-trl-fp32"), seeds_of(runs, "peer-unsloth")
     if mine and theirs and in_fp32 and unsloth:
         value, span = compare.difference(against(rows_of(mine), [rows_of(theirs)])[0]["loss_difference"], 1, ".3f")

@@ -408,7 +408,7 @@ def test_of_a_cost_that_training_repaired_none_is_left(tmp_path):
     assert "-0.0004 after: none of it is left." in text and "+0.3000 after: 50% of it is left." in text
 
 
-@pytest.mark.parametrize("step, told", [(2000, "did not end before its last step, 2,000;"), (900, "ended after step 900;")])
+@pytest.mark.parametrize("step, told", [(2000, "did not end before its last step, 2,000,"), (900, "ended after step 900,")])
 def test_of_early_stopping_is_told_whether_it_stopped(tmp_path, step, told):
     keep_one(tmp_path, "gsm8k-early", {step: 0.85}, step=step)
     (tmp_path / "gsm8k-early" / "config.json").write_text(json.dumps({"train": {"max_steps": 2000}}))
