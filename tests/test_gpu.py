@@ -415,6 +415,44 @@ def test_a_run_on_a_gpu_learns_and_goes_on_after_a_stop(tiny_inputs, tmp_path, k
     assert [line["step"] for line in record.read_metrics(tmp_path / "run")] == list(range(31))
 
 
+class Exchanging(int):
+    """A number of ranks for which all is exchanged even where it is one: NCCL takes one process a GPU, and the GPU at hand may be one."""
+    __hash__ = int.__hash__
+    __gt__ = lambda self, other: True
+    __eq__ = lambda self, other: False
+    __ne__ = lambda self, other: True
+
+
+@pytest.mark.parametrize("options", [[], ["--memory.shard=true"], ["--memory.shard=true", "--model.quant=int8", "--memory.checkpoint_layers=1"]],
+                         ids=["replicated", "sharded", "sharded int8, recomputed"])
+def test_one_rank_that_exchanges_all_through_torch_distributed_trains_as_one_alone(tiny_inputs, tmp_path, monkeypatch, options):
+    """Over NCCL on a GPU, over gloo elsewhere. Losses in fp32; sharded weights are gathered, and other kernels run on them."""
+    import socket
+
+    import ranks
+    import record
+    import train
+    exact = ["--model.compute_dtype=fp32", "--lora.dropout=0"]
+    assert train.main([*tiny_run(tiny_inputs, tmp_path, "alone"), *exact, *[option for option in options if "shard" not in option]]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(ranks, "RANKS", Exchanging(1))
+    sent, real = [], torch.distributed.all_reduce
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, *rest, **named: (sent.append(tensor.device.type), real(tensor, *rest, **named))[1])
+    try:
+        assert train.main([*tiny_run(tiny_inputs, tmp_path, "exchanging", *exact, *options)]) == 0
+    finally:
+        ranks.finish()
+    assert DEVICE in sent and "cpu" in sent
+    ours, alone = ([line for line in record.read_metrics(tmp_path / name) if "train/loss" in line] for name in ("exchanging", "alone"))
+    assert len(ours) == len(alone) == 16
+    for tag in ("train/loss", "train/grad_norm"):
+        assert [line[tag] for line in ours] == pytest.approx([line[tag] for line in alone], rel=1e-4)
+
+
 class Killed(BaseException):
     pass
 
