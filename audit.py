@@ -607,6 +607,8 @@ def _example(names, row, why, other, names_of_keys, width):
         lines += wrapped("      like ", names[other][0], width)
     lines += wrapped("      ", why, width)
     for record in [record] + ([names[other][1]] if other is not None and why != "the same turns" else []):
+        if isinstance(record, ValueError):
+            continue  # the line was no JSON, so there is nothing to show but why
         text = _said(record, names_of_keys)
         lines += textwrap.wrap(text, words.fitting(text, width), initial_indent="      ", subsequent_indent="        ", max_lines=2,
                                placeholder=" …")

@@ -29,7 +29,7 @@ import pathlib
 import shutil
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -587,15 +587,16 @@ def _check_out(out, data):
 
 def _check(cfg, tokenizer, examples, out):
     """Print what is wrong with a run's rows, with examples; write what data.drop leaves out to `out`."""
-    seen = inspect(cfg, tokenizer, near=True)
+    looked = replace(cfg.data, bad_rows="skip")  # what cannot be read is told as the other findings are, and refused at the end
+    seen = inspect(replace(cfg, data=looked), tokenizer, near=True)
     needed = set()
     for check in audit.CHECKS:
         for row, *_, other in [entry for entry in seen["found"] if entry[1] == check][:examples]:
             needed |= {row} | ({other} if other is not None else set())
-    names = {row: (name, record) for row, (_, name, record) in enumerate(_train_stream(cfg.data)) if row in needed}
+    names = {row: (name, record) for row, (_, name, record) in enumerate(_train_stream(looked)) if row in needed}
     if cfg.data.eval:
         wanted = {-other - 1 for other in needed if other < 0} | {row for row, *_ in seen["evaluation_found"]}
-        names |= {-row - 1: entry for row, entry in enumerate(sources.stream(cfg.data.eval, cfg.data.bad_rows)) if row in wanted}
+        names |= {-row - 1: entry for row, entry in enumerate(sources.stream(cfg.data.eval, looked.bad_rows)) if row in wanted}
     refused = None
     try:
         rows, evaluation = load(cfg, tokenizer)

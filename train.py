@@ -450,7 +450,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     if too_large:
         return 2
     if not finished():
-        print(f"interrupted after step {state['step']}; saved {where}; go on with --resume")
+        print(f"interrupted after step {state['step']}; saved {where}" + ("" if by_heart else "; go on with --resume"))
         return 128 + ending[0][0]
     return concluded()
 

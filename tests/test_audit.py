@@ -403,6 +403,13 @@ def test_rows_that_cannot_be_used_are_reported_before_the_run_refuses_them(tmp_p
     said = capsys.readouterr().out
     assert "unreadable               4  100.00%" in said and "bad_rows" not in said  # nothing would be left
     assert "--data.columns=prompt=question,completion=answer" in said
+    project(tmp_path, unlike(5), unlike(3, seed=2))
+    with open("train.jsonl", "a", encoding="utf-8") as file:
+        file.write("no JSON\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl:6: not valid JSON.*data\.bad_rows=skip"):
+        data.main(["c.json", "--check"])
+    said = capsys.readouterr().out
+    assert "unreadable               1" in said and said.count("not valid JSON") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ workers

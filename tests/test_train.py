@@ -319,6 +319,14 @@ def test_an_interrupted_run_saves_one_boundary_and_ends_as_if_it_had_not_been(la
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
+def test_an_interrupted_overfit_is_not_told_to_go_on_for_it_cannot(launch, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        after_samples(4, send(signal.SIGINT), patch)
+        assert launch("run", "--overfit=2") == 130
+    said = capsys.readouterr().out
+    assert "interrupted after step" in said and "--resume" not in said
+
+
 def test_a_process_that_is_told_to_end_saves_exits_143_and_goes_on(launch, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options = ["--train.max_steps=400", "--log.every_steps=1", "--eval.every_steps=0", "--lora.dropout=0.1"]
