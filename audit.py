@@ -587,14 +587,16 @@ def _tokens_told(what, tokens, max_length, width):
     share = counts["supervised_tokens"] / counts["tokens"]
     lines = wrapped("tokens     ", f"{what}: {counts['tokens']:,} in {len(tokens):,} rows, {share:.1%} of them supervised; "
                     f"rows of {lengths.min():,} to {lengths.max():,}, half of them over {int(np.median(lengths)):,}", width)
-    for name, text in (("rows_skipped", "rows could not be read and are left out"),
-                       ("rows_truncated", f"rows are cut to data.max_length={max_length}"),
-                       ("rows_lost", f"rows are lost to data.max_length={max_length}"),
-                       ("rows_unsupervised", "rows have no supervised token"),
-                       ("turns_unsupervised", "answers are not supervised: the template hides what the model wrote"),
-                       ("turns_hidden", "turns, tools or tool calls are not shown by the template")):
+    for name, one, many in (("rows_skipped", "row could not be read and is left out", "rows could not be read and are left out"),
+                            ("rows_truncated", f"row is cut to data.max_length={max_length}", f"rows are cut to data.max_length={max_length}"),
+                            ("rows_lost", f"row is lost to data.max_length={max_length}", f"rows are lost to data.max_length={max_length}"),
+                            ("rows_unsupervised", "row has no supervised token", "rows have no supervised token"),
+                            ("turns_unsupervised", "answer is not supervised: the template hides what the model wrote",
+                             "answers are not supervised: the template hides what the model wrote"),
+                            ("turns_hidden", "turn, tool or tool call is not shown by the template",
+                             "turns, tools or tool calls are not shown by the template")):
         if counts[name]:
-            lines.append(f"           {counts[name]:,} {text}")
+            lines.append(f"           {counts[name]:,} {one if counts[name] == 1 else many}")
     if tokens.too_long:
         lines += wrapped("           ", f"such as {tokens.too_long[0]}, of {tokens.too_long[1]:,} tokens", width)
     return lines

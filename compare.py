@@ -105,9 +105,11 @@ def check_comparable(runs):
         if about["rows_digest"] != other_about["rows_digest"]:
             named = first["config"].get("data.eval", True)
             held_out = "" if named else "; name data.eval, since rows held out of the training rows depend on the seed"
+            shaping = ("data.eval", "data.eval_rows", "data.chat_template", "data.max_length")
+            other = [stated(key) for key in shaping if first["config"].get(key) != run["config"].get(key)]
+            why = "; ".join(other) or (f"both name {json.dumps(named)}, and what is in there has changed" if named else "both hold rows out")
             raise ValueError(f"{refused}they were evaluated on other rows, or on the same ones under another template or length "
-                             f"({stated('data.eval')}; {stated('data.max_length')}); train both with the same --data.eval, "
-                             f"--data.chat_template and --data.max_length{held_out}")
+                             f"({why}); train both with the same --data.eval, --data.chat_template and --data.max_length{held_out}")
         if len(rows["tokens"]) != len(other_rows["tokens"]):
             raise ValueError(f"{refused}one was evaluated on {len(rows['tokens']):,} rows, the other on {len(other_rows['tokens']):,} "
                              f"({stated('eval.max_rows')}); train both with the same --eval.max_rows")

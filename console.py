@@ -72,13 +72,15 @@ def conclude(run, config, state, max_steps):
     evals = [line for line in metrics if "eval/loss" in line]
     edge = min(25, len(losses) // 4) or 1
     median = lambda values: sorted(values)[len(values) // 2] if values else math.nan
+    enough = f" by {config.eval.min_delta:g} (eval.min_delta)" if config.eval.min_delta else ""
     print(f"finished   {state['step']:,} of {max_steps:,} steps" + (f", {state['skipped']} of them not applied" if state["skipped"] else "")
-          + (", stopped early: the evaluation loss no longer fell" if state["step"] < max_steps else ""))
-    print(f"train      loss {median(losses[:edge]):.4f} -> {median(losses[-edge:]):.4f} (medians of the first and last {edge} steps)")
+          + (f", stopped early: the evaluation loss no longer fell{enough}" if state["step"] < max_steps else ""))
+    of = f"medians of the first and last {edge} steps" if edge > 1 else "the first and the last step"
+    print(f"train      loss {median(losses[:edge]):.4f} -> {median(losses[-edge:]):.4f} ({of})")
     print("evaluation " + ", ".join(f"{what} {evals[0][tag]:.4f} -> {evals[-1][tag]:.4f}"
                                     for what, tag in (("loss", "eval/loss"), ("token accuracy", "eval/token_accuracy"))))
     print(f"           best after step {state['best_step']}: {run}@best" if state["best_step"] else
-          "           no evaluation was better than the one before step 1")
+          f"           no evaluation was better{enough} than the one before step 1")
     judged = verdict.of_run(run)
     with record.writing(f"{run}: the verdict"):
         verdict.write(run, judged)

@@ -236,7 +236,8 @@ def show_forecast(outcome, width=80):
     shares = [f"{f[name]:.1%} {what}" for name, what in told.items() if f[name]]
     tell("rows", f"{f['rows']:,} to train on" + (f", {f['eval_rows']:,} to evaluate on" if f["eval_rows"] is not None else "")
          + (f"; the longest has {f['longest']:,} tokens" if f["longest"] else ""), *([", ".join(shares)] if shares else []))
-    tell("seen", f"{f['coverage']:.1%} of them: {f['samples']:,} samples in {f['steps']:,} steps of {sizes}"
+    share = f"{f['coverage']:.1%} of them" if f["coverage"] < 10 else f"all of them {f['coverage']:,.0f} times"
+    tell("seen", f"{share}: {f['samples']:,} samples in {f['steps']:,} steps of {sizes}"
          + (f"; an epoch is {f['steps_per_epoch']:,.0f} step{'s' * (round(f['steps_per_epoch']) != 1)}" if f["steps_per_epoch"] else ""),
          f"{f['supervised_tokens_seen']:,} supervised tokens, {f['supervised_share']:.1%} of all")
     below = f"below 1 % of it from step {f['negligible_from']:,} on" if f["negligible_from"] else "never below 1 % of it after the warm-up"

@@ -384,7 +384,7 @@ def test_check_tells_of_rows_too_long_and_of_held_out_rows_with_a_twin(tmp_path,
     said = capsys.readouterr().out
     leaks = data.load(config.read("c.json"), make_tokenizer())[0].audit["leak"]
     assert 0 < leaks <= 8 and f"leak             {leaks:>9,}" in said and "like one of the 8 that are held out" in said
-    assert "1 rows are cut to data.max_length=400" in said and "such as train.jsonl:41, of" in said and max(map(len, said.splitlines())) <= 80
+    assert "1 row is cut to data.max_length=400" in said and "such as train.jsonl:41, of" in said and max(map(len, said.splitlines())) <= 80
     assert "--data.drop=duplicate,leak" in said
 
 

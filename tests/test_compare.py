@@ -183,7 +183,8 @@ def test_a_step_without_figures_but_with_a_checkpoint_is_named_with_the_command_
     "how, said",
     [
         (lambda run: edit_metadata(run, tokenizer="other"), "tokenizers differ"),
-        (lambda run: edit_metadata(run, rows_digest="other"), "other rows"),
+        (lambda run: edit_metadata(run, rows_digest="other"), 'other rows.*both name ".+", and what is in there has changed'),
+        (lambda run: [edit_metadata(run, rows_digest="other"), settings_of(run, data__max_length=99)], r"length \(data.max_length is 2048 and 99\);"),
         (lambda run: edit_metadata(run, tokenizer=None), "do not say of which tokenizer.*python eval.py --ckpt .*b --keep"),
         (lambda run: edit_metadata(run, rows_digest=None), "do not say of which rows"),
         (

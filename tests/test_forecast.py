@@ -50,9 +50,10 @@ def test_low_coverage_is_not_said_to_mean_failure():
     assert said in text and all(said in " ".join((PROJECT / page).read_text().split()) for page in ("README.md", "docs/HEALTH.md"))
 
 
-@pytest.mark.parametrize("rows, said", [(8, "an epoch is 1 step\n"), (12_000, "an epoch is 1,500 steps\n")])
-def test_an_epoch_of_one_step_is_told_as_one(rows, said):
-    assert said in forecast.show_forecast(of("seed-failure", dataclasses.replace(FACTS, rows=rows, tokens=rows * 40)), width=200)
+@pytest.mark.parametrize("rows, seen, epoch", [(8, "all of them 500 times:", "an epoch is 1 step\n"), (12_000, "33.3% of them:", "an epoch is 1,500 steps\n")])
+def test_few_rows_are_told_as_what_they_are(rows, seen, epoch):
+    text = forecast.show_forecast(of("seed-failure", dataclasses.replace(FACTS, rows=rows, tokens=rows * 40)), width=200)
+    assert seen in text and epoch in text
 
 
 @pytest.mark.parametrize(

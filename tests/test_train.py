@@ -502,7 +502,8 @@ def test_early_stopping_stops_saves_says_so_and_can_be_lifted(launch, tmp_path, 
     with monkeypatch.context() as patch:
         scripted(patch, [5.0, 4.0, 3.95, 3.91])
         assert launch("run", *stopping) == 0
-    assert newest(tmp_path / "run")["step"] == 6 and "stopped early" in capsys.readouterr().out
+    assert newest(tmp_path / "run")["step"] == 6
+    assert "stopped early: the evaluation loss no longer fell by 0.1 (eval.min_delta)" in capsys.readouterr().out
     assert launch("run", *stopping, "--resume") == 0 and "finished already" in capsys.readouterr().out
     launch("whole", "--eval.every_steps=2")
     assert launch("run", "--eval.every_steps=2", "--resume") == 0
