@@ -587,9 +587,10 @@ def _tokens_told(what, tokens, max_length, width):
     share = counts["supervised_tokens"] / counts["tokens"]
     lines = wrapped("tokens     ", f"{what}: {counts['tokens']:,} in {len(tokens):,} rows, {share:.1%} of them supervised; "
                     f"rows of {lengths.min():,} to {lengths.max():,}, half of them over {int(np.median(lengths)):,}", width)
+    limit = f"data.max_length={max_length}"
     for name, one, many in (("rows_skipped", "row could not be read and is left out", "rows could not be read and are left out"),
-                            ("rows_truncated", f"row is cut to data.max_length={max_length}", f"rows are cut to data.max_length={max_length}"),
-                            ("rows_lost", f"row is lost to data.max_length={max_length}", f"rows are lost to data.max_length={max_length}"),
+                            ("rows_truncated", f"row is cut to {limit}", f"rows are cut to {limit}"),
+                            ("rows_lost", f"row is lost to {limit}", f"rows are lost to {limit}"),
                             ("rows_unsupervised", "row has no supervised token", "rows have no supervised token"),
                             ("turns_unsupervised", "answer is not supervised: the template hides what the model wrote",
                              "answers are not supervised: the template hides what the model wrote"),

@@ -107,7 +107,8 @@ def check_comparable(runs):
             held_out = "" if named else "; name data.eval, since rows held out of the training rows depend on the seed"
             shaping = ("data.eval", "data.eval_rows", "data.chat_template", "data.max_length")
             other = [stated(key) for key in shaping if first["config"].get(key) != run["config"].get(key)]
-            why = "; ".join(other) or (f"both name {json.dumps(named)}, and what is in there has changed" if named else "both hold rows out")
+            same = f"both name {json.dumps(named)}, and what is in there has changed" if named else "both hold rows out"
+            why = "; ".join(other) or same
             raise ValueError(f"{refused}they were evaluated on other rows, or on the same ones under another template or length "
                              f"({why}); train both with the same --data.eval, --data.chat_template and --data.max_length{held_out}")
         if len(rows["tokens"]) != len(other_rows["tokens"]):
