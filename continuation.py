@@ -14,6 +14,7 @@ import torch
 import checkpoint
 import lora_layers
 import ranks
+import record
 
 
 def load_initial(config):
@@ -121,10 +122,9 @@ def of_every_rank(config, tokenizer, rows, eval_rows, prompts, device):
     The kind of device is among it: another kind sums in another order, and the ranks' adapters would drift apart.
     """
     places = ("model.path", "lora.init_from", "data.train", "data.eval", "data.mixture", "data.chat_template", "data.cache", "eval.prompts")
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     asked = hashlib.sha256(json.dumps([list(map(int, prompt["ids"])) for prompt in prompts]).encode()).hexdigest()[:16]
     settings = {name: value for name, value in config.flat().items() if name not in places}
-    return settings | contents(tokenizer, rows, eval_rows) | {"prompts": asked, "torch": torch.__version__, "device": kind}
+    return settings | contents(tokenizer, rows, eval_rows) | {"prompts": asked, "torch": torch.__version__, "device": record.kind_of(device)}
 
 
 def restore(saved, path, accept, fresh, adapters, moments, scaler, device):

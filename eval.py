@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import pathlib
-import platform
 import sys
 import textwrap
 import time
@@ -240,9 +239,8 @@ def unquantised_shaped_by(config, device, eval_rows):
     files = [folder / "config.json", *sorted(set(loading.weight_files(folder).values()))]
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         digests = list(threads.map(cache.sha256, files))
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return ["unquantised", _code, digests, eval_rows.digest, config.eval.max_rows, config.model.compute_dtype, config.model.attention,
-            dataclasses.asdict(config.memory), config.train.deterministic, where, torch.__version__, torch.version.cuda, transformers.__version__]
+            dataclasses.asdict(config.memory), config.train.deterministic, record.kind_of(device), torch.__version__, torch.version.cuda, transformers.__version__]
 
 
 def check_vocabulary(network, *data_sets):

@@ -15,6 +15,7 @@ import textwrap
 from dataclasses import dataclass, field
 
 import schedule
+import words
 from rules import HIGH_RATE, Finding, rate_figures
 
 SMALL_AREA = 0.02      # see docs/HEALTH.md for these: a twentieth of what QLoRA's own recipe sums to
@@ -238,7 +239,7 @@ def show_forecast(outcome, width=80):
          + (f"; the longest has {f['longest']:,} tokens" if f["longest"] else ""), *([", ".join(shares)] if shares else []))
     share = f"{f['coverage']:.1%} of them" if f["coverage"] < 10 else f"all of them {f['coverage']:,.0f} times"
     tell("seen", f"{share}: {f['samples']:,} samples in {f['steps']:,} steps of {sizes}"
-         + (f"; an epoch is {f['steps_per_epoch']:,.0f} step{'s' * (round(f['steps_per_epoch']) != 1)}" if f["steps_per_epoch"] else ""),
+         + (f"; an epoch is {words.count(round(f['steps_per_epoch']), 'step')}" if f["steps_per_epoch"] else ""),
          f"{f['supervised_tokens_seen']:,} supervised tokens, {f['supervised_share']:.1%} of all")
     below = f"below 1 % of it from step {f['negligible_from']:,} on" if f["negligible_from"] else "never below 1 % of it after the warm-up"
     tell("rate", f"peak {f['peak']:.3g}, floor {f['floor']:.3g}; {f['warmup_share']:.1%} of the steps warm up",

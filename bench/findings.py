@@ -49,7 +49,7 @@ BESIDE = {"memory.max_tokens": 8192, "memory.checkpoint_layers": 0,  # no probe 
 FIGURES = BESIDE | {"eval.samples": 0, "save.every_steps": 0}          # where only figures are compared
 SHORT = {"train.max_steps": 500, "schedule.lr_warmup_steps": 50}       # what the peers run
 CLEAN = {"data.drop": "duplicate,near_duplicate,leak"}
-CLEAN_OF_WORDS = {"data.drop": "duplicate,near_duplicate,leak,one_word"}
+CLEAN_OF_WORDS = {"data.drop": f"{CLEAN['data.drop']},one_word"}
 FORKED = ("train.py", "eval.py", "bench/cut.py")  # not the peers, who change what they import
 TRAININGS = ("train.py", "bench/cut.py")  # they save when told to end, and go on
 UNGUARDED = {"proof.enabled": "false", "alerts.stop": "[]"}
@@ -86,6 +86,9 @@ def experiments():
     """All of them, in the order in which they are run: what is timed alone, then what matters most, further seeds last."""
     failure = TLDR | BESIDE | {"eval.samples": 4}
     first, later = (0,), (1, 2)
+    rates = {rate: {"schedule.learning_rate": rate, "schedule.lr_min": floor}  # the floor is a tenth, as approach 1's is
+             for rate, floor in (("2e-4", "2e-5"), ("5e-4", "5e-5"), ("1e-3", "1e-4"), ("2e-3", "2e-4"))}
+    patient = GSM8K | FIGURES | {"eval.every_steps": 100, "eval.patience": 2}
     plan = [training("approach1-s0", "approach1", TLDR | {"train.seed": 0, "eval.samples": 16}, 120, alone=True),
             training("approach3", "approach3", TLDR | BESIDE | {"eval.samples": 16}, 150),
             *seeded("seed-failure", "seed-failure", failure, 35),
@@ -100,9 +103,7 @@ def experiments():
             generation("generation-before", ["--untrained"]), generation("generation-after", []),
             generation("generation-before-bf16", ["--untrained", "--model.quant=none"]),
             training("gsm8k", "approach1", GSM8K | BESIDE | {"eval.samples": 16, "eval.every_steps": 250}, 110),
-            training("gsm8k-early", "approach1", GSM8K | FIGURES | {"eval.every_steps": 100, "eval.patience": 2}, 90),
-            training("gsm8k-early-5e-4", "approach1", GSM8K | FIGURES | {"eval.every_steps": 100, "eval.patience": 2, "schedule.learning_rate": "5e-4",
-                                                                         "schedule.lr_min": "5e-5"}, 90)]
+            training("gsm8k-early", "approach1", patient, 90), training("gsm8k-early-5e-4", "approach1", patient | rates["5e-4"], 90)]
     variant = lambda name, values, seeds=first, seconds=50: seeded(name, "approach1", TLDR | FIGURES | values, seconds, seeds)
     single = {"bits-single": {"model.double_quant": "false"}, "factor-rank": {"lora.r": 32, "lora.alpha": 64},
               "factor-rslora": {"lora.rslora": "true"}, "factor-targets": {"lora.targets": "q_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"},
@@ -122,8 +123,6 @@ def experiments():
     slow = brief | {"memory.fused": "false", "memory.graphs": "no", "memory.keep_dequantized": "no"}
     plan += [run for seed in (*first, *later) for name, values in (("fast-200", brief), ("slow-200", slow))
              for run in seeded(name, "approach1", values, 35 if name == "fast-200" else 90, (seed,))]
-    rates = {rate: {"schedule.learning_rate": rate, "schedule.lr_min": floor}  # the floor is a tenth, as approach 1's is
-             for rate, floor in (("2e-4", "2e-5"), ("5e-4", "5e-5"), ("1e-3", "1e-4"), ("2e-3", "2e-4"))}
     plan += [run for rate in ("5e-4", "1e-3", "2e-4", "2e-3") for run in variant(f"rate-{rate}", rates[rate])]
     high = {"wsd": schedules["wsd"], "constant": schedules["constant"], "zero": schedules["zero"], "clip-off": schedules["no-clip"]}
     plan += [run for name in high for run in variant(f"rate-5e-4-{name}", rates["5e-4"] | high[name])]

@@ -348,10 +348,15 @@ def rate_area(run):
     return sum(schedule.learning_rate(step, section, steps) for step in range(1, steps + 1))
 
 
-def cosines(runs):
-    """(rate areas, evaluation losses) of the cosines with a tenth as floor, by area: arrays of equal length."""
+def mean(of, group):
+    """of(run), averaged over runs that differ in their seed."""
+    return float(np.mean([of(run) for run in group]))
+
+
+def cosines(runs, of):
+    """(of(run), evaluation loss) of the cosines with a tenth as floor, by the former: arrays of equal length."""
     found = [group for group in (seeds_of(runs, name) for name in ("approach1", *RATES.values())) if group]
-    points = sorted((rate_area(group[0]), float(np.mean([loss(run) for run in group]))) for group in found)
+    points = sorted((mean(of, group), mean(loss, group)) for group in found)
     return np.array(points).reshape(-1, 2).T
 
 
@@ -366,19 +371,25 @@ def beside_cosines(places, losses, own):
     return (float(np.interp(at, known, losses)), float(curve(at))) if own <= places[-1] else (math.nan, math.nan)
 
 
+def cosine_cells(runs, name, of, form, known):
+    """of(run) of an experiment, its loss, that less the loss of a cosine alike in it (in two ways), and its name, as cells; None without.
+
+    known: `cosines(runs, of)`.
+    """
+    group, (places, losses) = seeds_of(runs, name), known
+    if not group or len(places) < 2 or not np.isfinite([mean(of, group), *places]).all():
+        return None
+    own, reached = mean(of, group), mean(loss, group)
+    off = [figure(reached - there, "+.4f") for there in beside_cosines(places, losses, own)]
+    return [f"{own:{form}}", f"{reached:.4f}", *off, asked_for(group, name)]
+
+
 def area(runs):
     """The other shapes beside a cosine of the same rate area: its loss is read between those that were run, in two ways."""
-    areas, losses = cosines(runs)
-    rows = []
-    for label, names in SHAPES.items():
-        for name in names:
-            group = seeds_of(runs, name)
-            if not group or len(areas) < 2:
-                continue
-            own, reached = rate_area(group[0]), float(np.mean([loss(run) for run in group]))
-            off = [figure(reached - there, "+.4f") for there in beside_cosines(areas, losses, own)]
-            peak = group[0]["config"]["schedule"]["learning_rate"]
-            rows.append([label, f"{peak:g}", f"{own:.3f}", f"{reached:.4f}", *off, asked_for(group, name)])
+    peak = lambda name: f"{seeds_of(runs, name)[0]['config']['schedule']['learning_rate']:g}"
+    known = cosines(runs, rate_area)
+    rows = [[label, peak(name), *cells] for label, names in SHAPES.items() for name in names
+            if (cells := cosine_cells(runs, name, rate_area, ".3f", known))]
     head = ["shape", "peak", "rate area", "eval loss", "beside a cosine, straight", "smooth", "experiment"]
     return words.table(head, rows) if rows else f"({NOT_RUN}.)"
 
@@ -394,17 +405,8 @@ MOVED = {"rsLoRA": "factor-rslora", "r 32, alpha 64": "factor-rank", "WSD, floor
 
 def moved(runs):
     """What changed how far adapters move at approach 1's rate, beside a cosine at a rate with which they moved as far."""
-    groups = [group for group in (seeds_of(runs, name) for name in ("approach1", *RATES.values())) if group]
-    points = sorted((float(np.mean([distance(run) for run in group])), float(np.mean([loss(run) for run in group]))) for group in groups)
-    rows = []
-    for label, name in MOVED.items():
-        group = seeds_of(runs, name)
-        own = float(np.mean([distance(run) for run in group])) if group else math.nan
-        if not math.isfinite(own) or len(points) < 2 or not np.isfinite(points).all():
-            continue
-        reached = float(np.mean([loss(run) for run in group]))
-        off = [figure(reached - there, "+.4f") for there in beside_cosines(*np.array(points).T, own)]
-        rows.append([label, f"{own:.4f}", f"{reached:.4f}", *off, asked_for(group, name)])
+    known = cosines(runs, distance)
+    rows = [[label, *cells] for label, name in MOVED.items() if (cells := cosine_cells(runs, name, distance, ".4f", known))]
     head = ["approach 1 with", "ΔW/W", "eval loss", "beside a cosine, straight", "smooth", "experiment"]
     return words.table(head, rows) if rows else f"({NOT_RUN}.)"
 
@@ -463,17 +465,12 @@ def early(runs):
     if run is None:
         return f"Approach 2: {NOT_RUN}."
     evals = [(line["step"], line["eval/loss"]) for line in run["metrics"] if "eval/loss" in line]
+    best = [int(np.argmin([value for _, value in evals[:count]])) for count in range(1, len(evals) + 1)]  # as of each evaluation
     told = []
     for patience in (1, 2):
-        best, at, ended = math.inf, 0, None
-        for step, value in evals:
-            best, at = min((best, at), (value, step))
-            waited = sum(1 for other, _ in evals if at < other <= step)
-            if waited == patience:
-                ended = step
-                break
-        told.append(f"patience {patience} would have ended it after step {ended:,} with step {at:,} as the best" if ended
-                    else f"patience {patience} would not have ended it")
+        ended = next((place for place, at in enumerate(best) if place - at == patience), None)
+        told.append(f"patience {patience} would not have ended it" if ended is None else
+                    f"patience {patience} would have ended it after step {evals[ended][0]:,} with step {evals[best[ended]][0]:,} as the best")
     return words.prose(f"Approach 2's evaluations every {evals[1][0]:,} steps, {', '.join(f'{value:.4f}' for _, value in evals)}: "
                        f"{'; '.join(told)}.")
 
@@ -641,7 +638,7 @@ def draw_differences(runs, path):
 def draw_area(runs, path):
     """Evaluation loss by rate area, a mark a run of 2,000 steps of 32; the cosines with a floor of a tenth joined by a line."""
     import plots
-    areas, losses = cosines(runs)
+    areas, losses = cosines(runs, rate_area)
     if len(areas) < 2:
         return False
     peaks = sorted({run["config"]["schedule"]["learning_rate"] for name in ("approach1", *RATES.values()) for run in seeds_of(runs, name)})

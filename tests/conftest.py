@@ -4,6 +4,7 @@ import logging
 import os
 import pathlib
 import shutil
+import socket
 import sys
 import tempfile
 
@@ -136,6 +137,13 @@ def rows_of(lengths, seed=0, supervised_share=0.5):
 
 
 WATCHED = ("seconds", "per_second", "memory_gib")  # what depends on the clock; proof/ depends on where a process began
+
+
+def free_port():
+    """A TCP port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def curve(run):

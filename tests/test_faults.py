@@ -688,23 +688,24 @@ def test_the_rate_on_record_is_the_formulas_of_that_step_across_a_kill(run, tiny
     assert [line["train/learning_rate"] for line in curve(tmp_path / "run")[1:]] == [schedule.learning_rate(step, settings, steps) for step in range(1, steps + 1)]
 
 
-def loss_times_a_hundred(number):
-    once_trained(lambda: spike(number))
+def loss_times(factor, number):
+    """The loss of the number-th micro-batch in training is that many times as high."""
+    once_trained(lambda: spike(factor, number))
 
 
-def spike(number):
+def spike(factor, number):
     real, calls = model.summed_loss, []
 
     def loss_of(network, batch):
         loss, nll, correct = real(network, batch)
         calls.append(torch.is_grad_enabled())
-        return (loss * 100 if calls[-1] and sum(calls) == number else loss), nll, correct
+        return (loss * factor if calls[-1] and sum(calls) == number else loss), nll, correct
 
     model.summed_loss = loss_of
 
 
 def test_a_loss_spike_of_a_hundred_times_is_clipped_and_its_true_norm_is_on_record(run, whole, tmp_path):
-    assert run("run", fault=(loss_times_a_hundred, 5)) == 0
+    assert run("run", fault=(loss_times, 100, 5)) == 0
     spiked, calm = curve(tmp_path / "run"), curve(whole())
     assert str(spiked[:5]) == str(calm[:5]) and spiked[5]["train/loss"] == pytest.approx(100 * calm[5]["train/loss"], rel=1e-3)
     assert spiked[5]["train/grad_norm"] == pytest.approx(100 * calm[5]["train/grad_norm"], rel=1e-2) and spiked[5]["train/clipped"] == 1.0

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import After, make_config, make_model, rows_of
+from conftest import After, free_port, make_config, make_model, rows_of
 
 import attention
 import data
@@ -427,17 +427,12 @@ class Exchanging(int):
                          ids=["replicated", "sharded", "sharded int8, recomputed"])
 def test_one_rank_that_exchanges_all_through_torch_distributed_trains_as_one_alone(tiny_inputs, tmp_path, monkeypatch, options):
     """Over NCCL on a GPU, over gloo elsewhere. Losses in fp32; sharded weights are gathered, and other kernels run on them."""
-    import socket
-
     import ranks
     import record
     import train
     exact = ["--model.compute_dtype=fp32", "--lora.dropout=0"]
     assert train.main([*tiny_run(tiny_inputs, tmp_path, "alone"), *exact, *[option for option in options if "shard" not in option]]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(ranks, "RANKS", Exchanging(1))
     sent, real = [], torch.distributed.all_reduce

@@ -6,16 +6,15 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import PROJECT, curve, differences, make_config, make_model, newest
+from conftest import PROJECT, curve, differences, free_port, make_config, make_model, newest
 from safetensors.torch import load_file, save_file
-from test_faults import at_sample, command, in_backward, live, once, once_trained, processes, send, tiny_settings  # noqa: F401  (the first and the last are fixtures)
+from test_faults import at_sample, command, in_backward, live, loss_times, once, processes, send, tiny_settings  # noqa: F401  (the first and the last are fixtures)
 
 import checkpoint
 import data
@@ -48,9 +47,7 @@ def fleet(processes, tmp_path):  # noqa: F811
     started = []
 
     def begin(count, then, *given):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         fleet = [processes.Process(target=as_rank, args=(rank, count, port, then, given)) for rank in range(count)]
         for process in fleet:
             process.start()
@@ -446,24 +443,8 @@ def test_a_sharded_rank_without_memory_ends_all_and_says_what_to_change(run, tmp
     assert run(2, "run", *EXACT, "--memory.shard=true", "--save.every_steps=1", "--resume") == [0, 0]
 
 
-def not_finite(number):
-    """The loss of this rank's number-th micro-batch is not a number."""
-    once_trained(lambda: spoil(number))
-
-
-def spoil(number):
-    real, calls = model.summed_loss, []
-
-    def loss_of(network, batch):
-        loss, nll, correct = real(network, batch)
-        calls.append(1) if torch.is_grad_enabled() else None
-        return (loss * float("nan") if len(calls) == number and torch.is_grad_enabled() else loss), nll, correct
-
-    model.summed_loss = loss_of
-
-
 def test_a_step_that_is_not_finite_on_one_rank_is_applied_on_none_and_its_rows_are_named(run, tmp_path):
-    assert run(2, "run", *EXACT, "--save.every_steps=1", fault=(not_finite, 3), rank=1) == [0, 0]
+    assert run(2, "run", *EXACT, "--save.every_steps=1", fault=(loss_times, float("nan"), 3), rank=1) == [0, 0]
     assert [line["step"] for line in record.read_metrics(tmp_path / "run") if line.get("train/skipped")] == [3]
     told, = [line for line in log(tmp_path, "run").splitlines() if line.startswith("step 3 was not applied")]
     assert all(f"train.jsonl:{row + 1}" in told for row in data.sample_stream(23, 0, 8, 4)), "those of both ranks"
@@ -549,39 +530,46 @@ def test_sharding_needs_ranks(run, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- the real thing
 
+def torchrun(folder, meeting, settings, *options):
+    """train.py under torchrun, on the CPU, in `folder`; returns torchrun's process, whose output is piped."""
+    line = [sys.executable, "-m", "torch.distributed.run", *meeting, str(PROJECT / "train.py"), str(settings), *options]
+    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+
+
+def outputs(processes, seconds):
+    """[(stdout, stderr)] of processes once they have ended; none outlives the time that they are given."""
+    try:
+        return [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def test_torchrun_runs_it(tiny_settings, tmp_path):  # noqa: F811
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command_line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(PROJECT / "train.py"), str(tiny_settings), f"--out={tmp_path / 'run'}", *EXACT]
-    done = subprocess.run(command_line, capture_output=True, text=True, timeout=200, env={**os.environ, **hidden})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("packing ") == 1 and [line["step"] for line in record.read_metrics(tmp_path / "run")] == list(range(9))
+    done = torchrun(tmp_path, ["--nproc-per-node=2", "--standalone"], tiny_settings, "--out=run", *EXACT)
+    (said, errors), = outputs([done], 200)
+    assert done.returncode == 0, errors[-3000:]
+    assert said.count("packing ") == 1 and [line["step"] for line in record.read_metrics(tmp_path / "run")] == list(range(9))
     assert json.loads((tmp_path / "run" / "environment.json").read_text())
 
 
 def test_what_all_ranks_find_wrong_is_told_once(tiny_settings, tmp_path):  # noqa: F811
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", "--standalone", str(PROJECT / "train.py"), str(tiny_settings), "--lora.r=0"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=100, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 1 and done.stderr.count("lora.r: must be >= 1") == 1 and "exitcode  : 2" in done.stderr
+    done = torchrun(tmp_path, ["--nproc-per-node=3", "--standalone"], tiny_settings, "--lora.r=0")
+    (_, errors), = outputs([done], 100)
+    assert done.returncode == 1 and errors.count("lora.r: must be >= 1") == 1 and "exitcode  : 2" in errors
 
 
 def test_two_hosts_train_as_one_process_does(run, tiny_settings, tmp_path):  # noqa: F811
     """Two torchrun agents that meet at one address, as on two hosts, of two ranks each; the record lies with the first."""
     assert run(1, "alone", *EXACT) == [0]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    port = free_port()
     hosts = []
     for number in (0, 1):
         (tmp_path / f"host-{number}").mkdir()
         meeting = ["--nnodes=2", "--nproc-per-node=2", f"--node-rank={number}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        line = [sys.executable, "-m", "torch.distributed.run", *meeting, str(PROJECT / "train.py"), str(tiny_settings), "--out=run", *EXACT]
-        hosts.append(subprocess.Popen(line, cwd=tmp_path / f"host-{number}", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **hidden}))
-    try:
-        told = [host.communicate(timeout=200) for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
+        hosts.append(torchrun(tmp_path / f"host-{number}", meeting, tiny_settings, "--out=run", *EXACT))
+    told = outputs(hosts, 200)
     assert [host.returncode for host in hosts] == [0, 0], told
     assert far(tmp_path / "alone", tmp_path / "host-0/run") < 2e-5
     assert told[1][0].strip() == "" and list((tmp_path / "host-1").iterdir()) == []
