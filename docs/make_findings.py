@@ -313,8 +313,22 @@ def factors(runs):
     return differences_table(runs, "changed", ("nothing, approach 1", "approach1"), FACTORS)
 
 
+SHORT = 6  # supervised tokens, the end of the turn among them: about as many as answers of one word have
+
+
 def clean(runs):
-    return differences_table(runs, "rows", ("all", "approach1"), {"without them": "clean", "nor answers of one word": "clean-words"})
+    """Rows left out against all rows, and what answers of one word were good for: short and longer answers apart."""
+    table = differences_table(runs, "rows", ("all", "approach1"), {"without them": "clean", "nor answers of one word": "clean-words"})
+    everything, without = rows_of(seeds_of(runs, "approach1")), rows_of(seeds_of(runs, "clean-words"))
+    if everything is None or without is None:
+        return table
+    short, told = everything["tokens"] <= SHORT, []
+    for chosen, name in ((short, f"answers of up to {SHORT} tokens"), (~short, "longer ones")):
+        ours, theirs = ({key: values[chosen] for key, values in arrays.items()} for arrays in (everything, without))
+        value, span = compare.difference(against(ours, [theirs])[0]["loss_difference"], 1, ".4f")
+        told.append(f"on the {chosen.sum():,} {name} {value} nats ({span})")
+    return words.paragraphs(table, words.prose("Without training answers of one word, evaluation loss by the answer's length: "
+                                               f"{', '.join(told)}."))
 
 
 SCHEDULES = {"cosine to 0": "schedule-zero", "cosine, floor 3e-5": "schedule-floor-3e-5", "WSD, floor 1e-5": "schedule-wsd",
@@ -614,7 +628,8 @@ def draw_curves(runs, path, names, near=False):
 def draw_differences(runs, path):
     """Every setting's loss difference from approach 1 with its interval; what seeds alone do as a band."""
     import plots
-    names = {"int8": "bits-int8", "16 bits": "bits-none", "NF4, not double": "bits-single", **FACTORS, "rows cleaned": "clean", **SCHEDULES,
+    names = {"int8": "bits-int8", "16 bits": "bits-none", "NF4, not double": "bits-single", **FACTORS, "rows cleaned": "clean",
+             "nor answers of one word": "clean-words", **SCHEDULES,
              **{f"rate {rate}": name for rate, name in RATES.items()}, **{f"5e-4, {label}": name for label, name in AT_5E_4.items()}}
     base = seeds_of(runs, "approach1")
     known = {label: seeds_of(runs, name) for label, name in names.items() if seeds_of(runs, name)}
