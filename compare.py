@@ -71,10 +71,13 @@ def read_run(folder):
 
 
 def name_apart(runs, longest=12):
-    """Give every run a short name of its own: its folder's without what all begin with, the parent's before it where two are alike."""
+    """Give every run a short name of its own: its folder's without what all begin with, the parent's before it where two are alike, the
+    parent's alone where all are and the two together are long."""
     names = [run["name"] for run in runs]
     if len(set(names)) < len(names):
-        names = ["/".join(run["path"].resolve().parts[-2:]) for run in runs]
+        both = ["/".join(run["path"].resolve().parts[-2:]) for run in runs]
+        alike = len(set(names)) == 1 and len(set(both)) == len(both) and max(map(len, both)) > longest
+        names = [name.partition("/")[0] for name in both] if alike else both
     shared = re.match(r".*[-_/]|", os.path.commonprefix(names)).group()
     names = [name[len(shared):] or name for name in names]
     short = [name if len(name) <= longest else "…" + name[1 - longest:] for name in names]
@@ -201,15 +204,17 @@ def curve(run):
 def costs(run):
     """{"tokens_per_second" and "seconds_per_step": medians of the steps, "seconds": of all steps, "peak_memory_gib", "memory_of",
     "machine"}, None where not recorded."""
-    def of(tag, what):
-        values = np.array([verdict.number(line.get(tag)) for line in run["metrics"]])
+    def of(values, what):
         return float(what(values[np.isfinite(values)])) if np.isfinite(values).any() else None
 
+    column = lambda tag: np.array([verdict.number(line.get(tag)) for line in run["metrics"]])
+    seconds = column("train/seconds")
+    stood_for = np.maximum(1, np.diff([line["step"] for line in run["metrics"]], prepend=0))  # a line of a thinned record: several steps
     about = run["environment"]
     devices, torch = about.get("devices") or [], (about.get("packages") or {}).get("torch")
     machine = [str(device.get("name", "GPU")) for device in devices] or [str(about.get("cpu", "machine not recorded"))]
-    return {"tokens_per_second": of("train/tokens_per_second", np.median), "seconds_per_step": of("train/seconds", np.median),
-            "seconds": of("train/seconds", np.sum), "peak_memory_gib": of("train/peak_memory_gib", np.max),
+    return {"tokens_per_second": of(column("train/tokens_per_second"), np.median), "seconds_per_step": of(seconds / stood_for, np.median),
+            "seconds": of(seconds, np.sum), "peak_memory_gib": of(column("train/peak_memory_gib"), np.max),
             "memory_of": "GPU" if devices else "process", "machine": ", ".join(machine + [f"torch {torch}"] * bool(torch))}
 
 

@@ -400,6 +400,8 @@ def write(experiment, work, rows, into, overrides=()):
         (folder / "environment.json").write_text(json.dumps(compare.read_json(run / "environment.json"), indent=1) + "\n")
         (folder / "metrics.jsonl").write_text("".join(plain_paths(json.dumps(line), work, rows) + "\n" for line in thinned(lines)))
         (folder / "verdict.json").write_text(strict(verdict.plain(verdict.of_run(run))))
+        if "one_word" in tree["data"]["drop"]:
+            (folder / "rows.json").write_text(json.dumps({"one_word": one_word(rows)}) + "\n")
         by_row = record.read_evaluations(run)
         steps = [step for step in by_row if type(step) is int]
         first = set() if experiment.name.endswith(("-s1", "-s2")) else {0, "unquantised"}  # the same for every seed
@@ -412,11 +414,21 @@ def write(experiment, work, rows, into, overrides=()):
     (folder / "summary.json").write_text(strict(about))
 
 
-def commands_of(rows, path):
-    """200 of the validation rows that ask for a command, every fifth, chosen before anything was generated."""
+def validation(rows):
+    """The lines of the validation rows, as text."""
     opener = gzip.open if (source := found_in(rows, TLDR["data.eval"])).suffix == ".gz" else open
     with opener(source, "rt", encoding="utf-8") as file:
-        asking = [line for line in file if json.loads(line)["messages"][0]["content"].startswith("Give a shell command")]
+        return list(file)
+
+
+def one_word(rows):
+    """Which validation rows, counted from 0, have an answer of one word: what training without such answers is looked at by."""
+    return [number for number, line in enumerate(validation(rows)) if len(json.loads(line)["messages"][-1]["content"].split()) == 1]
+
+
+def commands_of(rows, path):
+    """200 of the validation rows that ask for a command, every fifth, chosen before anything was generated."""
+    asking = [line for line in validation(rows) if json.loads(line)["messages"][0]["content"].startswith("Give a shell command")]
     path.write_text("".join(asking[::5][:200] if len(asking) >= 1000 else asking[:200]), encoding="utf-8")
 
 

@@ -38,11 +38,12 @@ DASH = "–"
 # ------------------------------------------------------------------------------------------------------------- records
 
 def read(folder):
-    """{name: run} of all experiments kept in `folder`: {"name", "summary", "config", "verdict", "metrics", "evaluations", "generation"}."""
+    """{name: run} of all experiments kept in `folder`: {"name", "summary", "config", "verdict", "metrics", "evaluations", "generation",
+    "rows"}."""
     runs = {}
     for path in sorted(folder.glob("*/summary.json")):
         here, name = path.parent, path.parent.name
-        trees = {part: compare.read_json(here / f"{part}.json") for part in ("summary", "config", "verdict", "generation")}
+        trees = {part: compare.read_json(here / f"{part}.json") for part in ("summary", "config", "verdict", "generation", "rows")}
         runs[name] = trees | {"name": name, "evaluations": record.read_evaluations(here),
                               "metrics": record.read_metrics(here) if (here / "metrics.jsonl").is_file() else []}
     return runs
@@ -88,15 +89,19 @@ def loss(run, step=None):
     return math.nan if arrays is None else compare.loss_of(arrays)
 
 
-def seed_deviation(runs):
+def several(runs):
+    """{setting: the last evaluation losses of its seeds} of those that ran with several."""
+    names = sorted({re.sub(r"-s\d$", "", name) for name in runs if re.search(r"-s\d$", name)})
+    losses = {name: [value for value in map(loss, seeds_of(runs, name)) if math.isfinite(value)] for name in names}
+    return {name: values for name, values in losses.items() if len(values) > 1}
+
+
+def seed_deviation(runs, without=()):
     """(standard deviation of the last evaluation loss between seeds, its degrees of freedom), pooled over all settings that ran with
-    several. (NaN, 0) without."""
-    squares, freedom = 0.0, 0
-    for name in sorted({re.sub(r"-s\d$", "", name) for name in runs if re.search(r"-s\d$", name)}):
-        values = [value for value in (loss(run) for run in seeds_of(runs, name)) if math.isfinite(value)]
-        if len(values) > 1:
-            squares, freedom = squares + np.var(values, ddof=1) * (len(values) - 1), freedom + len(values) - 1
-    return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
+    several, but those named in `without`. (NaN, 0) where there is none."""
+    groups = [values for name, values in several(runs).items() if name not in without]
+    freedom = sum(len(values) - 1 for values in groups)
+    return (math.sqrt(sum(np.var(values) * len(values) for values in groups) / freedom), freedom) if freedom else (math.nan, 0)
 
 
 def seed_noise(deviation, freedom, seeds):
@@ -137,26 +142,31 @@ def gap_cells(entry, found, reference, deviation):
     return [*compare.difference(entry["loss_difference"], 1, ".4f"), sense(entry["loss_difference"], noise)]
 
 
-def asked_for(found, name):
+def asked_for(found):
     """What bench/findings.py is called with to run these again: an experiment's name, or a pattern where it ran with several seeds."""
-    return f"`{name}-s*`" if len(found) > 1 else f"`{found[0]['name']}`" if found else DASH
+    pattern = re.sub(r"-s\d$", "-s*", found[0]["name"]) if found else ""
+    return f"`{pattern}`" if len(found) > 1 else f"`{found[0]['name']}`" if found else DASH
 
 
-def differences_table(runs, what, reference, names):
-    """A table of settings against the first. names: {row's label: experiment}."""
+def differences_table(runs, what, reference, names, more=None):
+    """A table of settings against the first. names: {row's label: experiment}; more: {heading: {row's label: cell}} of further columns."""
     deviation, base = seed_deviation(runs), seeds_of(runs, reference[1])
     groups = {label: seeds_of(runs, name) for label, name in names.items()}
     entries = against(rows_of(base) if base else None, [rows_of(found) if found else None for found in groups.values()])
     rows = []
-    labelled = [(*reference, base, None), *((label, names[label], found, entry) for (label, found), entry in zip(groups.items(), entries))]
-    for label, name, found, entry in labelled:
+    for label, found, entry in [(reference[0], base, None), *((*group, entry) for group, entry in zip(groups.items(), entries))]:
         cells = [len(found), spread(map(loss, found)), *gap_cells(entry, found, base, deviation)] if found else [NOT_RUN, *[DASH] * 4]
-        rows.append([label, *cells, asked_for(found, name)])
-    return words.table([what, "seeds", "eval loss", "difference", "95% interval", "says", "experiment"], rows)
+        rows.append([label, *cells, *(column.get(label, DASH) for column in (more or {}).values()), asked_for(found)])
+    return words.table([what, "seeds", "eval loss", "difference", "95% interval", "says", *(more or ()), "experiment"], rows)
 
 
 def figure(value, form, scale=1.0):
     return DASH if value is None or not math.isfinite(value) else f"{scale * value:{form}}"
+
+
+def evaluated(run, step):
+    """The evaluation loss that the record gives for a step; NaN where it has none."""
+    return next((verdict.number(line["eval/loss"]) for line in run["metrics"] if line["step"] == step and "eval/loss" in line), math.nan)
 
 
 def accuracy(run, step=None):
@@ -226,23 +236,26 @@ def approaches(runs, names=("approach1", "approach2", "approach3")):
     for name in names:
         found = seeds_of(runs, name)
         if not found:
-            rows.append([name, NOT_RUN, *[DASH] * 7])
+            rows.append([name, NOT_RUN, *[DASH] * 9])
             continue
         first = found[0]
+        trained = " → ".join(figure(value, ".4f") for value in first["summary"]["loss"])
+        puzzled = " → ".join(figure(math.exp(value), "#.3g") for value in (loss(first, 0), loss(first)))
         lowest, at = min((line["eval/loss"], line["step"]) for line in first["metrics"] if "eval/loss" in line)
         right = f"{figure(accuracy(first, 0), '.4f')} → {spread(map(accuracy, found))}"
-        rows.append([name, len(found), figure(loss(first, 0), ".4f"), spread(map(loss, found)), f"{lowest:.4f}, step {at:,}",
-                     figure(math.exp(loss(first)), ".2f"), right, outcome(first, "minimum"), outcome(first, "optimal")])
+        rows.append([name, len(found), trained, figure(loss(first, 0), ".4f"), spread(map(loss, found)), f"{lowest:.4f}, step {at:,}",
+                     puzzled, right, outcome(first, "minimum"), outcome(first, "optimal"), asked_for(found)])
         about, tail = first["summary"], first["metrics"][-1]
         prices.append([name, *(figure(norm, ".3g") for norm in about["norm"]), figure(about["clipped"], ".0%"),
                        figure(tail.get("adapters/delta_ratio"), ".4f"), figure(about["step_seconds"], ".1f", 1000),
                        figure(about["train_seconds"], ".0f"), figure(about["seconds"], ".0f") + ("" if about["alone"] else "*"),
                        figure(about["peak_memory_gib"], ".1f")])
-    tables = [words.table(["run", "seeds", "loss before", "after", "lowest, seed 0", "perplexity", "token accuracy", "minimum", "optimal"], rows)]
+    tables = [words.table(["run", "seeds", "training loss", "eval loss before", "after", "lowest, seed 0", "perplexity", "token accuracy",
+                           "minimum", "optimal", "experiment"], rows)]
     if prices:
         head = ["run", "least norm", "median", "largest", "clipped", "ΔW/W", "ms a step", "s in steps", "s in all", "peak GiB"]
-        note = ("Norms, ΔW/W (‖ΔW‖/‖W‖, mean of the modules) and times are of seed 0. A star: others ran beside it on the same GPU, so its "
-                "times are too long.")
+        note = ("Training loss (medians of the first and last 25 steps), perplexity, norms, ΔW/W (‖ΔW‖/‖W‖, mean of the modules), verdicts "
+                "and times are of seed 0. A star: others ran beside it on the same GPU, so its times are too long.")
         short = [f"{name}: {failed}." for name in names if (found := seeds_of(runs, name)) and (failed := unmet(found[0]))]
         tables += [words.table(head, prices), words.prose(note)]
         tables += [words.prose(f"Criteria that did not pass. {' '.join(short)}")] if short else []
@@ -254,7 +267,7 @@ def approach1(runs):
     run = runs.get("approach1-s0")
     if run is None:
         return f"({NOT_RUN}.)"
-    row = lambda label, value, right: [label, f"{value:.4f}", figure(math.exp(value), ".3g"), f"{right:.4f}"]
+    row = lambda label, value, right: [label, f"{value:.4f}", figure(math.exp(value), "#.3g"), f"{right:.4f}"]
     first, *later = [line for line in run["metrics"] if "eval/loss" in line]
     rows = []
     if "eval/unquantised_loss" in first:
@@ -302,6 +315,12 @@ def bits_after(runs):
             left = "none" if gap["low"] <= 0 <= gap["high"] else f"{now / was:.0%}"
             share = f": {left} of it is left" if was > 0.01 and (now > 0 or left == "none") else ""
             told.append(words.prose(f"{label}: {was:+.4f} nats before training, {now:+.4f} after{share}.", "- "))
+    ours, cost = seeds_of(runs, "approach1"), before["NF4, double"][1]
+    early, plain = (mean(lambda run: evaluated(run, 500), group) if group else math.nan for group in (ours, base))
+    if cost and math.isfinite(early - plain):
+        was, gained, still = cost["loss_difference"]["value"], loss(ours[0], 0) - early, early - plain
+        told.append(words.prose(f"NF4, double, by step 500: {still:+.4f}, {still / was:.0%} of it, so {(was - still) / gained:.0%} of the "
+                                f"{gained:.4f} nats gained until then are its repair.", "- "))
     return words.paragraphs(differences_table(runs, "weights", ("16 bits", "bits-none"), names), "\n".join(told))
 
 
@@ -313,22 +332,21 @@ def factors(runs):
     return differences_table(runs, "changed", ("nothing, approach 1", "approach1"), FACTORS)
 
 
-SHORT = 6  # supervised tokens, the end of the turn among them: about as many as answers of one word have
-
-
 def clean(runs):
-    """Rows left out against all rows, and what answers of one word were good for: short and longer answers apart."""
+    """Rows left out against all rows, and what answers of one word were good for: on evaluation rows with such an answer and on others."""
     table = differences_table(runs, "rows", ("all", "approach1"), {"without them": "clean", "nor answers of one word": "clean-words"})
-    everything, without = rows_of(seeds_of(runs, "approach1")), rows_of(seeds_of(runs, "clean-words"))
-    if everything is None or without is None:
+    found, control = seeds_of(runs, "clean-words"), rows_of(seeds_of(runs, "clean"))
+    without, numbers = rows_of(found), found[0]["rows"].get("one_word", []) if found else []
+    if control is None or without is None or not numbers:
         return table
-    short, told = everything["tokens"] <= SHORT, []
-    for chosen, name in ((short, f"answers of up to {SHORT} tokens"), (~short, "longer ones")):
-        ours, theirs = ({key: values[chosen] for key, values in arrays.items()} for arrays in (everything, without))
-        value, span = compare.difference(against(ours, [theirs])[0]["loss_difference"], 1, ".4f")
-        told.append(f"on the {chosen.sum():,} {name} {value} nats ({span})")
-    return words.paragraphs(table, words.prose("Without training answers of one word, evaluation loss by the answer's length: "
-                                               f"{', '.join(told)}."))
+    single, told = np.isin(np.arange(len(control["tokens"])), numbers), []
+    for chosen, name in ((single, "answers of one word"), (~single, "others")):
+        theirs, ours = ({key: values[chosen] for key, values in arrays.items()} for arrays in (control, without))
+        value, span = compare.difference(against(theirs, [ours])[0]["loss_difference"], 1, ".4f")
+        whole = " → ".join(f"{(arrays['correct'] == arrays['tokens']).sum():,}" for arrays in (theirs, ours))
+        told.append(f"on the {chosen.sum():,} {name} {value} nats ({span}), all of the answer put first in {whole} of them")
+    return words.paragraphs(table, words.prose("What the answers of one word alone change, the last line against the one above it: "
+                                               f"{'; '.join(told)}."))
 
 
 SCHEDULES = {"cosine to 0": "schedule-zero", "cosine, floor 3e-5": "schedule-floor-3e-5", "WSD, floor 1e-5": "schedule-wsd",
@@ -395,7 +413,7 @@ def cosine_cells(runs, name, of, form, known):
         return None
     own, reached = mean(of, group), mean(loss, group)
     off = [figure(reached - there, "+.4f") for there in beside_cosines(places, losses, own)]
-    return [f"{own:{form}}", f"{reached:.4f}", *off, asked_for(group, name)]
+    return [f"{own:{form}}", f"{reached:.4f}", *off, asked_for(group)]
 
 
 def area(runs):
@@ -427,22 +445,23 @@ def moved(runs):
 
 def peers(runs):
     names = {"TRL, PEFT, bitsandbytes": "peer-trl", "the same, adapters in fp32": "peer-trl-fp32", "Unsloth": "peer-unsloth"}
-    table = differences_table(runs, "trainer", ("rawlora", "ours-500"), names)
     measured = {row["who"]: row for row in json.loads((PROJECT / "bench" / "results" / "h100.json").read_text()) if row["case"] == "E"}
-    rows, spent = [], []
+    rows, spent, alone = [], {}, {}
     for label, who in (("rawlora", "rawlora"), ("TRL, PEFT, bitsandbytes", "trl"), ("Unsloth", "unsloth")):
         row = measured[who]
         middle, (low, high) = 1000 * row["step_seconds"], (1000 * value for value in row["step_seconds_quartiles"])
+        alone[label] = f"{middle:.1f}"
         rows.append([label, f"{middle:.1f} ({low:.1f} to {high:.1f})", row["timed_steps"], f"{row['samples_per_second']:,.0f}",
                      f"{row['peak_memory_gib']:.1f}"])
     for label, name in {"rawlora": "ours-500", **names}.items():
         if found := seeds_of(runs, name)[:1]:
             about = found[0]["summary"]
-            spent.append(f"{label} {figure(about.get('train_seconds'), '.0f')} s ({figure(about.get('step_seconds'), '.0f', 1000)} ms)")
-    note = ("Seconds in the 500 steps of the runs above (median step), others beside them on the GPU, CUDA graphs recorded and kernels "
-            f"compiled among them: {'; '.join(spent)}.")
-    return words.paragraphs(table, words.table(["alone on the GPU", "ms, median step (quartiles)", "steps", "samples/s", "peak GiB"], rows),
-                            words.prose(note) if spent else "")
+            spent[label] = f"{figure(about.get('train_seconds'), '.0f')} ({figure(about.get('step_seconds'), '.0f', 1000)})"
+    table = differences_table(runs, "trainer", ("rawlora", "ours-500"), names, {"s (ms a step)*": spent, "alone": alone})
+    note = ("s (ms a step)*: seconds in the 500 steps of this run, of seed 0, and its median step, others beside it on the GPU, CUDA graphs "
+            "recorded and kernels compiled in it. alone: ms, median step of case E, below.")
+    head = ["alone on the GPU", "ms, median step (quartiles)", "steps", "samples/s", "peak GiB"]
+    return words.paragraphs(table, words.prose(note) if spent else "", words.table(head, rows))
 
 
 def paths(runs):
@@ -465,8 +484,14 @@ def gsm8k(runs):
         ended, planned = run["summary"]["steps"], run["config"].get("train", {}).get("max_steps")
         lowest, at = min((line["eval/loss"], line["step"]) for line in run["metrics"] if "eval/loss" in line)
         how = f"did not end before its last step, {ended:,}" if ended == planned else f"ended after step {ended:,}"
-        told.append(f"at {rate} the run {how}, its lowest evaluation loss {lowest:.4f} at step {at:,} (`{name}`)")
-    early = f"Early stopping, patience 2 on evaluations every 100 steps: {'; '.join(told)}."
+        after = [f"{line['eval/loss']:.4f}" for line in run["metrics"] if "eval/loss" in line and line["step"] > at]
+        risen = f", {' and '.join(after)} after it" if after else ""
+        told.append(f"at {rate} the run {how}, its lowest evaluation loss {lowest:.4f} at step {at:,}{risen} (`{name}`)")
+    early, pair = f"Early stopping, patience 2 on evaluations every 100 steps: {'; '.join(told)}.", ("gsm8k-early", "gsm8k-early-5e-4")
+    slow, fast = (rows_of([runs[name]]) if name in runs else None for name in pair)
+    if slow is not None and fast is not None:
+        value, span = compare.difference(against(slow, [fast])[0]["loss_difference"], 1, ".4f")
+        early += f" The latter's end against the former's: {value} nats ({span})."
     evals = [line for line in curve["metrics"] if "eval/loss" in line] if curve else []
     rows = [[f"{line['step']:,}", f"{line['eval/loss']:.4f}", f"{line['eval/token_accuracy']:.4f}"] for line in evals]
     steps = words.table(["step", "eval loss", "token accuracy"], rows) if rows else ""
@@ -521,7 +546,10 @@ def machine(runs):
     text = f"{len(names) - len(missing)} of {len(names)} experiments have been run."
     deviation, freedom = seed_deviation(runs)
     if freedom:
-        text += f" Between seeds alone the last evaluation loss deviates by {deviation:.4f} nats ({freedom} degrees of freedom)."
+        deviations = {name: float(np.std(values, ddof=1)) for name, values in several(runs).items()}
+        widest, (rest, degrees) = max(deviations, key=deviations.get), seed_deviation(runs, (max(deviations, key=deviations.get),))
+        others = f": {deviations[widest]:.4f} in `{widest}`, {rest:.4f} in all others" if degrees else ""
+        text += f" Between seeds alone the last evaluation loss deviates by {deviation:.4f} nats ({freedom} degrees of freedom){others}."
     return words.prose(text + (f" Not run: {', '.join(missing)}." if missing and len(missing) < len(names) else ""))
 
 
@@ -531,27 +559,32 @@ def results(runs):
     failed = seeds_of(runs, "seed-failure")
     if failed and (entry := against(rows_of(failed[:1], 0), [rows_of(failed)])[0]):
         value, span = paired(entry)
-        told.append(f"The failed run's settings, with gradients that are right: evaluation loss {loss(failed[0], 0):.4f} → "
-                    f"{spread(map(loss, failed))}, {value} ({span}).")
+        told.append(f"The failed run's settings, with gradients that are right ({asked_for(failed)}): evaluation loss "
+                    f"{loss(failed[0], 0):.4f} → {spread(map(loss, failed))}, {value} ({span}).")
     for name in ("approach1", "approach2", "approach3", "gsm8k"):
         found = seeds_of(runs, name)
         if found:
             plain = rows_of(found[:1], "unquantised")
             against_plain = f" ({compare.loss_of(plain):.4f} untouched in 16 bits)" if plain else ""
-            told.append(f"{name}: evaluation loss {loss(found[0], 0):.4f} → {spread(map(loss, found))}{against_plain}, token accuracy "
+            told.append(f"{asked_for(found)}: evaluation loss {loss(found[0], 0):.4f} → {spread(map(loss, found))}{against_plain}, token accuracy "
                         f"{accuracy(found[0], 0):.4f} → {spread(map(accuracy, found))}; minimum {outcome(found[0], 'minimum')}, optimal "
                         f"{outcome(found[0], 'optimal')}.")
     plain, ours, theirs = seeds_of(runs, "bits-none"), seeds_of(runs, "approach1"), seeds_of(runs, "peer-trl")
     if plain and ours:
         before, after = untrained(runs)["NF4, double"][1], against(rows_of(plain), [rows_of(ours)])[0]
         told.append(f"NF4 with double quantisation costs {paired(before)[0]} nats ({paired(before)[1]}) before training, {paired(after)[0]} "
-                    f"({paired(after)[1]}) after it, against 16 bits trained alike." if before else "")
+                    f"({paired(after)[1]}) after it, against 16 bits trained alike ({asked_for(plain)})." if before else "")
     high = {label: seeds_of(runs, name) for label, name in RATES.items() if seeds_of(runs, name)}
     if ours and high:
         label = min(high, key=lambda label: compare.loss_of(rows_of(high[label])))
         value, span = paired(against(rows_of(ours), [rows_of(high[label])])[0])
-        told.append(f"Of {len(high)} higher rates in approach 1 {label} came out lowest: evaluation loss {spread(map(loss, high[label]))}, "
-                    f"{value} nats ({span}).")
+        others, noise = {other: found for other, found in high.items() if other != label}, lambda found: (len(found), len(high[label]))
+        gaps = against(rows_of(high[label]), [rows_of(found) for found in others.values()])
+        alike = [f"{other} ({words.count(len(found), 'seed')})" for (other, found), gap in zip(others.items(), gaps)
+                 if sense(gap["loss_difference"], seed_noise(*seed_deviation(runs), noise(found))) == "unclear"]
+        told.append(f"Of {len(high)} higher rates in approach 1 {label} came out lowest ({asked_for(high[label])}): evaluation loss "
+                    f"{spread(map(loss, high[label]))}, {value} nats ({span})"
+                    f"{f'; {words.listed(alike)} cannot be told from it' if alike else ''}.")
     mine, in_fp32 = seeds_of(runs, "ours-500"), seeds_of(runs, "peer-trl-fp32")
     if mine and theirs:
         value, span = paired(against(rows_of(mine), [rows_of(theirs)])[0])
@@ -559,7 +592,8 @@ def results(runs):
         if in_fp32:
             value_fp32, span_fp32 = paired(against(rows_of(mine), [rows_of(in_fp32)])[0])
             same = f"; {value_fp32} ({span_fp32}) with its adapters in fp32, as ours are"
-        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order: {value} nats ({span}) beside ours after 500 steps{same}.")
+        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order ({asked_for(theirs)}): {value} nats ({span}) beside ours "
+                    f"after 500 steps{same}.")
     return "\n".join(words.prose(sentence, "- ") for sentence in told if sentence) or "No experiment has been run yet."
 
 

@@ -1,6 +1,7 @@
 """Comparing runs: known differences found with the right intervals, what is not comparable refused, and --ab training what is missing."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import subprocess
@@ -266,6 +267,18 @@ def test_runs_of_one_step_are_compared(tmp_path, capsys):
     assert compared(*runs, capsys=capsys)["runs"][1]["loss_difference"]["high"] < 0
 
 
+def test_a_thinned_record_whose_lines_stand_for_many_steps_tells_the_time_of_one_step(tmp_path, capsys):
+    place = importlib.util.spec_from_file_location("findings", PROJECT / "bench" / "findings.py")
+    place.loader.exec_module(findings := importlib.util.module_from_spec(place))
+    whole, thin = (make_run(tmp_path / name) for name in ("whole", "thin"))
+    lines = findings.thinned(record.read_metrics(thin), most=20)
+    (thin / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(lines) < 30
+    first, second = compared(whole, thin, capsys=capsys)["runs"]
+    for name in ("seconds_per_step", "seconds", "tokens_per_second", "peak_memory_gib"):
+        assert first[name] == pytest.approx(second[name], rel=1e-4), name
+
+
 def test_what_a_record_lacks_is_left_open(tmp_path, capsys):
     gone = {
         step: dict.fromkeys(
@@ -316,6 +329,7 @@ def test_four_runs_with_long_names_fit_too_and_are_told_apart(tmp_path, capsys):
     [
         (["r/tldr-nf4", "r/tldr-int8"], ["nf4", "int8"]),
         (["x/run", "y/run"], ["x/run", "y/run"]),
+        (["findings/cure-rate-s0", "again/cure-rate-s0"], ["findings", "again"]),
         (["a", "a-b"], ["a", "a-b"]),
         (["q-1", "q-12"], ["1", "12"]),
         (["one", "other"], ["one", "other"]),

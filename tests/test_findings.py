@@ -377,6 +377,48 @@ def test_what_seeds_do_is_judged_by_students_t(freedom, quantile):
     assert make.seed_noise(math.nan, 0, (1, 3)) == 0
 
 
+def test_the_setting_whose_seeds_deviate_most_is_named_beside_all_others(tmp_path):
+    for name, losses in {"approach1": (2.150, 2.152, 2.148), "schedule-wsd": (2.10, 2.104, 2.096), "rate-1e-3": (1.90, 1.92, 1.94)}.items():
+        for seed, value in enumerate(losses):
+            keep_one(tmp_path, f"{name}-s{seed}", {0: 4.6, 2000: value})
+    runs = make.read(tmp_path)
+    assert make.seed_deviation(runs) == (pytest.approx(((0.002**2 + 0.004**2 + 0.02**2) / 3) ** 0.5), 6)
+    assert make.seed_deviation(runs, ("rate-1e-3",)) == (pytest.approx((0.00001) ** 0.5), 4)
+    told = " ".join(make.machine(runs).split())
+    assert "deviates by 0.0118 nats (6 degrees of freedom): 0.0200 in `rate-1e-3`, 0.0032 in all others." in told
+
+
+def test_answers_of_one_word_are_looked_at_apart_from_all_others(tmp_path):
+    for name in ("approach1-s0", "clean-s0", "clean-words-s0"):
+        keep_one(tmp_path, name, {0: 4.6, 2000: 2.1})
+    single, place = [3, 7, 200], tmp_path / "clean-words-s0"
+    (control, _), (arrays, about) = (record.read_evaluations(tmp_path / name)[2000] for name in ("clean-s0", "clean-words-s0"))
+    chosen = np.isin(np.arange(400), single)
+    moved = arrays | {"nll": control["nll"] + np.where(chosen, 1.5, -0.01) * arrays["tokens"], "correct": np.where(chosen, arrays["tokens"], 0)}
+    record.save_evaluation(place, "step-002000", moved, about)
+    assert "one word alone" not in make.clean(make.read(tmp_path))  # which rows these are is not told
+    (place / "rows.json").write_text(json.dumps({"one_word": single}))
+    text = " ".join(make.clean(make.read(tmp_path)).split())
+    assert "on the 3 answers of one word +1.5000 nats (+1.5000 to +1.5000), all of the answer put first in 0 → 3 of them" in text
+    assert "on the 397 others -0.0100 nats (-0.0100 to -0.0100), all of the answer put first in 0 → 0 of them" in text
+
+
+def test_which_rows_have_an_answer_of_one_word_is_kept_by_number_alone(tmp_path):
+    answers = ["ls", "ls -l", " pwd\n", "", "users"]
+    lines = [json.dumps({"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": answer}]}) for answer in answers]
+    (tmp_path / "tldr-validation.jsonl").write_text("\n".join(lines) + "\n")
+    assert findings.one_word(tmp_path) == [0, 2, 4]
+    kept = json.loads((PROJECT / "docs" / "findings" / "clean-words-s0" / "rows.json").read_text())
+    assert list(kept) == ["one_word"] and all(type(number) is int and 0 <= number < 1309 for number in kept["one_word"])
+
+
+def test_what_of_a_gain_is_the_repair_of_4_bits_is_told_after_step_500(tmp_path):
+    keep_one(tmp_path, "bits-none-s0", {0: 3.9, 500: 2.3, 2000: 2.1})
+    keep_one(tmp_path, "approach1-s0", {0: 4.5, 500: 2.36, 2000: 2.15})
+    text = " ".join(make.bits_after(make.read(tmp_path)).split())
+    assert "by step 500: +0.0600, 10% of it, so 25% of the 2.1400 nats gained until then are its repair." in text
+
+
 def test_a_setting_that_changed_nothing_is_shown_as_the_same_run(tmp_path):
     """Its loss may well differ from the mean over seeds, which would look like a finding."""
     for seed, value in enumerate((2.150, 2.152, 2.148)):
@@ -427,7 +469,8 @@ def test_rates_are_compared_with_approach_1_and_the_schedules_at_a_rate_with_tha
     assert row(text, "5e-4")[3] == "-0.1500" and row(text, "2e-3")[3] == "+0.1500" and row(text, "2e-4")[1] == "not run"
     assert row(text, "WSD, floor 5e-5")[3] == "-0.0500" and row(text, "the same, adapters in fp32")[3] == "+0.0100"
     results = " ".join(text.split())
-    assert "Of 2 higher rates in approach 1 5e-4 came out lowest: evaluation loss 2.0000, -0.1500 nats" in results
+    assert "Of 2 higher rates in approach 1 5e-4 came out lowest (`rate-5e-4-s0`): evaluation loss 2.0000, -0.1500 nats" in results
+    assert row(text, "TRL, PEFT, bitsandbytes")[6] == "40 (10)" and row(text, "the same, adapters in fp32")[7] == make.DASH
     assert "after 500 steps; +0.0100 (" in results and (tmp_path / "findings-differences.png").is_file()
 
 
