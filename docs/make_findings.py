@@ -312,8 +312,9 @@ def bits_after(runs):
         cost = before[label][1]
         if entry and cost and cost["loss_difference"]:
             was, now, gap = cost["loss_difference"]["value"], entry["loss_difference"]["value"], entry["loss_difference"]
-            left = "none" if gap["low"] <= 0 <= gap["high"] else f"{now / was:.0%}"
-            share = f": {left} of it is left" if was > 0.01 and (now > 0 or left == "none") else ""
+            told_apart = not gap["low"] <= 0 <= gap["high"]
+            left = f": {now / was:.0%} of it is left" if told_apart else ": none is left that could be told"
+            share = left if was > 0.01 and (now > 0 or not told_apart) else ""
             told.append(words.prose(f"{label}: {was:+.4f} nats before training, {now:+.4f} after{share}.", "- "))
     ours, cost = seeds_of(runs, "approach1"), before["NF4, double"][1]
     early, plain = (mean(lambda run: evaluated(run, 500), group) if group else math.nan for group in (ours, base))
@@ -344,7 +345,7 @@ def clean(runs):
         theirs, ours = ({key: values[chosen] for key, values in arrays.items()} for arrays in (control, without))
         value, span = compare.difference(against(theirs, [ours])[0]["loss_difference"], 1, ".4f")
         whole = " → ".join(f"{(arrays['correct'] == arrays['tokens']).sum():,}" for arrays in (theirs, ours))
-        told.append(f"on the {chosen.sum():,} {name} {value} nats ({span}), all of the answer put first in {whole} of them")
+        told.append(f"on the {chosen.sum():,} {name} {value} nats ({span}), {whole} of them right in every token")
     return words.paragraphs(table, words.prose("What the answers of one word alone change, the last line against the one above it: "
                                                f"{'; '.join(told)}."))
 
@@ -566,8 +567,8 @@ def results(runs):
         if found:
             plain = rows_of(found[:1], "unquantised")
             against_plain = f" ({compare.loss_of(plain):.4f} untouched in 16 bits)" if plain else ""
-            told.append(f"{asked_for(found)}: evaluation loss {loss(found[0], 0):.4f} → {spread(map(loss, found))}{against_plain}, token accuracy "
-                        f"{accuracy(found[0], 0):.4f} → {spread(map(accuracy, found))}; minimum {outcome(found[0], 'minimum')}, optimal "
+            told.append(f"{asked_for(found)}: evaluation loss {loss(found[0], 0):.4f} → {spread(map(loss, found))}{against_plain}, "
+                        f"token accuracy {accuracy(found[0], 0):.4f} → {spread(map(accuracy, found))}; minimum {outcome(found[0], 'minimum')}, optimal "
                         f"{outcome(found[0], 'optimal')}.")
     plain, ours, theirs = seeds_of(runs, "bits-none"), seeds_of(runs, "approach1"), seeds_of(runs, "peer-trl")
     if plain and ours:

@@ -399,8 +399,8 @@ def test_answers_of_one_word_are_looked_at_apart_from_all_others(tmp_path):
     assert "one word alone" not in make.clean(make.read(tmp_path))  # which rows these are is not told
     (place / "rows.json").write_text(json.dumps({"one_word": single}))
     text = " ".join(make.clean(make.read(tmp_path)).split())
-    assert "on the 3 answers of one word +1.5000 nats (+1.5000 to +1.5000), all of the answer put first in 0 → 3 of them" in text
-    assert "on the 397 others -0.0100 nats (-0.0100 to -0.0100), all of the answer put first in 0 → 0 of them" in text
+    assert "on the 3 answers of one word +1.5000 nats (+1.5000 to +1.5000), 0 → 3 of them right in every token" in text
+    assert "on the 397 others -0.0100 nats (-0.0100 to -0.0100), 0 → 0 of them right in every token" in text
 
 
 def test_which_rows_have_an_answer_of_one_word_is_kept_by_number_alone(tmp_path):
@@ -447,7 +447,7 @@ def test_of_a_cost_that_training_repaired_none_is_left(tmp_path):
     keep_one(tmp_path, "bits-int8-s0", {0: 3.95, 2000: 2.0996})
     keep_one(tmp_path, "bits-single-s0", {0: 4.5, 2000: 2.4})
     text = " ".join(make.filled(PAGE, make.read(tmp_path), None).split())
-    assert "-0.0004 after: none of it is left." in text and "+0.3000 after: 50% of it is left." in text
+    assert "-0.0004 after: none is left that could be told." in text and "+0.3000 after: 50% of it is left." in text
 
 
 @pytest.mark.parametrize("step, told", [(2000, "did not end before its last step, 2,000,"), (900, "ended after step 900,")])
