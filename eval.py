@@ -208,6 +208,7 @@ def evaluate_unquantised(config, device, eval_rows):
 
     def build(folder):
         network = model.load(plain, device)
+        check_rows(network, eval_rows)
         max_tokens = config.memory.max_tokens or (8192 if device.type == "cuda" else 2048)
         _, by_row = evaluate(network, eval_rows, config.eval.max_rows, max_tokens)
         del network
@@ -243,13 +244,41 @@ def unquantised_shaped_by(config, device, eval_rows):
             dataclasses.asdict(config.memory), config.train.deterministic, record.kind_of(device), torch.__version__, torch.version.cuda, transformers.__version__]
 
 
-def check_vocabulary(network, *data_sets):
-    """Raises ValueError where a tokenizer makes ids that the network has no embedding for."""
-    known, largest = len(network.get_input_embeddings().weight), max(int(rows.ids.max()) for rows in data_sets)
+def check_rows(network, *data_sets, sampled=0):
+    """Raises ValueError where rows hold token ids, or are of a length, that the network has no embedding or no fixed position for.
+
+    sampled: tokens of the longest sample, its prompt included. Rotary positions of the kinds "dynamic" and "longrope" change with the
+    longest document of a micro-batch beyond a length, so packed rows beyond it would change each other.
+    """
+    table = network.get_input_embeddings()
+    known, largest = len(table.weight), max(int(rows.ids.max()) for rows in data_sets)
     if largest >= known:
         raise ValueError(f"model.path: the tokenizer gives the token id {largest}, but the model embeds ids below {known}; "
                          "the two do not belong together, or a chat template uses tokens that were added later: "
                          "give the tokenizer that came with the model")
+    kinds = [getattr(module, "rope_type", None) for module in network.modules()]
+    kinds = {one for kind in kinds if kind for one in (kind.values() if isinstance(kind, dict) else [kind])} & {"dynamic", "longrope"}
+    learnt = any(isinstance(module, torch.nn.Embedding) and module is not table for module in network.modules())
+    ropes = getattr(network.config, "rope_parameters", None) or {}
+    limits = [getattr(network.config, "max_position_embeddings", None)]
+    limits += [rope.get("original_max_position_embeddings") for rope in (ropes, *ropes.values()) if kinds and isinstance(rope, dict)]
+    limit = min((limit for limit in limits if limit), default=math.inf)
+    for rows in data_sets if kinds or learnt else ():
+        lengths = np.diff(rows.offsets)
+        longest = int(lengths.argmax())
+        if lengths[longest] > limit:
+            why = (f"from there on the positions of this model ({' and '.join(sorted(kinds))}) change with what is packed beside a row"
+                   if kinds else "this model has no more positions")
+            raise ValueError(f"{rows.names[longest]}: has {lengths[longest]:,} tokens, more than {limit:,}, and {why}; "
+                             f"set data.max_length to {limit:,} at most")
+    if learnt and sampled > limit:
+        raise ValueError(f"eval.max_new_tokens: samples of up to {sampled:,} tokens, with their prompts, are longer than the model's {limit:,} "
+                         "positions; lower it, or give shorter prompts (eval.prompts)")
+
+
+def longest_sample(prompts, config):
+    """Tokens of the longest sample that `generate` may write, its prompt included; 0 without prompts."""
+    return max((len(prompt["ids"]) + config.eval.max_new_tokens for prompt in prompts), default=0)
 
 
 @torch.no_grad()
@@ -344,7 +373,7 @@ def main(argv):
     rows, prompts, end_ids = data.load_evaluation(config, tokenizer), data.prompts(config, tokenizer), data.end_of_turn(tokenizer)
 
     network = model.load(config, "cuda" if torch.cuda.is_available() else "cpu")  # adapters at B = 0: the untouched model
-    check_vocabulary(network, rows)
+    check_rows(network, rows, sampled=longest_sample(prompts, config))
     if adapter:
         lora_layers.set_adapters(lora_layers.adapters(network), adapter, str(folder))
     max_tokens = config.memory.max_tokens or (16384 if network.device.type == "cuda" else 2048)

@@ -237,7 +237,7 @@ def through_adapter(config, adapter, origin, rows, max_tokens):
     """(loss of the untouched model, loss with the adapter, logits with it) of a configuration's network."""
     free()
     network = model.load(config, "cuda" if torch.cuda.is_available() else "cpu")
-    evaluation.check_vocabulary(network, rows)
+    evaluation.check_rows(network, rows)
     untouched = evaluation.evaluate(network, rows, config.eval.max_rows, max_tokens)[0]["loss"]
     lora_layers.set_adapters(lora_layers.adapters(network), adapter, origin)
     loss = evaluation.evaluate(network, rows, config.eval.max_rows, max_tokens)[0]["loss"]

@@ -76,12 +76,22 @@ def architecture(folder, compute_dtype):
         quantisation = raw["quantization_config"] if isinstance(raw["quantization_config"], dict) else {}
         raise ValueError(f"{settings}: the weights are already quantised ({quantisation.get('quant_method', 'unknown method')}); "
                          "give the 16-bit original, which is quantised here")
+    if raw.get("is_encoder_decoder") or "vision_config" in raw or "audio_config" in raw:
+        kind = "reads pictures or sound" if "vision_config" in raw or "audio_config" in raw else "is an encoder with a decoder"
+        raise ValueError(f"{settings}: this model ({raw.get('model_type', 'of no type')}) {kind}; "
+                         "give a causal language model of text alone")
     trust.check_sizes(raw, len(weight_files(folder)), settings)
     try:
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
             network = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation="sdpa")
     except Exception as error:  # a wrong or hostile configuration makes the libraries below raise nearly anything
-        raise ValueError(f"{settings}: transformers cannot build this architecture as a causal language model: {error}") from error
+        why = " ".join(str(error).split("Model type should be one of")[0].split())  # behind that, every type there is
+        if "scaled_dot_product_attention" in why:  # transformers' own message asks for a report to its makers
+            why = "its layers do not go through transformers' exchangeable attention, which packed documents need"
+        elif why.startswith("Unrecognized configuration class"):
+            why = "transformers has none of this type"
+        raise ValueError(f"{settings}: this model ({raw.get('model_type', 'of no type')}) cannot be built as a causal language model "
+                         f"that can be trained here: {why[:500]}") from error
     network.config.use_cache = False
     return network

@@ -95,7 +95,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     ended("unquantised model")
     network = model.load(config, device)
     ended("model")
-    evaluation.check_vocabulary(network, rows, eval_rows)
+    evaluation.check_rows(network, rows, eval_rows, sampled=evaluation.longest_sample(prompts, config))
     untrained = evaluation.untrained_tokens(network, tokenizer, rows)
     adapters = lora_layers.adapters(network)
     if initial:

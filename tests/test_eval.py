@@ -384,3 +384,39 @@ def test_a_model_file_that_cannot_be_read_is_not_called_a_cache_that_cannot_be_w
     with pytest.raises(PermissionError):
         evaluation.evaluate_unquantised(cfg, torch.device("cpu"), tokenized(tiny_inputs))
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------- rows that a model can place
+
+@pytest.mark.parametrize("kind, changes, words", [
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}, r"more than 32, .*\(dynamic\).*data.max_length to 32"),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+              "original_max_position_embeddings": 32, "max_position_embeddings": 64}, r"more than 32, .*\(longrope\)"),
+    ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0}, "more than 32, and this model has no more positions"),
+    ("llama", {}, "")])
+def test_rows_that_a_models_positions_do_not_hold_are_refused_by_name(tmp_path, kind, changes, words):
+    """Two kinds of rotary positions follow the longest document of a micro-batch; learnt ones end."""
+    from conftest import COMMON, make_config, rows_of
+    from transformers import AutoConfig, AutoModelForCausalLM
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**COMMON, "max_position_embeddings": 32, **changes})).save_pretrained(tmp_path)
+    network = model.load(make_config(tmp_path, lora={"targets": ["q_proj", "v_proj"] if kind != "phi3" else ["qkv_proj"]}), "cpu")
+    evaluation.check_rows(network, rows_of([5, 32]))
+    if not words:
+        return evaluation.check_rows(network, rows_of([5, 33]), sampled=40)
+    with pytest.raises(ValueError, match="^1: has 33 tokens, " + words):
+        evaluation.check_rows(network, rows_of([5, 33, 7]))
+    if kind == "opt":
+        with pytest.raises(ValueError, match="eval.max_new_tokens: samples of up to 40 tokens"):
+            evaluation.check_rows(network, rows_of([5]), sampled=40)
+
+
+def test_a_run_asks_whether_its_rows_can_be_placed(tiny_inputs, tmp_path):
+    folder = tmp_path / "model"
+    make_model(folder, max_position_embeddings=16, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_inputs / "model" / name, folder / name)
+    settings = settings_of(tiny_inputs, tmp_path / "c.json")
+    for quantised in ("no", "auto"):  # before the unquantised model is evaluated, too
+        with pytest.raises(ValueError, match=r"\.jsonl:\d+: has \d+ tokens, more than 16, "):
+            train.main([str(settings), f"--model.path={folder}", f"--eval.unquantised={quantised}", f"--out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()

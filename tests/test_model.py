@@ -933,7 +933,7 @@ def test_a_network_without_a_linear_layer_is_refused_by_name(tmp_path):
 
 def test_architectures_that_cannot_be_trained_here_are_refused_by_name(tmp_path):
     experts = dict(num_local_experts=4, num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2)
-    for kind, word in (("mixtral", "experts"), ("qwen3_moe", "experts"), ("bloom", "Bloom"), ("mamba", "Mamba")):
+    for kind, word in (("mixtral", "experts"), ("qwen3_moe", "experts"), ("bloom", "bloom.*attention"), ("mamba", "mamba.*attention")):
         from transformers import AutoConfig, AutoModelForCausalLM
         settings = AutoConfig.for_model(kind, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, n_head=4, n_layer=2, vocab_size=320,
                                         state_size=4, **(experts if "mix" in kind or "moe" in kind else {}))
@@ -973,6 +973,45 @@ def test_an_architecture_trains_rightly_or_is_refused_by_name(tmp_path, kind):
         assert len(str(error)) > 40 and kind[:4] in str(error).lower(), f"refused, but not by name: {error}"
         return
     assert abs(loss / expected - 1) < 1e-5
+
+
+WRONG = {  # what packing would cross, or a loss that would not be the model's own, and the word of the refusal
+    "granite": ({"logits_scaling": 3.0}, "spread"), "cohere": ({"logit_scale": 0.25}, "spread"), "phi": ({"resid_pdrop": 0.1}, "set resid_pdrop to 0"),
+    "opt": ({"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.1}, "set dropout to 0"), "seed_oss": ({"attention_dropout": 0.1}, "attention dropout.*config.json"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"], "block_ff_dim": 128}, "change each other"),
+    "falcon_h1": ({"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}, "change each other"),
+    "bamba": ({"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}, "change each other"),
+}
+
+
+@pytest.mark.parametrize("dtype, quantised", [("fp32", "none"), ("bf16", "nf4"), ("bf16", "llm_int8")])
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_loss_that_is_not_the_models_own_is_refused_in_any_precision(tmp_path, kind, dtype, quantised):
+    """16 bits round by more than some of these are wrong by: what crosses is told by gradients that are exactly zero or not."""
+    changes, words = WRONG[kind]
+    foreign(tmp_path, kind, **changes)
+    with pytest.raises(ValueError, match=words):
+        model.load(make_config(tmp_path, quantised, dtype, lora={"targets": ["all-linear"]}), "cpu")
+
+
+def test_a_model_whose_loss_is_no_number_is_told_from_one_that_is_wrong(tmp_path):
+    make_model(tmp_path, "llama")
+    rewrite(tmp_path, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
+    refused(tmp_path, "LlamaForCausalLM", "is not finite")
+
+
+def test_models_of_pictures_sound_or_with_an_encoder_are_refused_in_one_line(tmp_path):
+    from transformers import AutoConfig, BartForConditionalGeneration
+    small = dict(d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=320)
+    BartForConditionalGeneration(AutoConfig.for_model("bart", **small)).save_pretrained(tmp_path / "bart")
+    make_model(tmp_path / "vlm", "llama")
+    edit_config(tmp_path / "vlm", model_type="llava", vision_config={"hidden_size": 64})
+    make_model(tmp_path / "vit", "llama")
+    edit_config(tmp_path / "vit", model_type="vit")
+    for name, words in (("bart", "an encoder with a decoder"), ("vlm", "reads pictures or sound"), ("vit", "transformers has none of this type")):
+        with pytest.raises(ValueError, match=words) as told:
+            model.load(make_config(tmp_path / name), "cpu")
+        assert len(str(told.value)) < 300 + len(str(tmp_path)) and "\n" not in str(told.value)
 
 
 # The child loads a tiny model first, so that imports and their memory are behind it, has the kernel forget its peak (5 written to
