@@ -492,10 +492,9 @@ def happened(metrics):
     figures = {"coverage": last_value(metrics, "train/epoch"), "steps": metrics[-1]["step"] if metrics else 0,
                "samples": total("train/samples"),
                "tokens_seen": total("train/tokens"), "supervised_tokens_seen": total("train/supervised_tokens"),
-               "seconds": total("train/seconds"), "step_seconds": median(series(metrics, "train/seconds")[1]),
-               "peak_bytes": max(series(metrics, "train/peak_memory_gib")[1], default=None)}
-    if len(rates) and len(rates) == steps[-1]:  # with steps missing, the sum would be another
-        figures |= {"peak": rates.max(), "area": rates.sum()}
+               "seconds": total("train/seconds"), "peak_bytes": max(series(metrics, "train/peak_memory_gib")[1], default=None)}
+    if len(rates) and len(rates) == steps[-1]:  # with steps missing, the sum would be another, and a line holds the seconds of several
+        figures |= {"peak": rates.max(), "area": rates.sum(), "step_seconds": median(series(metrics, "train/seconds")[1])}
     return {name: float(value) for name, value in figures.items() if value}
 
 
