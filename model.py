@@ -93,14 +93,10 @@ def summed_loss(network, batch):
 
     The one loss of training and evaluation; the caller divides by the number of supervised tokens of all it sums over.
     """
-    return loss_at(network, hidden_states(network, batch).index_select(0, batch.rows), batch.targets)
-
-
-def loss_at(network, hidden, targets):
-    """`summed_loss` of last hidden states (S, width) whose next tokens are targets int64 (S,)."""
+    hidden = hidden_states(network, batch).index_select(0, batch.rows)  # (S, width)
     head = network.get_output_embeddings()
     head_bias, softcap = getattr(head, "bias", None), getattr(network.config, "final_logit_softcapping", None)
-    return ChunkedCrossEntropy.apply(hidden, head.weight, head_bias, targets, network.loss_chunk, softcap)
+    return ChunkedCrossEntropy.apply(hidden, head.weight, head_bias, batch.targets, network.loss_chunk, softcap)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -206,49 +202,57 @@ def shard(module, device):
         weight.gather = weight.gather or gather
 
 
+def fully_supervised(documents):
+    """A packed micro-batch of documents, int64 (n,) each, in which every token but a document's first is supervised."""
+    import types
+    lengths, device = [len(document) for document in documents], documents[0].device
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    return types.SimpleNamespace(
+        input_ids=torch.cat(documents), position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
+        cu_seqlens=ends.to(device, torch.int32), max_seqlen=max(lengths), targets=torch.cat([document[1:] for document in documents]),
+        rows=torch.cat([torch.arange(start, start + n - 1, device=device) for start, n in zip(ends.tolist(), lengths)]))
+
+
 def compare_with_transformers(network):
     """Refuse an architecture in which documents cross when packed, or whose packed loss is not that of its own logits.
 
-    Two short documents are run both ways, packed as in training and alone through transformers' own forward pass. What the first two
-    tokens of the second document come to may depend on nothing but themselves: the gradient to every other embedding is exactly zero,
-    in any dtype. What does not cross (scales of the logits, positions, dropout that belongs to the architecture) shows in the losses: they
-    may differ by rounding, which is told from the rest by the spread of the losses over the tokens. In 16 bits SmolLM2-135M differs by
-    0.035 of it (llm_int8, where packed neighbours choose the outliers: 0.13), the wrong architectures of the tests by 0.15 and more.
+    What the first two tokens of a second document come to may depend on nothing but themselves: the gradient to every other embedding is
+    exactly zero, in any dtype. What does not cross (scales of the logits, positions, dropout that belongs to the architecture) shows in
+    the losses, packed as in training and through transformers' own forward pass: they may differ by rounding, which is told from the rest
+    by the spread of the losses over the tokens. In 16 bits SmolLM2-135M differs by 0.035 of it (llm_int8, where packed neighbours choose
+    the outliers: 0.13), the wrong architectures of the tests by 0.15 and more.
     """
-    import types
-    name, device, vocabulary = type(network).__name__, network.device, network.get_input_embeddings().weight.shape[0]
+    name, device, table = type(network).__name__, network.device, network.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(0, vocabulary, (n,), generator=generator).to(device) for n in (29, 19)]
-    starts = [0, 29]
-    batch = types.SimpleNamespace(
-        input_ids=torch.cat(documents), position_ids=torch.cat([torch.arange(len(d), device=device) for d in documents]),
-        cu_seqlens=torch.tensor([0, 29, 48], device=device, dtype=torch.int32), max_seqlen=29,
-        rows=torch.cat([torch.arange(len(d) - 1, device=device) + start for d, start in zip(documents, starts)]),
-        targets=torch.cat([d[1:] for d in documents]))
+    first, second, third, fourth = (torch.randint(0, len(table.weight), (n,), generator=generator).to(device) for n in (29, 19, 4, 3))
     adapted, embedded = [module for module in network.modules() if isinstance(module, lora_layers.AdaptedLinear)], []
-    hook = network.get_input_embeddings().register_forward_hook(lambda module, ids, out: embedded.append(out.requires_grad_()))
     try:
         for module in adapted:  # so that dropout, if any is found, is the architecture's
             module.eval()
-        hidden = hidden_states(network, batch)
-        chosen = hidden[29:31] * torch.randn(2, hidden.shape[1], generator=generator).to(hidden)
+        with torch.no_grad():
+            packed = summed_loss(network, fully_supervised([first, second]))[1].double()
+        hook = table.register_forward_hook(lambda module, ids, out: embedded.append(out.requires_grad_()))
+        try:
+            hidden = hidden_states(network, fully_supervised([third, fourth]))
+        finally:
+            hook.remove()
+        chosen = hidden[4:6] * torch.randn(2, hidden.shape[1], generator=generator).to(hidden)
         crossing = torch.autograd.grad(chosen.sum(), embedded[0])[0].squeeze(0).abs().sum(dim=-1)  # (T,)
+        padded = nn.utils.rnn.pad_sequence([first, second], batch_first=True)  # what is padded lies behind, where no document looks
         with torch.no_grad(), attention.own_attention(network):
-            packed = loss_at(network, hidden[batch.rows], batch.targets)[1].double()
-            logits = [network.eval()(input_ids=d[None], use_cache=False).logits[0, :-1].double() for d in documents]
-            own = torch.cat([F.cross_entropy(one, d[1:], reduction="none") for one, d in zip(logits, documents)])
+            logits = network.eval()(input_ids=padded, use_cache=False).logits.double()
+        own = torch.cat([F.cross_entropy(one[:len(d) - 1], d[1:], reduction="none") for one, d in zip(logits, (first, second))])
     except (TypeError, AttributeError, RuntimeError, IndexError, ValueError) as error:
         if out_of_memory(error):
             raise
         why = str(error) if "packed attention" in str(error) else f"its code is not made for them ({type(error).__name__}: {error})"
         raise ValueError(f"model.path: {name} cannot be trained on packed documents here: {why}") from error
     finally:
-        hook.remove()
         network.train()
     if not own.isfinite().all():
         raise ValueError(f"model.path: the loss of this {name} is not finite, computed by transformers in {hidden.dtype}, on random tokens: "
                          "its weights hold what is no number, or are too large for that dtype (bf16 holds larger ones than fp16)")
-    crossing[29:31] = 0
+    crossing[4:6] = 0
     if crossing.any():
         raise ValueError(f"model.path: {name} cannot be trained here: packed documents change each other in it "
                          f"(of {len(crossing) - 2} places that a token must not depend on, it does on {int(crossing.count_nonzero())})")
