@@ -335,6 +335,13 @@ def _text(record, key):
     return record[key]
 
 
+def call_name(call):
+    """What a tool, or a call of one, is called, in {"name": ...} or {"function": {"name": ...}}; "" where that is no text."""
+    call = call.get("function", call) if isinstance(call, dict) else {}
+    name = call.get("name") if isinstance(call, dict) else ""
+    return name if isinstance(name, str) else ""
+
+
 def shown(value):
     """The beginning of a value, for a message."""
     return json.dumps(value, default=str)[:80]
@@ -375,6 +382,9 @@ def _messages(turns, key, default, columns, roles):
             content = "".join(part["text"] for part in content)  # text in parts, as for models that also take pictures
         if not isinstance(content, str):
             raise ValueError(f"{key}, turn {number}: {content_key} must be text, got {shown(content)}")
+        calls = turn.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) and call_name(call) for call in calls):
+            raise ValueError(f"{key}, turn {number}: tool_calls must be a list of calls, each with the name of its function, got {shown(calls)}")
         messages.append({"role": allowed[role], "content": content, **turn})
     return messages
 

@@ -120,7 +120,11 @@ def ends_of(tokenizer):
                              "stop; set eos_token in its tokenizer_config.json, or give a template with data.chat_template=FILE")
         return Ends("", "", tokenizer.eos_token, lead, [eos])
     answer = "xyzzy"
-    text = _apply(tokenizer, [{"role": "user", "content": "plugh"}, {"role": "assistant", "content": answer}])
+    try:
+        text = _apply(tokenizer, [{"role": "user", "content": "plugh"}, {"role": "assistant", "content": answer}])
+    except ValueError as error:
+        raise ValueError(f"data.chat_template: tried on a chat of two words, {error}; give another template with "
+                         "data.chat_template=FILE") from error
     start = text.rfind(answer) + len(answer)
     special = set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids, chars, _ = _encode([text], tokenizer)
@@ -159,16 +163,9 @@ def _locate(messages, k, whole, tokenizer, tools, ends):
     return (len(before), end) if exact and whole.startswith(upto[:end]) else None
 
 
-def _name(tool):
-    """What a tool, or a call of one, is called, in {"name": ...} or {"function": {"name": ...}}; "" where that is no text."""
-    tool = tool.get("function", tool) if isinstance(tool, dict) else {}
-    name = tool.get("name") if isinstance(tool, dict) else ""
-    return name if isinstance(name, str) else ""
-
-
 def _calls(turn):
     """Names of the tools that a turn calls."""
-    return [_name(call) for call in turn["tool_calls"]] if isinstance(turn.get("tool_calls"), list) else []
+    return [sources.call_name(call) for call in turn.get("tool_calls") or []]
 
 
 def _render(record, tokenizer, ends, supervise, columns, roles):
@@ -196,7 +193,7 @@ def _render(record, tokenizer, ends, supervise, columns, roles):
         found = [] if supervise == "all" else [_locate(messages, k, text, tokenizer, tools, ends) for k in answers]
         spans = [span for k, span in zip(answers, found) if span and all(name in text[slice(*span)] for name in _calls(messages[k]))]
         said = [turn["content"].strip() for turn in messages if turn["role"] != "assistant"]
-        said += [name for turn in messages for name in _calls(turn)] + [_name(tool) for tool in tools or ()]
+        said += [name for turn in messages for name in _calls(turn)] + [sources.call_name(tool) for tool in tools or ()]
         hidden = sum(part not in text for part in said)
     if supervise == "all":
         answers = spans = [(0, len(text))]

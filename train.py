@@ -487,6 +487,16 @@ def claim(run):
     return guard
 
 
+def check_place(run):
+    """Raises ValueError where a run folder cannot be made or written to: before the model is loaded, which may take minutes."""
+    if "\0" in str(run):
+        raise ValueError("--out: a folder's name holds no zero byte; name another")
+    place = next(place for place in (run, *run.absolute().parents) if os.path.lexists(place))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "cannot be written to" if place.is_dir() else "leads nowhere" if place.is_symlink() else "is a file"
+        raise ValueError(f"--out: {run} cannot hold a run, since {place} {what}; name another folder")
+
+
 def other_run(resume, run):
     """The folder of the run that the checkpoint `resume` is of, where that is not `run`; None where it is, or there is no such run."""
     if not resume:
@@ -563,8 +573,8 @@ def main(argv):
     run = pathlib.Path(flags["out"] or f"runs/{path.stem}")
     if flags["overfit"]:
         config, run = overfit.begin(config, run, flags)
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"{run}: is a file; name a folder for the run with --out=")
+    if not flags["preflight"]:  # which writes nothing
+        check_place(run)
     if config.train.deterministic and torch.cuda.is_available():
         be_deterministic()
     device = ranks.start(config.train.rank_wait)

@@ -172,6 +172,17 @@ def test_tool_turns_and_tools_reach_the_template_and_nulls_do_not():
     assert spans_of(rows, 0, tokenizer) == ["map()<|im_end|>", "Paris.<|im_end|>"] and rows.counts["turns_hidden"] == 0
 
 
+@pytest.mark.parametrize("calls", [5, "map()", [1], [{}], [{"function": {}}], [{"function": {"name": 5}}], {"name": "map"}])
+def test_tool_calls_without_a_name_are_refused_since_they_would_teach_to_say_nothing(calls):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: messages, turn 2: tool_calls must be a list of calls"):
+        tokenized([{"messages": [CHAT[1], {"role": "assistant", "content": "", "tool_calls": calls}]}], make_tokenizer(CALLING))
+
+
+def test_a_template_that_refuses_even_two_words_is_named_with_its_key():
+    with pytest.raises(ValueError, match=r"^data.chat_template: tried on a chat of two words, .*no systems.*give another template"):
+        tokenized([{"messages": CHAT}], make_tokenizer("{{ raise_exception('no systems') }}"))
+
+
 def test_what_a_template_does_not_show_is_counted_and_an_answer_without_its_tool_calls_teaches_nothing():
     called = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "map"}}]}, {"role": "tool", "content": "dry"}]
     row = {"messages": [CHAT[1], *called, CHAT[2]], "tools": [{"type": "function", "function": {"name": "map"}}]}
@@ -239,7 +250,7 @@ def test_an_end_that_is_not_encoded_as_its_token_is_refused_by_row():
 
 def test_a_turn_that_ends_otherwise_than_turns_do_is_left_out_and_counted():
     tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", "{{ '</s>' if m.tool_calls else '<|im_end|>' }}"))
-    called = [{"role": "assistant", "content": "Let me look.", "tool_calls": [{}]}, {"role": "tool", "content": "x"}]
+    called = [{"role": "assistant", "content": "Let me look.", "tool_calls": [{"name": "map"}]}, {"role": "tool", "content": "x"}]
     rows = tokenized([{"messages": [CHAT[1], *called, CHAT[2]]}], tokenizer)
     assert spans_of(rows, 0, tokenizer) == ["Paris.<|im_end|>"] and rows.counts["turns_unsupervised"] == 1
 

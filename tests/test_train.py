@@ -669,3 +669,19 @@ def test_the_command_tells_a_bad_input_in_one_message_and_exits_2(launch, tmp_pa
 def test_a_command_line_that_makes_no_sense_is_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
         train.main(arguments)
+
+
+def test_a_place_that_cannot_hold_a_run_is_refused_before_anything_loads(launch, tmp_path, monkeypatch):
+    def loaded(*_):
+        raise AssertionError("the tokenizer was loaded first")
+
+    monkeypatch.setattr(train.data, "load_tokenizer", loaded)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    for name, said in (("link", "leads nowhere"), ("file/run", "is a file"), ("a\0b", "zero byte")):
+        with pytest.raises(ValueError, match=f"^--out: .*{said}"):
+            launch(name)
+    monkeypatch.setattr(train.os, "access", lambda *_: False)  # what a read-only file system says, to root too
+    with pytest.raises(ValueError, match="^--out: .*cannot be written to; name another folder"):
+        launch("a/b/run")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name in ("a", "run")) == []
