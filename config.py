@@ -51,7 +51,7 @@ class Model:
 @dataclass(frozen=True)
 class Lora:
     r: int = key(16, "rank of the adapters", low=1)
-    alpha: float = key(32.0, "the adapter's output is scaled by alpha/r (rslora: alpha/sqrt(r))", above=0)
+    alpha: float = key(32.0, "the adapter's output is scaled by alpha/r (rslora: alpha/sqrt(r))", above=0, high=1e6)
     dropout: float = key(0.0, "probability that an element of an adapter's input is dropped", low=0.0, high=0.99)
     rslora: bool = key(False, "scale by alpha/sqrt(r), so that the scale of an update does not fall with the rank")
     dora: bool = key(False, "DoRA: adapt directions and train the lengths of the weights' rows beside them; "
@@ -102,10 +102,10 @@ class Train:
     max_steps: int = key(2000, "optimizer steps; 0: as many as epochs asks for", low=0)
     epochs: float = key(0.0, "passes over the training rows, where max_steps is 0", low=0.0)
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay, on both adapter matrices "
-                                   "(there are no biases or norms among them)", low=0.0)
+                                   "(there are no biases or norms among them)", low=0.0, high=1000.0)
     adam_beta1: float = key(0.9, "decay of AdamW's first moment", low=0.0, high=0.99999)
     adam_beta2: float = key(0.999, "decay of AdamW's second moment", low=0.0, high=0.9999999)
-    adam_eps: float = key(1e-8, "AdamW's epsilon", above=0)
+    adam_eps: float = key(1e-8, "AdamW's epsilon", low=1e-30, high=1.0)
     deterministic: bool = key(False, "GPU: the same bits again after a resume, by deterministic kernels alone and no CUDA graphs; "
                                      "slower (on a CPU runs repeat anyway)")
     rank_wait: int = key(600, "with several ranks, end the run when one of them has been waited for so many seconds", low=1)
@@ -114,7 +114,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Schedule:
-    learning_rate: float = key(2e-4, "peak learning rate", low=0.0)
+    learning_rate: float = key(2e-4, "peak learning rate", low=0.0, high=1000.0)
     lr_min: float = key(2e-5, "floor under the learning rate after its peak", low=0.0)
     lr_kind: str = key("cosine", "shape after the warm-up; wsd: constant, then linear decay; points: lr_points",
                        choices=("cosine", "linear", "constant", "wsd", "points"))
@@ -231,7 +231,7 @@ class Criteria:
     optimal_perplexity: float = key(6.0, "optimal: perplexity on evaluation rows is below this; 0: not judged", low=0.0)
     optimal_coherent_share: float = key(0.5, "optimal: a larger share of the samples than this is coherent; 0: not judged",
                                         low=0.0, high=0.99)
-    optimal_steady_parts: int = key(4, "optimal: the evaluation loss fell in each of so many equal parts of the run; 0: not judged", low=0)
+    optimal_steady_parts: int = key(4, "optimal: the evaluation loss fell in each of so many equal parts of the run; 0: not judged", low=0, high=1000)
     coherent_repetition: float = key(0.2, "a sample is incoherent if a larger share of its 4-grams repeats an earlier one",
                                      low=0.0, high=1.0)
     coherent_overlap: float = key(0.1, "a sample is incoherent if its overlap with the reference (F1 of words) is smaller",
@@ -297,6 +297,8 @@ def _typed(value, kind, text):
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
         raise ValueError(f"must be {names[kind]}, got {json.dumps(value)}")
+    if kind is str and "\0" in value:
+        raise ValueError(f"must hold no zero byte, got {json.dumps(value)}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"must be a finite number, got {value}")
     if kind is int and abs(value) > sys.maxsize:  # beyond what counting rows, tokens and steps can take

@@ -327,7 +327,7 @@ def configure(ckpt, model_path, overrides):
     lora, tensors, base = lora_layers.read_adapter(folder)
     run = next((parent for parent in folder.absolute().parents[:2]
                 if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir()), None)
-    tree = json.loads((run / "config.json").read_text(encoding="utf-8")) if run else {"model": {"path": base}}
+    tree = verdict.settings_of(run) if run else {"model": {"path": base}}
     tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "dora": lora.dora,
                     "targets": lora.targets}
     config = settings.located(settings.from_dict(tree, overrides, str(run / "config.json") if run else "command line"))
@@ -344,7 +344,7 @@ def kept_as(folder, untrained, overrides):
     wrong = [f"--{key}={value}" for key, value in overrides if not key.startswith(allowed) or key == "model.quant" and value != "none"]
     if wrong:
         raise ValueError(f"--keep: {' '.join(wrong)} would make it another evaluation than the run's own; leave that or --keep out")
-    tree = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    tree = verdict.settings_of(run)
     if untrained and (tree.get("lora", {}).get("init_from") or tree.get("lora", {}).get("init", "zero") != "zero"):
         raise ValueError(f"--untrained: {run} did not start at B = 0 (lora.init, lora.init_from), so its untrained model is not what "
                          "it was measured against; evaluate it without --keep")

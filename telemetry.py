@@ -84,7 +84,8 @@ def shape_of_updates(network):
     """(||dW||_F, effective rank of dW), float64 (modules,) each, in the order of `adapted`, dW = s B A.
 
     dW's singular values are those of the r x r product of the triangular factors of B and A^T. The effective rank is exp of the
-    entropy of the singular values divided by their sum (Roy and Vetterli 2007, section 2): between 1 and r, and 0 for dW = 0.
+    entropy of the singular values divided by their sum (Roy and Vetterli 2007, section 2): between 1 and r, and 0 for dW = 0. Both are
+    NaN where a matrix is not finite.
     Modules of one shape are done together, on the device, in fp32 or better.
     """
     modules, groups = list(adapted(network).values()), {}
@@ -93,13 +94,15 @@ def shape_of_updates(network):
     norms, ranks = torch.zeros(2, len(modules), dtype=torch.float64, device=network.device)
     for members in groups.values():
         B, A = (torch.stack([getattr(modules[i], matrix) for i in members]) for matrix in ("lora_B", "lora_A"))  # (m, out, r), (m, r, in)
+        whole = torch.isfinite(A).all(dim=(1, 2)) & torch.isfinite(B).all(dim=(1, 2))  # svdvals raises where one is not
+        B, A = (torch.where(whole[:, None, None], matrix, 0) for matrix in (B, A))
         inner = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT
         scalings = torch.tensor([[modules[i].scaling] for i in members], device=inner.device, dtype=torch.float64)
         values = torch.linalg.svdvals(inner.double()) * scalings
         share = values / values.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         place = torch.tensor(members, device=norms.device)
-        norms[place] = values.norm(dim=1)
-        ranks[place] = torch.where(values[:, 0] > 0, torch.exp(torch.special.entr(share).sum(dim=1)), 0.0)
+        norms[place] = torch.where(whole, values.norm(dim=1), math.nan)
+        ranks[place] = torch.where(whole, torch.where(values[:, 0] > 0, torch.exp(torch.special.entr(share).sum(dim=1)), 0.0), math.nan)
     return norms, ranks
 
 

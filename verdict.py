@@ -631,17 +631,24 @@ def shown(verdict):
     return "\n".join(lines)
 
 
+def settings_of(run):
+    """What RUN/config.json holds, as a dict of sections. Raises ValueError naming the file."""
+    path = pathlib.Path(run) / "config.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); the run wrote it, restore it or remove it") from None
+    if not isinstance(tree, dict) or not all(isinstance(section, dict) for section in tree.values()):
+        raise ValueError(f"{path}: must be an object of sections; the run wrote it, restore it or remove it")
+    return tree
+
+
 def of_run(run, overrides=()):
     """The Verdict on a run folder. overrides: ("criteria.key", "text") pairs. Raises ValueError where there is no record, or its
     settings cannot be read; damaged lines and evaluations are left out and told in the notes."""
     problems, path = [], pathlib.Path(run) / "config.json"
     metrics, evaluations = record.read_metrics(run, problems), record.read_evaluations(run, problems)
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); the run wrote it, restore it or remove it") from None
-    if not isinstance(tree, dict) or not all(isinstance(section, dict) for section in tree.values()):
-        raise ValueError(f"{path}: must be an object of sections; the run wrote it, restore it or remove it")
+    tree = settings_of(run) if path.exists() else {}
     wrong = [key for key, _ in overrides if not key.startswith("criteria.")]
     if wrong:
         raise ValueError(f"--{wrong[0]}: only criteria can be changed here; the run's other settings are what it was")

@@ -215,3 +215,11 @@ def test_a_reader_that_has_gone_is_no_error():
     command = f"{sys.executable} train.py --help | head -n 1"
     done = subprocess.run(["bash", "-c", command + '; echo ${PIPESTATUS[0]}'], cwd=PROJECT, capture_output=True, text=True)
     assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "141") and len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("key, value", [("schedule.learning_rate", 1e308), ("train.weight_decay", 1e4), ("train.adam_eps", 1e-320), ("lora.alpha", 1e308),
+                                        ("criteria.optimal_steady_parts", 10**9), ("model.path", "a\0b"), ("data.cache", "\0")])
+def test_values_that_no_number_or_folder_could_follow_are_refused(key, value):
+    section, name = key.split(".")
+    with pytest.raises(ValueError, match=rf"{key}: must "):
+        config.from_dict({section: {name: value}})

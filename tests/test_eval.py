@@ -420,3 +420,11 @@ def test_a_run_asks_whether_its_rows_can_be_placed(tiny_inputs, tmp_path):
         with pytest.raises(ValueError, match=r"\.jsonl:\d+: has \d+ tokens, more than 16, "):
             train.main([str(settings), f"--model.path={folder}", f"--eval.unquantised={quantised}", f"--out={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content, said", [("", "not valid JSON"), ('{"model": {"pa', "not valid JSON"), ("[]", "must be an object of sections"), ('{"model": 5}', "must be an object of sections")])
+def test_a_runs_damaged_settings_are_named_by_their_file(trained, tmp_path, content, said):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"run/config\.json: {said}.*restore it or remove it"):
+        evaluation.main([f"--ckpt={tmp_path / 'run'}"])

@@ -185,3 +185,20 @@ def test_one_step_of_movement_biases_the_signal_by_the_rate_times_the_curvature_
         noise.observe(telemetry.PAIR_AT, gradients[0], 1.0, 8)
         total += noise.observe(telemetry.PAIR_AT + 1, gradients[1], 1.0, 8)[0].item() / 3000
     assert total == pytest.approx(4 - rate * (4 + 100 / 8), rel=0.015)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_adapters_that_are_no_numbers_are_measured_as_such_and_leave_the_others_alone(tmp_path, bad):
+    """A diverged run ends by its alert, not in the middle of its own measurement."""
+    make_model(tmp_path)
+    network = model.load(make_config(tmp_path), "cpu")
+    with torch.no_grad():
+        for parameter in lora_layers.adapters(network).values():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+        before = torch.stack(telemetry.shape_of_updates(network))
+        network.get_submodule("model.layers.0.mlp.up_proj").lora_B[3, 1] = bad
+    after = torch.stack(telemetry.shape_of_updates(network))
+    spoilt = list(telemetry.adapted(network)).index("model.layers.0.mlp.up_proj")
+    others = [i for i in range(after.shape[1]) if i != spoilt]
+    assert after[:, spoilt].isnan().all() and torch.equal(after[:, others], before[:, others])
+    assert telemetry.adapters(network, telemetry.measure_weights(network))["adapters/modules"]
