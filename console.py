@@ -77,8 +77,9 @@ def conclude(run, config, state, max_steps):
           + (f", stopped early: the evaluation loss no longer fell{enough}" if state["step"] < max_steps else ""))
     of = f"medians of the first and last {edge} steps" if edge > 1 else "the first and the last step"
     print(f"train      loss {median(losses[:edge]):.4f} -> {median(losses[-edge:]):.4f} ({of})")
-    print("evaluation " + ", ".join(f"{what} {evals[0][tag]:.4f} -> {evals[-1][tag]:.4f}"
-                                    for what, tag in (("loss", "eval/loss"), ("token accuracy", "eval/token_accuracy"))))
+    print("evaluation " + (", ".join(f"{what} {evals[0][tag]:.4f} -> {evals[-1][tag]:.4f}"
+                                     for what, tag in (("loss", "eval/loss"), ("token accuracy", "eval/token_accuracy")))
+                           if evals else f"none in {run / 'metrics.jsonl'}: lines of it were lost"))
     print(f"           best after step {state['best_step']}: {run}@best" if state["best_step"] else
           f"           no evaluation was better{enough} than the one before step 1")
     judged = verdict.of_run(run)

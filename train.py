@@ -116,6 +116,9 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
              "plan": plan, "origin": continuation.origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
     if before:
         state = continuation.restore(saved, resume, accept, state, adapters, moments, scaler, device)
+    if state["step"] > max_steps:
+        raise ValueError(f"--resume: the checkpoint is of step {state['step']:,}, and the run as asked for ends with step {max_steps:,}; "
+                         "raise train.max_steps (or train.epochs), or go on from an earlier one with --resume=RUN@step-…")
     digest = lambda: hashlib.sha256(flat.detach().cpu().numpy()).hexdigest()
     ranks.from_first([flat, *moments.values(), *scaler.values()])
     if ranks.RANKS > 1:

@@ -685,3 +685,17 @@ def test_a_place_that_cannot_hold_a_run_is_refused_before_anything_loads(launch,
     with pytest.raises(ValueError, match="^--out: .*cannot be written to; name another folder"):
         launch("a/b/run")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name in ("a", "run")) == []
+
+
+def test_a_finished_run_whose_record_was_lost_is_concluded_without_it(launch, tmp_path, capsys):
+    assert launch("run") == 0
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    capsys.readouterr()
+    launch("run", "--resume")
+    assert "evaluation none in " in capsys.readouterr().out
+
+
+def test_going_on_from_beyond_the_runs_end_is_refused_though_the_end_is_accepted(launch):
+    assert launch("run") == 0
+    with pytest.raises(ValueError, match=r"--resume: the checkpoint is of step \d+, and the run as asked for ends with step 2; raise train.max_steps"):
+        launch("run", "--resume", "--train.max_steps=2", "--schedule.lr_warmup_steps=1", "--accept=train.max_steps,schedule.lr_warmup_steps")
