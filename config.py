@@ -538,7 +538,7 @@ def run_command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
         sys.exit(141)
     except (ValueError, OSError) as error:
-        nameless = isinstance(error, OSError) and error.errno and not error.filename and str(error).endswith(error.strerror or "")
+        nameless = isinstance(error, OSError) and error.errno and not error.filename and error.strerror == os.strerror(error.errno)
         where = "; it names no file: look at the folders of the run, of data.cache and of temporary files (TMPDIR)" * bool(nameless)
         print(f"error: {error}{where}", file=sys.stderr)
         sys.exit(2)

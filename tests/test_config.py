@@ -223,3 +223,15 @@ def test_values_that_no_number_or_folder_could_follow_are_refused(key, value):
     section, name = key.split(".")
     with pytest.raises(ValueError, match=rf"{key}: must "):
         config.from_dict({section: {name: value}})
+
+
+@pytest.mark.parametrize("error, named", [(OSError(28, "No space left on device"), False), (OSError(28, "x/step-000004: could not be saved; make room"), True),
+                                          (FileNotFoundError(2, "No such file or directory", "x"), True)])
+def test_an_error_that_names_a_file_is_not_said_to_name_none(monkeypatch, capsys, error, named):
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as left:
+        config.run_command(main)
+    assert left.value.code == 2 and ("it names no file" in capsys.readouterr().err) != named
