@@ -237,7 +237,7 @@ def compare_with_transformers(network):
         finally:
             hook.remove()
         chosen = hidden[4:6] * torch.randn(2, hidden.shape[1], generator=generator).to(hidden)
-        crossing = torch.autograd.grad(chosen.sum(), embedded[0])[0].squeeze(0).abs().sum(dim=-1)  # (T,)
+        crossing = torch.autograd.grad(chosen.sum(), embedded[0], materialize_grads=True)[0].squeeze(0).abs().sum(dim=-1)  # (T,)
         padded = nn.utils.rnn.pad_sequence([first, second], batch_first=True)  # what is padded lies behind, where no document looks
         with torch.no_grad(), attention.own_attention(network):
             logits = network.eval()(input_ids=padded, use_cache=False).logits.double()

@@ -545,7 +545,7 @@ def test_a_disk_that_fills_or_turns_read_only_in_a_run_costs_no_checkpoint_and_t
         pytest.skip("a small file system cannot be mounted here")
     told = (tmp_path / "run.log").read_text()
     assert code == 0 and "Traceback" not in told, told[-3000:]
-    assert re.search(r"error: .*Read-only file system.*\.lock" if read_only else r"error: .*(metrics.jsonl|step-000004|TensorBoard).*make room and run again with --resume", told), told[-2000:]
+    assert re.search(r"error: .*cannot hold a run.*cannot be written to" if read_only else r"error: .*(metrics.jsonl|step-000004|TensorBoard).*make room and run again with --resume", told), told[-2000:]
 
 
 @pytest.mark.parametrize("name, moment, told", [(".config.json.tmp", ("train", "open_record"), "run/config.json could"), (".verdict.json.tmp", ("verdict", "write"), "the verdict could"),
