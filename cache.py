@@ -222,4 +222,5 @@ def read_tokens(path):
     import pyarrow
     batch = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_next_batch()
     ids, supervised, names = (batch.column(name) for name in ("ids", "supervised", "name"))
-    return ids.values.to_numpy(), ids.offsets.to_numpy(), supervised.values.to_numpy().view(bool), Names(names)
+    mapped = np.from_dlpack  # as Arrow's own to_numpy does, which imports pandas for it
+    return mapped(ids.values), mapped(ids.offsets), mapped(supervised.values).view(bool), Names(names)

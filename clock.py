@@ -2,6 +2,8 @@
 
 Leaves out: what is done with the figures (train.py).
 """
+import importlib.util
+import os
 import textwrap
 import time
 
@@ -23,9 +25,13 @@ class Startup:
         return sum(self.seconds.values())
 
     def shown(self):
+        """The parts as text for a console, and what would shorten them where Python compiles all that it imports at each start."""
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
-        return textwrap.fill(f"{self.total():.1f} s from the command to the end of its first step: {parts}",
-                             80, initial_indent="start-up  ", subsequent_indent=" " * 10)
+        text = f"{self.total():.1f} s from the command to the end of its first step: {parts}"
+        if not os.path.exists(importlib.util.cache_from_source(torch.__file__)):
+            text += ("; Python compiles its packages at each start, since it keeps no bytecode of them: with PYTHONDONTWRITEBYTECODE= "
+                     "PYTHONPYCACHEPREFIX=FOLDER before the command it keeps it there")
+        return textwrap.fill(text, 80, initial_indent="start-up  ", subsequent_indent=" " * 10)
 
 
 def mark(device):

@@ -12,6 +12,7 @@ its Linear4bit loses gradients after an evaluation on some CPUs.
 """
 import contextlib
 import functools
+import os
 
 import torch
 from torch import nn
@@ -23,6 +24,23 @@ NF4_BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # block scales that share a scale, with double quantisation
 MASKED = 1 << 34  # multiplications in 16 bits, some 50 us on an H100: what waiting for the GPU costs at least
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@functools.cache
+def bitsandbytes():
+    """The module bitsandbytes.functional, and torch.ops.bitsandbytes with it.
+
+    On import it gives functions of its own to torch.compile, which loads 560 modules of a compiler that nothing here runs. Told so by
+    torch's own switch, torch.compile hands them back as they are.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        import bitsandbytes.functional as functional
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        os.environ |= {"TORCHDYNAMO_DISABLE": before} if before is not None else {}
+    return functional
 
 
 class FrozenWeight(nn.Module):
@@ -140,7 +158,7 @@ class LLMInt8Weight(FrozenWeight):
 
     def __init__(self, weight, threshold):
         super().__init__(weight.shape)
-        import bitsandbytes.functional  # noqa: F401  (registers the operators)
+        bitsandbytes()
         q, row_max, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight.half())
         self.store(q=q, row_max=row_max)  # (out, in) int8, (out,) fp32: W = q * row_max / 127
         self.threshold = threshold
@@ -187,7 +205,7 @@ class NF4Weight(FrozenWeight):
 
     def __init__(self, weight, double_quant):
         super().__init__(weight.shape)
-        import bitsandbytes.functional as bnb
+        bnb = bitsandbytes()
         packed, scales = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), NF4_BLOCK, "nf4", torch.uint8)
         self.store(packed=packed)  # uint8 (out * in / 2, 1)
         self.double_quant = double_quant
@@ -220,8 +238,7 @@ class NF4Weight(FrozenWeight):
 @functools.cache
 def nf4_codebook(device=torch.device("cpu")):
     """The 16 values of NF4, fp32 (16,): Dettmers et al. 2023, appendix E. Code 0 is -1, code 7 is 0, code 15 is 1."""
-    import bitsandbytes.functional as bnb
-    return bnb.get_4bit_type("nf4", device=device)
+    return bitsandbytes().get_4bit_type("nf4", device=device)
 
 
 def nf4_dequantize(packed, scales, shape):

@@ -19,6 +19,7 @@ forecast; 4 stopped by an alert (steps that are not finite, dead or wrong gradie
 criteria.enforce; 130 or 143 interrupted, with a checkpoint saved.
 """
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -32,6 +33,7 @@ import time
 BEGAN = time.perf_counter()
 # read when torch first asks for GPU memory: fewer gaps between tensors
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+gc.disable()  # imports make millions of objects and no garbage
 
 import torch
 from tqdm import tqdm
@@ -57,6 +59,9 @@ import record
 import report
 import schedule
 import telemetry
+
+gc.enable()
+gc.freeze()  # these modules stay, so no later collection need go through them
 
 PATIENCE = 10  # seconds that a window may go on after a signal; then it is given up, to be done by the resumed run
 
