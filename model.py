@@ -187,8 +187,9 @@ def shard(module, device):
     split = {parameter for weight in weights for name, parameter in weight.named_parameters()
              if parameter.ndim and name != "scale_codebook"}
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # a layer returns a view; nothing writes into it
-    fully_shard(module, mesh=init_device_mesh(device.type, (ranks.RANKS,)), ignored_params=set(module.parameters()) - split,
-                reshard_after_forward=True)
+    with FrozenIntegers():
+        fully_shard(module, mesh=init_device_mesh(device.type, (ranks.RANKS,)), ignored_params=set(module.parameters()) - split,
+                    reshard_after_forward=True)
 
     @contextlib.contextmanager
     def gather():
@@ -200,6 +201,15 @@ def shard(module, device):
 
     for weight in weights:
         weight.gather = weight.gather or gather
+
+
+class FrozenIntegers(torch.overrides.TorchFunctionMode):
+    """Tensors of integers leave requires_grad_ as they are: torch 2.11 asks it of each part of a weight, to take it back at once."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.requires_grad_ and not args[0].is_floating_point():
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def fully_supervised(documents):
