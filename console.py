@@ -35,8 +35,9 @@ def introduce(run, config, rows, network, state, outlook):
           + f"packing   up to {plan['max_tokens']:,} tokens a micro-batch, {plan['checkpoint_layers']} of "
           f"{len(network.get_decoder().layers)} layers recomputed"
           + (", their inputs on the host" if plan["offload"] else "") + (", embeddings on the host" if plan["host_embeddings"] else "")
-          + f"\n          ({plan['why']}); {network.fused_layers} layers fused, "
-          + ("replayed as CUDA graphs\n" if plan["graphs"] else f"no CUDA graphs:\n          {plan['why_no_graphs']}\n"), flush=True)
+          + "\n" + textwrap.fill(f"({plan['why']}); {network.fused_layers} layers fused, " + (
+              "replayed as CUDA graphs" if plan["graphs"] else f"no CUDA graphs: {plan['why_no_graphs']}"),
+              80, initial_indent=" " * 10, subsequent_indent=" " * 10) + "\n", flush=True)
 
 
 def refuse(outlook, config):

@@ -100,15 +100,19 @@ def fastest(network, rows, chosen, candidates):
     timed = []
     for candidate in candidates:
         apply(network, chosen | candidate)
-        seconds = seconds_a_token(network, rows, candidate["max_tokens"], passes=2 if len(candidates) > 1 else 1)
+        seconds = seconds_a_token(network, rows, candidate["max_tokens"], passes=3 if len(candidates) > 1 else 1)
         taken = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB taken" if network.device.type == "cuda" else ""
         timed += [(seconds, candidate | {"why": f"{candidate['why']}, {taken}"})] if seconds is not None else []
     which = int(ranks.same(str(min(range(len(timed)), key=lambda i: timed[i][0], default=-1))))  # by the first rank's clock
-    return timed[which][1] | {"why": timed[which][1]["why"] + f"; the fastest of {len(timed)} tried" * (len(timed) > 1)} if timed else None
+    if not timed:
+        return None
+    least, best = timed[which]
+    slower = [f"{other['max_tokens']:,} tokens took {took / least:.2f} times as long" for took, other in timed if other is not best]
+    return best | {"why": "; ".join([best["why"], *slower])}
 
 
 def seconds_a_token(network, rows, max_tokens, passes=1):
-    """How long forward and backward pass over the longest rows take, the last of so many times; None where they do not fit on every rank.
+    """How long forward and backward pass over the longest rows take, the shortest of so many times; None where they do not fit on every rank.
 
     So what does not fit fails now, not late in the run. 0.0 on a CPU, where nothing is tried.
     """
@@ -121,6 +125,7 @@ def seconds_a_token(network, rows, max_tokens, passes=1):
             break
         longest.append(i)
         total += lengths[i]
+    took = []
     torch.cuda.reset_peak_memory_stats()
     try:
         with torch.random.fork_rng(devices=[network.device]):
@@ -129,7 +134,8 @@ def seconds_a_token(network, rows, max_tokens, passes=1):
                 for batch in data.pack(rows, longest, max_tokens):
                     model.summed_loss(network, batch.to(network.device))[0].backward()
                 torch.cuda.synchronize()
-        seconds = (time.perf_counter() - began) / int(total)
+                took.append(time.perf_counter() - began)
+        seconds = min(took) / int(total)
     except torch.cuda.OutOfMemoryError:
         seconds = None
     network.adapter_memory.flat.grad.zero_()

@@ -76,7 +76,9 @@ def test_the_clock_decides_between_choices_that_fit(monkeypatch):
     assert memory.fastest(network, None, {}, plans)["max_tokens"] == 4096
     assert memory.fastest(network, None, {}, plans[2:]) is None
     took[8192] = 1e-4
-    assert memory.fastest(network, None, {}, plans)["max_tokens"] == 8192
+    fastest = memory.fastest(network, None, {}, plans)
+    assert fastest["max_tokens"] == 8192
+    assert "2,048 tokens took 3.00 times as long; 4,096 tokens took 2.00 times as long" in fastest["why"]
 
 
 @pytest.mark.parametrize("largest", [10**9, 2048])  # tokens that fit: all, or few, so that smaller sizes must do
