@@ -131,6 +131,25 @@ class Replayed:
         return done
 
 
+class Recorded:
+    """`compute()`, which returns a tensor on the GPU, as a CUDA graph: each call computes anew, into the same tensor, from what is where it was."""
+
+    def __init__(self, compute):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # as in Replayed.record
+            compute()
+        torch.cuda.current_stream().wait_stream(stream)
+        gc.collect()
+        self.graph = torch.cuda.CUDAGraph()
+        with recording(self.graph, stream=stream):
+            self.result = compute()
+
+    def __call__(self):
+        self.graph.replay()
+        return self.result
+
+
 def forget(forward_backward):
     """Let go of what is recorded, and of its memory, where `forward_backward` is a Replayed."""
     if isinstance(forward_backward, Replayed):

@@ -65,6 +65,8 @@ def plan(config, network, rows, before):
         for less in (1.0, 0.9, 0.8, 0.7):
             candidates = choices(found, sizes, checkpoint_layers, config.memory, limit * less)
             candidates = shortlist(candidates, limit * less, 1 if config.train.deterministic else TRIED)
+            if config.memory.graphs != "no" and not graphs.serves(network, candidates[0]["checkpoint_layers"]):
+                candidates = candidates[:1]  # an eager pass would time launches, which a replay has not
             quickest = fastest(network, rows, chosen, json.loads(ranks.same(json.dumps(candidates))))
             chosen |= quickest or candidates[0]
             if quickest:

@@ -33,6 +33,7 @@ import torch
 
 import config as settings
 import data
+import graphs
 import lora_layers
 import model
 import ranks
@@ -180,7 +181,8 @@ def check(network, forward_backward, batches, scale=1.0, what="parts", seconds=m
             gradient_now = lambda factor: gradient_of(network, forward_backward, batches, factor * float(scale), supervised, again=True)[1]
             loss, gradient = gradient_of(network, forward_backward, batches, float(scale), supervised)
             gradients = {name: gradient[memory.places[parameter]].view_as(parameter) for name, parameter in zip(names, adapters)}
-            measured = Measurement(network, batches, supervised, theta, gradient, gradient_now, began + seconds)
+            measured = Measurement(network, batches, supervised, theta, gradient, gradient_now, began + seconds,
+                                   replayable(network, forward_backward))
             result = judge(measured, loss, even, parts, places, gradients)
         finally:
             with torch.no_grad():
@@ -197,7 +199,7 @@ def gradient_of(network, forward_backward, batches, scale, supervised, again=Fal
     again: graphs are recorded already, and one pass is enough.
     """
     flat, replayed = network.adapter_memory.flat, hasattr(forward_backward, "eager")
-    if replayed and any(module.dropout for module in network.modules() if isinstance(module, lora_layers.AdaptedLinear) and module.r):
+    if replayed and not replayable(network, forward_backward):
         forward_backward, replayed = forward_backward.eager, False
     while True:
         weight = torch.tensor(scale / supervised, device=flat.device)
@@ -213,6 +215,12 @@ def gradient_of(network, forward_backward, batches, scale, supervised, again=Fal
         scale = max(1.0, scale / 16)
 
 
+def replayable(network, forward_backward):
+    """Whether passes are made by graphs: train.py's are, and no dropout draws masks that would be others where a micro-batch is padded."""
+    drops = any(module.dropout for module in network.modules() if isinstance(module, lora_layers.AdaptedLinear) and module.r)
+    return hasattr(forward_backward, "eager") and not drops
+
+
 def agreed(number):
     """The first rank's number, on every rank: each pass of a sharded network is made by all of them, so all must decide alike."""
     told = torch.tensor(number, dtype=torch.float64)
@@ -224,30 +232,39 @@ class Measurement:
     """The loss of some micro-batches as the adapters move: how far it goes, by forward passes alone, and how far gradients say that it goes.
 
     gradient: of the mean loss at `theta`, for directions; gradient_now(factor): the same at the weights as they are, made with a loss that is
-    `factor` times as large. A backward pass is linear in it, but for its rounding. deadline: by time.perf_counter(), see `check`.
+    `factor` times as large. A backward pass is linear in it, but for its rounding. deadline: by time.perf_counter(), see `check`. replayed:
+    forward passes as one CUDA graph, where there is no dropout.
     """
 
-    def __init__(self, network, batches, supervised, theta, gradient, gradient_now, deadline=math.inf):
+    def __init__(self, network, batches, supervised, theta, gradient, gradient_now, deadline=math.inf, replayed=False):
         self.network, self.supervised, self.theta, self.deadline = network, supervised, theta, deadline
         self.gradient, self.gradient_now = gradient, gradient_now
         self.batches = [batch.to(network.device) for batch in batches]
         self.dtype = network.adapter_memory.working.dtype
         self.unrounded = {network.adapter_memory.places[parameter].start
                           for name, parameter in lora_layers.adapters(network).items() if MAGNITUDE in name}
+        self.replayed = replayed
+        with torch.no_grad():
+            self.forward = graphs.Recorded(self.summed_loss) if replayed else self.summed_loss
         self.loss, self.spread, self.rounding = self.loss_now(), None, None
 
     def late(self):
         """Whether the time is over, by the first rank's clock."""
         return bool(agreed(time.perf_counter() > self.deadline))
 
+    def summed_loss(self):
+        """The loss of all supervised tokens together, fp64 (), on the device; dropout masks are always the same."""
+        total = torch.zeros((), device=self.network.device, dtype=torch.float64)
+        for i, batch in enumerate(self.batches):
+            if not self.replayed:
+                torch.manual_seed(i)
+            total += model.summed_loss(self.network, batch)[1].double().sum()
+        return total
+
     @torch.no_grad()
     def loss_now(self):
-        """The mean loss of the supervised tokens at the weights as they are now, in nats; dropout masks are always the same."""
-        total = 0.0
-        for i, batch in enumerate(self.batches):
-            torch.manual_seed(i)
-            total += model.summed_loss(self.network, batch)[1].double().sum()
-        return agreed(total.item() / self.supervised)
+        """The mean loss of the supervised tokens at the weights as they are now, in nats."""
+        return agreed(self.forward().item() / self.supervised)
 
     @torch.no_grad()
     def put(self, direction, step):

@@ -641,6 +641,23 @@ def test_replayed_gradients_are_proved_and_all_is_as_it_was(tmp_path):
 
 
 @gpu
+@pytest.mark.parametrize("kind, dtype", [("nf4", "bf16"), ("int8", "fp16"), ("none", "bf16")])
+def test_losses_by_a_graph_are_those_of_the_passes_it_replays(tmp_path, kind, dtype):
+    make_model(tmp_path, "llama", initializer_range=0.05)
+    network, _, batches = provable(tmp_path, kind, dtype)
+    flat, supervised = network.adapter_memory.flat, sum(len(batch.targets) for batch in batches)
+    measured = [proof.Measurement(network, batches, supervised, flat.detach().clone(), None, None, replayed=replayed) for replayed in (False, True)]
+    seen = set()
+    for factor in (1.0, 3.0, 0.5):
+        with torch.no_grad():
+            flat.mul_(factor)
+        eager, replayed = (one.loss_now() for one in measured)
+        assert eager == replayed
+        seen.add(eager)
+    assert len(seen) == 3
+
+
+@gpu
 def test_a_replayed_graph_of_old_weights_is_found(tmp_path):
     make_model(tmp_path, "llama", initializer_range=0.05)
     network, forward_backward, batches = provable(tmp_path, replayed=True)
