@@ -1,10 +1,11 @@
 """Case F: forward and backward on a CPU beside PEFT + bitsandbytes, turn by turn in one process.
 
-    python bench/cpu.py [--rounds=5] [--rows=4] [--length=256] [--model=models/SmolLM2-135M-Instruct] [--write=bench/results/cpu.json]
+    python bench/cpu.py [--rounds=20] [--rows=4] [--length=256] [--model=models/SmolLM2-135M-Instruct] [--write=bench/results/cpu.json]
 
 Both sides train the same NF4 model (double quantisation) with r 16 on all seven projections in bf16, on the same rows of random
 tokens, every token supervised. PEFT's side is transformers' model with bitsandbytes' Linear4bit under PEFT's LoRA, in training mode
-throughout. What counts is the ratio: the machine's own speed drifts. The optimizer step is left out on both sides.
+throughout. What counts is the ratio: the machine's own speed drifts. The optimizer step is left out on both sides. Peak memory is that
+of a side's weights and of what its step takes beyond what the process held before (Linux).
 """
 import json
 import pathlib
@@ -19,6 +20,7 @@ import torch  # noqa: E402
 
 import config as settings  # noqa: E402
 import model  # noqa: E402
+import record  # noqa: E402
 
 
 def theirs(folder):
@@ -37,9 +39,26 @@ def theirs(folder):
     return get_peft_model(network, LoraConfig(r=16, lora_alpha=32, target_modules=list(settings.PROJECTIONS), task_type="CAUSAL_LM")).train()
 
 
+def process_bytes(key):
+    """VmRSS or VmHWM of this process in bytes, 0 where there is no /proc."""
+    status = pathlib.Path("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key)) if status.exists() else 0
+
+
+def held_bytes(network):
+    """Bytes of all parameters and buffers, and of what they keep beside them (our dequantised copies, bitsandbytes' scales)."""
+    tensors = {}
+    for module in network.modules():
+        for place in (module, *(getattr(weight, "quant_state", None) for weight in module.parameters(recurse=False))):
+            parts = list(vars(place).values()) if place is not None else []
+            parts += list(module.parameters(recurse=False)) + list(module.buffers(recurse=False))
+            tensors |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts if isinstance(part, torch.Tensor)}
+    return sum(tensors.values())
+
+
 def main(argv):
     import types
-    options = {"rounds": "5", "rows": "4", "length": "256", "model": "models/SmolLM2-135M-Instruct"} | dict(arg[2:].split("=", 1) for arg in argv)
+    options = {"rounds": "20", "rows": "4", "length": "256", "model": "models/SmolLM2-135M-Instruct"} | dict(arg[2:].split("=", 1) for arg in argv)
     rows, length, folder = int(options["rows"]), int(options["length"]), settings.find(options["model"])
     ours, peft = model.load(settings.from_dict({"model": {"path": folder}}), "cpu"), theirs(folder)
     ids = torch.randint(3, ours.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
@@ -57,19 +76,30 @@ def main(argv):
         loss.backward()
         return loss.item()
 
-    seconds, losses = {"rawlora": [], "peft": []}, {}
+    seconds, losses, taken = {"rawlora": [], "peft": []}, {}, {"rawlora": 0, "peft": 0}
     for turn in range(int(options["rounds"]) + 1):  # the first is a warm-up
         for who, step in (("rawlora", step_ours), ("peft", step_theirs)):
-            began = time.perf_counter()
+            if process_bytes("VmRSS"):
+                pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak until here
+            before, began = process_bytes("VmRSS"), time.perf_counter()
             losses[who] = step()
             if turn:
                 seconds[who].append(time.perf_counter() - began)
+                taken[who] = max(taken[who], process_bytes("VmHWM") - before)
                 print(f"{who:8} {seconds[who][-1]:.2f} s, {rows * length / seconds[who][-1]:.0f} tokens/s, loss {losses[who]:.4f}", flush=True)
     ratios = [b / a for a, b in zip(seconds["rawlora"], seconds["peft"])]
     print(f"rawlora is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds)")
     if "write" in options:
-        table = [{"case": "F", "who": who, "tokens_per_second": round(rows * length / statistics.median(times)), "samples_per_second": round(rows / statistics.median(times), 2),
-                  "step_seconds": [round(x, 3) for x in times], "settings": {"rows": rows, "length": length}, "ratio_to_peft": round(statistics.median(ratios), 2), "threads": torch.get_num_threads(), "torch": torch.__version__} for who, times in seconds.items()]
+        environment, table = record.environment(), []
+        for who, times in seconds.items():
+            quartiles, median = statistics.quantiles(times, n=4), statistics.median(times)
+            held = held_bytes(ours if who == "rawlora" else peft)
+            table.append({"case": "F", "who": who, "tokens_per_second": round(rows * length / median), "samples_per_second": round(rows / median, 2),
+                          "step_seconds": round(median, 3), "step_seconds_quartiles": [round(quartiles[0], 3), round(quartiles[-1], 3)],
+                          "timed_steps": len(times), "ratio_to_peft": [round(x, 2) for x in (min(ratios), statistics.median(ratios), max(ratios))],
+                          "peak_memory_gib": round((held + taken[who]) / 2**30, 2), "loss": round(losses[who], 4),
+                          "settings": {"rows": rows, "length": length, "quant": "nf4", "threads": torch.get_num_threads()},
+                          "device": environment["cpu"], "versions": environment["packages"]})
         pathlib.Path(options["write"]).write_text(json.dumps(table, indent=1))
 
 

@@ -14,7 +14,7 @@ list in --write=FILE where given. With --gpus=2 torchrun starts two ranks, which
 
     python bench/speed.py A B --peers=trl,unsloth               in turn with other trainers (bench/peers_speed.py), on the same weights and rows;
                                                                 --peers-site=FOLDER: packages that only they find
-    python bench/speed.py --table=bench/results/h100.json       the rows of such a file as a Markdown table, cases down, trainers across
+    python bench/speed.py --table=bench/results/h100.json,bench/results/cpu.json       the rows of such files as a Markdown table
 """
 import json
 import os
@@ -164,20 +164,23 @@ def floor(row):
     return 1 / (operations / SUSTAINED + dequantised / BANDWIDTH)
 
 
-def table(path):
-    """The rows of a results file as a Markdown table: the fastest of each trainer on each case, in real tokens a second (samples for D and E)."""
-    rows = json.loads(pathlib.Path(path).read_text())
+def table(paths):
+    """The rows of results files as a Markdown table, in real tokens a second (samples for D and E): a line for each run of ours, with the
+    rows of other trainers that follow it in the file, which ran in the same sitting; the fastest of each where there are several."""
+    rows = [row for path in paths for row in json.loads(pathlib.Path(path).read_text())]
     others = [who for who in ("peft", "trl", "trl-liger", "unsloth") if any(row["who"] == who for row in rows)]
-    names = ["case", "rawlora", "median step, s (quartiles; steps)", "peak GiB, reserved", "of the floor", *(f"{who} (peak GiB)" for who in others), *(["× the best of them"] if others else [])]
+    names = ["case", "rawlora", "median step, s (quartiles; steps)", "peak GiB, reserved", "of the floor", *(f"{who} (peak GiB)" for who in others),
+             *(["× the best of them"] if others else [])]
     lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
-    for case in sorted({row["case"] for row in rows}):
-        unit = "samples_per_second" if case in "DE" else "tokens_per_second"
-        best = {who: max((row for row in rows if (row["case"], row["who"]) == (case, who)), key=lambda row: row[unit], default=None) for who in ("rawlora", *others)}
-        ours, found = best["rawlora"], [best[who] for who in others]
+    starts = [i for i, row in enumerate(rows) if row["who"] == "rawlora"]
+    for begin, end in sorted(zip(starts, [*starts[1:], len(rows)]), key=lambda place: rows[place[0]]["case"]):
+        ours, beside = rows[begin], rows[begin + 1:end]
+        unit = "samples_per_second" if ours["case"] in "DE" else "tokens_per_second"
+        found = [max((row for row in beside if row["who"] == who), key=lambda row: row[unit], default=None) for who in others]
         low, high = ours["step_seconds_quartiles"]
-        cells = [case, f"{ours[unit]:,.0f} {unit.split('_')[0]}/s", f"{ours['step_seconds']:.4g} ({low:.4g}-{high:.4g}; {ours['timed_steps']})",
+        cells = [ours["case"], f"{ours[unit]:,.0f} {unit.split('_')[0]}/s", f"{ours['step_seconds']:.4g} ({low:.4g}-{high:.4g}; {ours['timed_steps']})",
                  f"{ours['peak_memory_gib']:.1f}, {ours['peak_reserved_gib']:.1f}" if "peak_reserved_gib" in ours else f"{ours['peak_memory_gib']:.1f}, –",
-                 f"{ours['tokens_per_second'] / floor(ours):.0%}", *(f"{row[unit]:,.0f} ({row['peak_memory_gib']:.1f})" if row else "–" for row in found)]
+                 f"{ours['tokens_per_second'] / floor(ours):.0%}" if "plan" in ours else "–", *(f"{row[unit]:,.0f} ({row['peak_memory_gib']:.1f})" if row else "–" for row in found)]
         theirs = max((row[unit] for row in found if row), default=0)
         lines.append("| " + " | ".join(cells + ([f"{ours[unit] / theirs:.2f}" if theirs else "–"] if others else [])) + " |")
     return "\n".join(lines)
@@ -196,7 +199,7 @@ def measure_peer(case, peer, work, npz, site):
 def main(argv):
     options = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--") and "=" in arg and "." not in arg.split("=")[0])
     if "table" in options:
-        print(table(options["table"]))
+        print(table(options["table"].split(",")))
         return
     overrides = [arg for arg in argv if arg.startswith("--") and "." in arg.split("=")[0]]
     npz = {"gsm8k": options.get("gsm8k", "gsm8k-train-ids.npz"), "tldr": options.get("tldr", "tldr-train-ids.npz")}
