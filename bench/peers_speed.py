@@ -1,6 +1,7 @@
 """How fast other trainers are on the cases of bench/speed.py: TRL with PEFT and bitsandbytes, the same with Liger kernels, Unsloth.
 
-    python bench/peers_speed.py PEER CASE [--steps=22] [--micro-batch=4] [--checkpointing=yes] [--work=/tmp/bench] [--gsm8k=FILE.npz] [--tldr=FILE.npz]
+    python bench/peers_speed.py PEER CASE [--steps=22] [--micro-batch=4] [--checkpointing=yes] [--work=/tmp/bench]
+                                          [--gsm8k=FILE.npz] [--tldr=FILE.npz]
 
 PEER is trl, trl-liger or unsloth; none of them is a requirement of rawlora, so install what is to be measured. Same weights, rows,
 rank, targets, optimizer and clipping as in bench/speed.py; a step consumes the case's samples. Each optimizer step is timed between
@@ -48,15 +49,20 @@ def load(peer, folder, quant, checkpointing, longest):
     import torch
     if peer == "unsloth":
         from unsloth import FastLanguageModel
-        model, tokenizer = FastLanguageModel.from_pretrained(str(folder), max_seq_length=longest, dtype=torch.bfloat16, load_in_4bit=quant == "nf4", load_in_8bit=quant == "int8")
-        return FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, lora_dropout=0, target_modules=TARGETS, bias="none", random_state=0, max_seq_length=longest,
-                                                use_gradient_checkpointing="unsloth" if checkpointing else False), tokenizer, None
+        model, tokenizer = FastLanguageModel.from_pretrained(str(folder), max_seq_length=longest, dtype=torch.bfloat16,
+                                                             load_in_4bit=quant == "nf4", load_in_8bit=quant == "int8")
+        model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, lora_dropout=0, target_modules=TARGETS, bias="none",
+                                                 random_state=0, max_seq_length=longest,
+                                                 use_gradient_checkpointing="unsloth" if checkpointing else False)
+        return model, tokenizer, None
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     four = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     settings = BitsAndBytesConfig(**four) if quant == "nf4" else BitsAndBytesConfig(load_in_8bit=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa")
-    return model, AutoTokenizer.from_pretrained(folder), LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, bias="none", task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.bfloat16, device_map={"": 0},
+                                                 attn_implementation="sdpa")
+    adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, bias="none", task_type="CAUSAL_LM")
+    return model, AutoTokenizer.from_pretrained(folder), adapter
 
 
 def measure(peer, case, steps, micro_batch, checkpointing, work, npz):
@@ -87,22 +93,28 @@ def measure(peer, case, steps, micro_batch, checkpointing, work, npz):
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.began)
 
-    settings = SFTConfig(output_dir=str(work / "peer"), per_device_train_batch_size=micro_batch, gradient_accumulation_steps=samples // micro_batch, max_steps=steps, learning_rate=1e-4,
-                         bf16=True, gradient_checkpointing=checkpointing, logging_steps=1, save_strategy="no", report_to=[], max_length=longest, packing=False,
-                         optim="adamw_torch_fused", warmup_steps=0, lr_scheduler_type="constant", max_grad_norm=1.0, dataset_kwargs={"skip_prepare_dataset": True},
-                         use_liger_kernel=peer == "trl-liger", disable_tqdm=True)
-    trainer = SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in rows]),
-                         processing_class=tokenizer, peft_config=adapter, callbacks=[Clock()])
+    settings = SFTConfig(
+        output_dir=str(work / "peer"), per_device_train_batch_size=micro_batch, gradient_accumulation_steps=samples // micro_batch,
+        max_steps=steps, learning_rate=1e-4, bf16=True, gradient_checkpointing=checkpointing, logging_steps=1, save_strategy="no",
+        report_to=[], max_length=longest, packing=False, optim="adamw_torch_fused", warmup_steps=0, lr_scheduler_type="constant",
+        max_grad_norm=1.0, dataset_kwargs={"skip_prepare_dataset": True}, use_liger_kernel=peer == "trl-liger", disable_tqdm=True)
+    dataset = Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in rows])
+    trainer = SFTTrainer(model=model, args=settings, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter,
+                         callbacks=[Clock()])
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     timed = seconds[2:]
     s, quartiles = statistics.median(timed), statistics.quantiles(timed, n=4)
     import importlib.metadata
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "trl", *(["unsloth"] if peer == "unsloth" else []))}
-    return {"case": case, "who": peer, "gpus": 1, "tokens_per_second": round(sum(len(ids) for ids, _ in rows) / steps / s), "samples_per_second": round(samples / s, 1),
-            "step_seconds": round(s, 5), "step_seconds_quartiles": [round(quartiles[0], 5), round(quartiles[-1], 5)], "timed_steps": len(timed),
-            "first_steps_seconds": [round(x, 2) for x in seconds[:2]], "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-            "settings": {"micro_batch": micro_batch, "checkpointing": checkpointing, "quant": quant}, "device": torch.cuda.get_device_name(), "versions": versions}
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "trl", *(["unsloth"] if peer == "unsloth" else []))
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"case": case, "who": peer, "gpus": 1,
+            "tokens_per_second": round(sum(len(ids) for ids, _ in rows) / steps / s), "samples_per_second": round(samples / s, 1),
+            "step_seconds": round(s, 5), "step_seconds_quartiles": [round(quartiles[0], 5), round(quartiles[-1], 5)],
+            "timed_steps": len(timed), "first_steps_seconds": [round(x, 2) for x in seconds[:2]],
+            "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "settings": {"micro_batch": micro_batch, "checkpointing": checkpointing, "quant": quant},
+            "device": torch.cuda.get_device_name(), "versions": versions}
 
 
 def main(argv):
@@ -115,8 +127,10 @@ def main(argv):
     micro_batch = int(options.get("micro-batch", best[0]))
     checkpointing = options["checkpointing"] == "yes" if "checkpointing" in options else best[1]
     npz = {name: options.get(name, f"{name}-train-ids.npz") for name in ("gsm8k", "tldr")}
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_DISABLE_AUTO_UPDATES="1")
-    print(json.dumps(measure(peer, case, int(options.get("steps", STEPS.get(case, 22))), micro_batch, checkpointing, pathlib.Path(options.get("work", "/tmp/bench")), npz)), flush=True)
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+                      UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_DISABLE_AUTO_UPDATES="1")
+    steps, work = int(options.get("steps", STEPS.get(case, 22))), pathlib.Path(options.get("work", "/tmp/bench"))
+    print(json.dumps(measure(peer, case, steps, micro_batch, checkpointing, work, npz)), flush=True)
 
 
 if __name__ == "__main__":
