@@ -59,8 +59,8 @@ Experiment = collections.namedtuple("Experiment", "name commands seconds alone e
 
 def training(name, config, values, seconds, alone=False, ends=(0, 5), program="train.py"):
     """An experiment that is one training. values: {key: value} on the command line; ends: exit codes that it may end with."""
-    return Experiment(name, [[program, f"configs/{config}.json", "--out=WORK/" + name, *(f"--{key}={value}" for key, value in values.items())]],
-                      seconds, alone, ends)
+    command = [program, f"configs/{config}.json", "--out=WORK/" + name, *(f"--{key}={value}" for key, value in values.items())]
+    return Experiment(name, [command], seconds, alone, ends)
 
 
 def seeded(name, config, values, seconds, seeds=(0, 1, 2)):
@@ -70,7 +70,8 @@ def seeded(name, config, values, seconds, seeds=(0, 1, 2)):
 def peer(name, who, seconds, more=()):
     """A peer on our rows in our order, and our evaluation of what it saved."""
     values, run = TLDR | SHORT | {"data.audit": "off"}, f"WORK/{name}"
-    commands = [["bench/peers.py", who, "configs/approach1.json", f"--out={run}", *more, *(f"--{key}={value}" for key, value in values.items())],
+    given = [*more, *(f"--{key}={value}" for key, value in values.items())]
+    commands = [["bench/peers.py", who, "configs/approach1.json", f"--out={run}", *given],
                 ["eval.py", f"--ckpt={run}", "--keep", "--eval.samples=0"]]
     return Experiment(name, commands, seconds)
 
@@ -106,7 +107,8 @@ def experiments():
             training("gsm8k-early", "approach1", patient, 90), training("gsm8k-early-5e-4", "approach1", patient | rates["5e-4"], 90)]
     variant = lambda name, values, seeds=first, seconds=50: seeded(name, "approach1", TLDR | FIGURES | values, seconds, seeds)
     single = {"bits-single": {"model.double_quant": "false"}, "factor-rank": {"lora.r": 32, "lora.alpha": 64},
-              "factor-rslora": {"lora.rslora": "true"}, "factor-targets": {"lora.targets": "q_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"},
+              "factor-rslora": {"lora.rslora": "true"},
+              "factor-targets": {"lora.targets": "q_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"},
               "factor-dropout": {"lora.dropout": 0.1}}
     bits = {kind: {"model.quant": kind} for kind in ("none", "int8")}
     schedules = {"zero": {"schedule.lr_min": 0}, "wsd": {"schedule.lr_kind": "wsd"}, "constant": {"schedule.lr_kind": "constant"},
@@ -143,7 +145,7 @@ def found_in(rows, name):
 
 
 def filled_in(command, work, rows, overrides):
-    """(a command's words with its places filled in, the file that its output goes to or None). An override stands in place of the own value."""
+    """(a command's words with its places filled in, the file that its output goes to or None). An override replaces the own value."""
     given = dict(word.partition("=")[::2] for word in command[1:] if word.startswith("--"))
     trains = command[0] != "eval.py"
     given |= {f"--{key}": value for key, value in overrides if trains}
@@ -176,7 +178,8 @@ def begin(experiment, place, work, rows, overrides, threads, peers_site=None):
             started = [sys.executable, str(PROJECT / words[0]), *words[1:]]
             return subprocess.Popen(started, stdout=output, stderr=log, cwd=PROJECT, env=os.environ | environment)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["eval", "train", "datasets", "matplotlib.pyplot", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["eval", "train", "datasets", "matplotlib.pyplot", "torch.utils.tensorboard",
+                                    "transformers.models.llama.modeling_llama"])
     process = context.Process(target=forked.run_script, args=(words, to, log.name, environment))
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that looking for a GPU does not start CUDA, which survives no fork
     process.start()
@@ -222,16 +225,20 @@ def needs(experiment, work, plan):
 
 
 def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done, peers_site=None, last=False):
-    """Run experiments until they have ended or the time is over. done(experiment): called as each ends. last: no sitting comes after this one,
-    so nothing begins that cannot end. Returns those that did not end well."""
+    """Run experiments until they have ended or the time is over. done(experiment): called as each ends.
+
+    last: no sitting comes after this one, so nothing begins that cannot end. Returns those that did not end well.
+    """
     began, threads = time.monotonic(), max(1, (os.cpu_count() or 1) // max(1, jobs))
     pending, running, failed, told, stopping = [e for e in chosen if not ended(e, work)], [], [], began, []
-    begun = [e for e in pending if any((work / e.name).glob("checkpoints/step-*"))]  # these need less than the whole time, nobody knows how much
+    # these need less than the whole time, nobody knows how much
+    begun = [e for e in pending if any((work / e.name).glob("checkpoints/step-*"))]
     say = lambda text: print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
     ratios = []  # how much longer than alone experiments took so far, beside each other
     slower = lambda: max(1.0, float(np.median(ratios))) if len(ratios) > 2 else 1.0
     resumes = lambda e: all(command[0] in TRAININGS for command in e.commands)
-    takes = lambda e: SOON if resumes(e) and (e in begun or not e.alone and not last) else GRACE + e.seconds * (1.0 if e.alone else slower())
+    soon = lambda e: resumes(e) and (e in begun or not e.alone and not last)
+    takes = lambda e: SOON if soon(e) else GRACE + e.seconds * (1.0 if e.alone else slower())
     previous = {number: signal.signal(number, lambda *_: stopping.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     left = lambda: seconds - (time.monotonic() - began)
     while pending or running:
@@ -247,7 +254,8 @@ def run_all(chosen, plan, work, rows, jobs, seconds, overrides, done, peers_site
             running.remove(entry)
             complete = entry["place"] + 1 == len(experiment.commands)
             took = time.monotonic() - entry["began"]
-            sitting = {"seconds": round(took, 1), "beside": entry["beside"], "exit": code if complete or code not in experiment.ends else None}
+            sitting = {"seconds": round(took, 1), "beside": entry["beside"],
+                       "exit": code if complete or code not in experiment.ends else None}
             (work / f"{experiment.name}.json").write_text(json.dumps([*sittings_of(work, experiment.name), sitting]))
             if ended(experiment, work):
                 ratios += [took / experiment.seconds] if entry["beside"] and experiment not in begun else []
@@ -346,7 +354,8 @@ def facts_of(run, lines):
             "loss": [some(loss[:edge], np.median), some(loss[-edge:], np.median)], "loss_window": edge,
             "norm": [some(norms, of) for of in (np.min, np.median, np.max)], "zero_norms": int((norms == 0).sum()),
             "clipped": some(column("train/clipped"), np.mean), "skipped": int(column("train/skipped").sum()), "alerts": alerts,
-            "proof": [[at, *(float(f"{value:.4g}") if np.isfinite(value := verdict.number(part)) else None for part in rest)] for at, *rest in proofs],
+            "proof": [[at, *(float(f"{value:.4g}") if np.isfinite(value := verdict.number(part)) else None for part in rest)]
+                      for at, *rest in proofs],
             "forecast": [{"name": found["name"], "severity": found["severity"]} for found in forecast],
             "diagnosis": [{"name": found.name, "severity": found.severity} for found in diagnosis if found.severity != "unjudged"],
             "headline": health.headline(held, diagnosis)}
@@ -360,7 +369,7 @@ def bare(text):
 
 
 def generation_facts(folder):
-    """{"prompts": what was written for our own prompts, whole; "commands": of each validation command whether it was right and stopped, no text}."""
+    """{"prompts": what was written for our own prompts, whole; "commands": whether each validation command was right and stopped}."""
     read = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.out")}
     own = [{name: sample[name] for name in ("prompt", "text", "tokens", "stopped")} for sample in read["prompts"]["samples"]]
     rows = []
@@ -447,7 +456,8 @@ def main(argv):
     known = [e for e in wanted if e.name not in names and kept_already(e, folders)]
     if flags["list"]:
         for experiment in wanted:
-            print(f"{experiment.name}   {experiment.seconds} s{', alone' if experiment.alone else ''}{', kept' if experiment in known else ''}")
+            alone, kept = ", alone" if experiment.alone else "", ", kept" if experiment in known else ""
+            print(f"{experiment.name}   {experiment.seconds} s{alone}{kept}")
             print(*(f"    python {' '.join(command)}" for command in experiment.commands), sep="\n")
         wanted = [e for e in wanted if e not in known]
         kept = f" and {len(known)} kept" if known else ""

@@ -81,7 +81,7 @@ def work_of(name, shapes, calls, shape, tokens):
 
 
 def rows_of(case, found, total, tokens, tflops, tbs):
-    """[{"case", "kernel", "calls", "milliseconds", "share", "teraflop", "gigabytes", "roofline"}] a step, most time first, then the rest."""
+    """[{"case", "kernel", "calls", "milliseconds", "share", "teraflop", "gigabytes", "roofline"}] a step, longest first, then the rest."""
     shape = speed.SHAPES[speed.CASES[case][0]]
     groups = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
     lengths = {shapes[1][-1] for name, shapes, *_ in found if name == "aten::embedding"}  # of the micro-batches

@@ -28,7 +28,7 @@ TOKENS = 48  # of a sample
 
 
 def by_llama(theirs, rows, count, tokenizer):
-    """llama.cpp over `count` rows: (rows that it tokenises alike, nats of each, supervised tokens of each, logits of their first tokens)."""
+    """llama.cpp over `count` rows: (rows it tokenises alike, nats of each, supervised tokens of each, logits of their first tokens)."""
     same, nll, supervised, logits = 0, np.zeros(count), np.zeros(count), []
     for r in range(count):
         ids = rows.ids[rows.offsets[r]:rows.offsets[r + 1]]
@@ -76,7 +76,8 @@ def main(argv):
     try:
         from llama_cpp import Llama
     except ImportError:
-        raise ValueError("llama-cpp-python is not installed, and is no part of the requirements, since it compiles: pip install llama-cpp-python") from None
+        raise ValueError("llama-cpp-python is not installed, and is no part of the requirements, since it compiles: "
+                         "pip install llama-cpp-python") from None
     overrides += [("eval.max_rows", flags["rows"]), ("eval.samples", "4")] + ([("data.eval", flags["data"])] if flags["data"] else [])
     config, adapter, folder = evaluation.configure(words[0], "", overrides)
     tokenizer = data.load_tokenizer(folder)

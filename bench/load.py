@@ -44,7 +44,7 @@ def seconds_to_read(files):
 
 
 def loaded(chosen, device):
-    """Load once: {"load": seconds up to the check of the architecture, "check": those of it, "peak", "held": bytes on the GPU, "largest"}."""
+    """Load once: {"load": seconds up to the check of the architecture, "check": of it, "peak", "held": bytes on the GPU, "largest"}."""
     found, check = {}, model.compare_with_transformers
 
     def timed_check(network):
@@ -67,7 +67,8 @@ def loaded(chosen, device):
         network = model.load(chosen, device)
     finally:
         model.compare_with_transformers = check
-    found["largest"] = max(parameter.numel() * 2 for parameter in loading.architecture(pathlib.Path(chosen.model.path), torch.bfloat16).parameters())
+        found["largest"] = max(parameter.numel() * 2
+                               for parameter in loading.architecture(pathlib.Path(chosen.model.path), torch.bfloat16).parameters())
     del network
     gc.collect()
     if device == "cuda":
@@ -86,7 +87,8 @@ def main(argv):
         chosen = settings.from_dict({"model": {"path": str(folder), "quant": kind}, "memory": {"keep_dequantized": "no"}}, overrides)
         files = sorted(set(loading.weight_files(folder).values()))
         size = sum(file.stat().st_size for file in files)
-        row = {"shape": shape, "quant": kind, "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "gb_on_disk": round(size / 1e9, 2)}
+        row = {"shape": shape, "quant": kind, "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+               "gb_on_disk": round(size / 1e9, 2)}
         loaded(chosen, device)  # kernels compiled, libraries loaded
         for state in ("dropped", "cached"):
             if state == "dropped":

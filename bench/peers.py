@@ -121,7 +121,8 @@ def train(peer, config, run, fp32=False):
     given = SFTConfig(
         output_dir=str(run / "peer"), per_device_train_batch_size=count, gradient_accumulation_steps=1, max_steps=steps, bf16=True,
         use_cpu=not gpu, optim="adamw_torch_fused" if gpu else "adamw_torch",
-        learning_rate=config.schedule.learning_rate, max_grad_norm=config.schedule.clip_norm, weight_decay=c.weight_decay, adam_beta1=c.adam_beta1, adam_beta2=c.adam_beta2, adam_epsilon=c.adam_eps, seed=c.seed,
+        learning_rate=config.schedule.learning_rate, max_grad_norm=config.schedule.clip_norm, weight_decay=c.weight_decay,
+        adam_beta1=c.adam_beta1, adam_beta2=c.adam_beta2, adam_epsilon=c.adam_eps, seed=c.seed,
         train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True}, max_length=max(lengths), packing=False,
         gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True)
     trainer = SFTTrainer(model=network, args=given, train_dataset=samples, processing_class=own or tokenizer, peft_config=peft,

@@ -41,11 +41,12 @@ def products():
         work = 2 * TOKENS * width * out / 1e9
         for step in (8, 64):
             stride = width + -(-ranks // step) * step
-            x, weight, grad, y = draw(TOKENS, stride), draw(out, stride), draw(TOKENS, out), torch.empty(TOKENS, out, device="cuda", dtype=torch.bfloat16)
-            dx = torch.empty(TOKENS, width, device="cuda", dtype=torch.bfloat16)
+            x, weight, grad = draw(TOKENS, stride), draw(out, stride), draw(TOKENS, out)
+            y, dx = (torch.empty(TOKENS, columns, device="cuda", dtype=torch.bfloat16) for columns in (out, width))
             forward = milliseconds(lambda: torch.mm(x[:, :width + ranks], weight[:, :width + ranks].T, out=y))
             backward = milliseconds(lambda: torch.mm(grad, weight[:, :width], out=dx))
-            print(f"{name:9} rows of {stride:6}   forward {forward:.3f} ms {work / forward:4.0f} TFLOP/s   backward {backward:.3f} ms {work / backward:4.0f} TFLOP/s", flush=True)
+            print(f"{name:9} rows of {stride:6}   forward {forward:.3f} ms {work / forward:4.0f} TFLOP/s   "
+                  f"backward {backward:.3f} ms {work / backward:4.0f} TFLOP/s", flush=True)
         wide, tall = draw(TOKENS, out + 64), draw(out + ranks, width)
         longer = milliseconds(lambda: torch.mm(wide[:, :out + ranks], tall, out=dx))
         low, a = draw(TOKENS, ranks), draw(ranks, width)
@@ -55,8 +56,10 @@ def products():
 
 def swiglu_backward():
     """SwiGLU's backward pass with the adapter sums that read its tiles: one kernel, and the steps it stands for."""
-    grad, gate_up, low, d_low = draw(TOKENS, INNER + 64)[:, :INNER], draw(TOKENS, 2 * INNER) * 20, draw(TOKENS, WIDTH + 64)[:, WIDTH:WIDTH + 2 * RANK], draw(TOKENS, RANK)
-    out, total = torch.empty(TOKENS, 2 * INNER + 64, device="cuda", dtype=torch.bfloat16)[:, :2 * INNER], torch.zeros(INNER, RANK, device="cuda")
+    grad, gate_up = draw(TOKENS, INNER + 64)[:, :INNER], draw(TOKENS, 2 * INNER) * 20
+    low, d_low = draw(TOKENS, WIDTH + 64)[:, WIDTH:WIDTH + 2 * RANK], draw(TOKENS, RANK)
+    out = torch.empty(TOKENS, 2 * INNER + 64, device="cuda", dtype=torch.bfloat16)[:, :2 * INNER]
+    total = torch.zeros(INNER, RANK, device="cuda")
 
     def steps():
         act = gpu_kernels.swiglu_backward(grad, gate_up, out)
@@ -64,15 +67,18 @@ def swiglu_backward():
             torch.addmm(total, columns.T, narrow, out_dtype=torch.float32, out=total)
 
     moved = TOKENS * INNER * 2 * 5 / 1e6
-    for what, run in (("one kernel", lambda: gpu_kernels.swiglu_backward_sums(grad, gate_up, low, d_low, out)), ("step by step", steps)):
+    in_one = lambda: gpu_kernels.swiglu_backward_sums(grad, gate_up, low, d_low, out)
+    for what, run in (("one kernel", in_one), ("step by step", steps)):
         spent = milliseconds(run)
         print(f"swiglu backward, {what:12} {spent:.3f} ms {moved / spent:5.0f} GB/s", flush=True)
 
 
 def bus_and_power():
     x, weight = draw(8192, WIDTH), draw(2 * INNER, WIDTH)
-    y, host = torch.empty(8192, 2 * INNER, device="cuda", dtype=torch.bfloat16), torch.empty(8192, WIDTH, dtype=torch.bfloat16, pin_memory=True)
-    for what, run in (("to the host", lambda: host.copy_(x, non_blocking=True)), ("to the GPU", lambda: x.copy_(host, non_blocking=True))):
+    y = torch.empty(8192, 2 * INNER, device="cuda", dtype=torch.bfloat16)
+    host = torch.empty(8192, WIDTH, dtype=torch.bfloat16, pin_memory=True)
+    to_host, to_gpu = lambda: host.copy_(x, non_blocking=True), lambda: x.copy_(host, non_blocking=True)
+    for what, run in (("to the host", to_host), ("to the GPU", to_gpu)):
         print(f"{what:12} {x.nbytes / milliseconds(run) / 1e6:.0f} GB/s")
     began = time.time()
     while time.time() - began < 30:
@@ -80,7 +86,8 @@ def bus_and_power():
         for _ in range(300):
             torch.mm(x, weight.T, out=y)
         torch.cuda.synchronize()
-        print(f"after {time.time() - began:4.1f} s  {300 * 2 * 8192 * 2 * INNER * WIDTH / (time.time() - start) / 1e12:.0f} TFLOP/s", flush=True)
+        rate = 300 * 2 * 8192 * 2 * INNER * WIDTH / (time.time() - start)
+        print(f"after {time.time() - began:4.1f} s  {rate / 1e12:.0f} TFLOP/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 Lines: in fp32; in bf16 on the fast and on the plain path; and in fp32 with what each layer gives on rounded to bf16 up or down by
 chance, several times: `apart`, by chances of their own in every row, and `alike`, by the same chances in all rows at the tokens with
-which all rows begin (a chat template's first ones). Rounding is a function of its input, so what all rows share is rounded alike
-in all of them, and its effect does not average out over rows: an interval from drawing rows does not hold it. Leaves out: the backward pass.
+which all rows begin (a chat template's first ones). Rounding is a function of its input, so what all rows share is rounded alike in
+all of them, and its effect does not average out over rows: an interval from drawing rows does not hold it. Leaves out: the backward
+pass.
 """
 import dataclasses
 import pathlib
@@ -52,7 +53,8 @@ def round_layers(network, seed, begins):
             return (rounded, *out[1:]) if isinstance(out, tuple) else rounded
         return hook
 
-    return [layer.register_forward_hook(round_output(number), with_kwargs=True) for number, layer in enumerate(network.get_decoder().layers)]
+    layers = network.get_decoder().layers
+    return [layer.register_forward_hook(round_output(number), with_kwargs=True) for number, layer in enumerate(layers)]
 
 
 def interval(by_row, reference):

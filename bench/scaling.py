@@ -26,11 +26,12 @@ MODELS = {  # layers, width, MLP width, key-value width, vocabulary
 
 
 def sizes(model, r=16):
-    """{"weights": of a layer, "gradient": bytes of the adapters' fp32 gradient, "layer": bytes of a layer in NF4 with double quantisation}."""
+    """{"weights": of a layer, "gradient": bytes of the adapters' fp32 gradient, "layer": bytes of a layer in NF4, double quantisation}."""
     layers, width, mlp, kv, _ = MODELS[model]
     projections = [(width, width), (kv, width), (kv, width), (width, width), (mlp, width), (mlp, width), (width, mlp)]
     weights = sum(out * inside for out, inside in projections)
-    return {"weights": weights, "layers": layers, "gradient": 4 * layers * sum(r * (out + inside) for out, inside in projections),
+    return {"weights": weights, "layers": layers,
+            "gradient": 4 * layers * sum(r * (out + inside) for out, inside in projections),
             "layer": int(weights * (0.5 + 1 / 64 + 4 / 64 / 256))}
 
 
@@ -52,7 +53,8 @@ def measure(rounds):
             times.append(time.perf_counter() - began)
         return statistics.median(times[3:])
 
-    found = {"ranks": ranks.RANKS, "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU, gloo", "gradient": {}, "layer": {}}
+    found = {"ranks": ranks.RANKS, "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU, gloo",
+             "gradient": {}, "layer": {}}
     for model in MODELS:
         gradient, layer = (sizes(model)[what] for what in ("gradient", "layer"))
         if device.type == "cpu" and model != "135M":
@@ -72,10 +74,12 @@ def measure(rounds):
 def table(path):
     """The measured figures as Markdown."""
     found = json.loads(pathlib.Path(path).read_text())
-    lines = [f"Measured, {found['ranks']} x {found['device']}:", "", "| model | gradient, MB | its sum, ms | layer, MB | gathered in, ms |", "| --- | --- | --- | --- | --- |"]
+    lines = [f"Measured, {found['ranks']} x {found['device']}:", "",
+             "| model | gradient, MB | its sum, ms | layer, MB | gathered in, ms |", "| --- | --- | --- | --- | --- |"]
     for model, gradient in found["gradient"].items():
         layer = found["layer"][model]
-        lines.append(f"| {model} | {gradient['bytes'] / 1e6:.1f} | {gradient['seconds'] * 1e3:.2f} | {layer['bytes'] / 1e6:.1f} | {layer['seconds'] * 1e3:.2f} |")
+        lines.append(f"| {model} | {gradient['bytes'] / 1e6:.1f} | {gradient['seconds'] * 1e3:.2f} | "
+                     f"{layer['bytes'] / 1e6:.1f} | {layer['seconds'] * 1e3:.2f} |")
     return "\n".join([*lines, "", f"A number agreed on between the hosts: {found['word'] * 1e3:.2f} ms."])
 
 
@@ -110,7 +114,8 @@ def computed(speeds, inside, between, hosts_of=8, micro_batch=8192, micro_batche
     rows = json.loads(pathlib.Path(speeds).read_text())
     ours = next(row for row in rows if row["case"] == "A" and row["who"] == "rawlora" and row.get("gpus", 1) == 1)
     weights = {model: sizes(model)["weights"] * sizes(model)["layers"] + MODELS[model][1] * MODELS[model][4] for model in MODELS}
-    lines = ["| model | GPUs | sum, ms | layer gathered, ms | tokens/s, replicated | of N GPUs alone | tokens/s, sharded | of N that recompute alone |",
+    lines = ["| model | GPUs | sum, ms | layer gathered, ms | tokens/s, replicated | of N GPUs alone | tokens/s, sharded | "
+             "of N that recompute alone |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for model in ("8B", "70B"):
         alone = ours["tokens_per_second"] * weights["8B"] / weights[model]
@@ -118,9 +123,11 @@ def computed(speeds, inside, between, hosts_of=8, micro_batch=8192, micro_batche
             rate = inside if n <= hosts_of else between
             whole, _, summed, gathered = shares(model, n, rate, alone, micro_batch * micro_batches, micro_batch)
             split = shares(model, n, rate, alone * 2 / 3, micro_batch * micro_batches, micro_batch)[1]
-            lines.append(f"| {model} | {n} | {summed * 1e3:.1f} | {gathered * 1e3:.2f} | {n * alone * whole:,.0f} | {whole:.1%} | {n * alone * 2 / 3 * split:,.0f} | {split:.1%} |")
-    return "\n".join([*lines, "", f"at {inside / 1e9:.0f} GB/s inside a host of {hosts_of} and {between / 1e9:.0f} GB/s between hosts, for each GPU; "
-                      f"{micro_batches} micro-batches of {micro_batch:,} tokens a rank and step"])
+            lines.append(f"| {model} | {n} | {summed * 1e3:.1f} | {gathered * 1e3:.2f} | {n * alone * whole:,.0f} | {whole:.1%} | "
+                         f"{n * alone * 2 / 3 * split:,.0f} | {split:.1%} |")
+    told = (f"at {inside / 1e9:.0f} GB/s inside a host of {hosts_of} and {between / 1e9:.0f} GB/s between hosts, for each GPU; "
+            f"{micro_batches} micro-batches of {micro_batch:,} tokens a rank and step")
+    return "\n".join([*lines, "", told])
 
 
 def main(argv):

@@ -41,7 +41,8 @@ def small_disk(folder, size):
         return False
     if owner:
         pathlib.Path("/proc/self/uid_map").write_text(f"0 {owner} 1")
-    return not libc.mount(b"none", b"/", None, 0x44000, None) and not libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode())
+    return (not libc.mount(b"none", b"/", None, 0x44000, None)
+            and not libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()))
 
 
 def fill(path):
@@ -150,7 +151,8 @@ def beset(run, arguments, log, steps, kinds, longest, chance, over, suffered):
         last, newest, valid = standing(run)
         assert newest >= before, f"{kind}: the newest checkpoint was of step {before} and is of step {newest}"
         lost = max(0, last - newest) if (last, newest) != (stood, before) else 0  # where nothing moved, it was still loading
-        suffered.append({"kind": "SIGKILL" if kind == "damaged checkpoint" else kind, "lost": lost, "allowed": 0 if code == 143 else INTERVAL})
+        suffered.append({"kind": "SIGKILL" if kind == "damaged checkpoint" else kind, "lost": lost,
+                         "allowed": 0 if code == 143 else INTERVAL})
         if kind == "damaged checkpoint" and valid > 1:
             damage(run, chance)
             suffered.append({"kind": kind, "lost": newest - standing(run)[1], "allowed": INTERVAL})
@@ -216,12 +218,14 @@ def main(argv):
     lost = {kind: [fault["lost"] for fault in suffered if fault["kind"] == kind] for kind in kinds}
     result = {"minutes": round((time.monotonic() - began) / 60, 1), "rounds": rounds, "steps": total, "faults": len(suffered),
               "checkpoint_interval": INTERVAL, "same_curve_as_in_peace": not broken, "broken": broken, "environment": record.environment(),
-              "kinds": {kind: {"count": len(steps), "most_steps_lost": max(steps, default=0), "mean_steps_lost": round(sum(steps) / max(1, len(steps)), 2)}
+              "kinds": {kind: {"count": len(steps), "most_steps_lost": max(steps, default=0),
+                               "mean_steps_lost": round(sum(steps) / max(1, len(steps)), 2)}
                         for kind, steps in lost.items()}}
     print(f"\n{len(suffered)} faults in {rounds} runs of {total // rounds} steps, {result['minutes']} minutes")
     for kind, entry in result["kinds"].items():
         print(f"  {kind:<20} {entry['count']:>4}  steps lost: at most {entry['most_steps_lost']}, mean {entry['mean_steps_lost']}")
-    print("\n".join(["  BROKEN: " + what for what in broken] or [f"  every run ended as in peace, bit for bit; checkpoints every {INTERVAL} steps"]))
+    peace = f"  every run ended as in peace, bit for bit; checkpoints every {INTERVAL} steps"
+    print("\n".join(["  BROKEN: " + what for what in broken] or [peace]))
     if "full disk" not in kinds:
         print("  a small disk could not be mounted here: no run met a full one")
     if options["json"]:

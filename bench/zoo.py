@@ -282,7 +282,8 @@ def prompt_alone(batch):
     places = torch.arange(len(batch.input_ids) - 1)
     inside = batch.position_ids[1:] > 0  # a row's first token is nobody's target
     kept = places[inside & ~torch.isin(places, batch.rows)]
-    return dataclasses.replace(batch, rows=kept, targets=batch.input_ids[kept + 1], document=torch.bucketize(kept, batch.cu_seqlens[1:], right=True))
+    return dataclasses.replace(batch, rows=kept, targets=batch.input_ids[kept + 1],
+                               document=torch.bucketize(kept, batch.cu_seqlens[1:], right=True))
 
 
 def by_micro_batch(real):
