@@ -25,6 +25,7 @@ DEQUANTISED = 210        # tokens: a layer's weights are dequantised twice in th
 SHORT = 120              # tokens: what matrix products lose at small sizes, in the same way
 OFFLOADED = 0.01         # copies beside the products slow them a little
 TRIED = 3                # choices that are timed, of sizes at least twice as large from one to the next
+CLEARLY = 1.03           # times as fast as what should be fastest must another choice be timed to take its place: one pass scatters so much
 WORTH_TRYING = 1.15      # times the cost of the cheapest, by the four figures above, which were measured on one kind of GPU
 
 
@@ -105,7 +106,8 @@ def fastest(network, rows, chosen, candidates):
         seconds = seconds_a_token(network, rows, candidate["max_tokens"], passes=3 if len(candidates) > 1 else 1)
         taken = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB taken" if network.device.type == "cuda" else ""
         timed += [(seconds, candidate | {"why": f"{candidate['why']}, {taken}"})] if seconds is not None else []
-    which = int(ranks.same(str(min(range(len(timed)), key=lambda i: timed[i][0], default=-1))))  # by the first rank's clock
+    margin = lambda i: timed[i][0] * (CLEARLY if i else 1.0)
+    which = int(ranks.same(str(min(range(len(timed)), key=margin, default=-1))))  # by the first rank's clock
     if not timed:
         return None
     least, best = timed[which]

@@ -216,7 +216,7 @@ def test_the_environment_names_versions_and_hardware_and_nobody(tmp_path, monkey
     monkeypatch.setenv("SECRET_TOKEN", "hf_do_not_write_this_down")
     found = record.environment()
     text = json.dumps(found, allow_nan=False)
-    assert found["packages"]["torch"] == torch.__version__ and re.match(r"3\.\d+", found["python"]) and found["cores"] >= 1 and found["cpu"]
+    assert torch.__version__.startswith(found["packages"]["torch"]) and re.match(r"3\.\d+", found["python"]) and found["cores"] >= 1 and found["cpu"]
     assert len(found["devices"]) == torch.cuda.device_count()
     words = re.findall(r"[\w.+-]+", text)
     assert "hf_do_not" not in text and socket.gethostname() not in words and not {str(tmp_path.home()), tmp_path.home().name, os.getcwd()} & set(words)
