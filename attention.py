@@ -30,7 +30,8 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
     asked = [name for name, value in rest.items() if value is not None and value is not False and name not in harmless]
     if asked or attention_mask is not None or dropout:
         what = ", ".join(asked) or ("a mask of its own" if attention_mask is not None else "attention dropout")
-        remedy = "this architecture cannot be trained here" if asked or attention_mask is not None else "set it to 0 in the model's config.json"
+        remedy = ("this architecture cannot be trained here" if asked or attention_mask is not None else
+                  "set it to 0 in the model's config.json")
         raise ValueError(f"{type(module).__name__} asks packed attention for {what}, which it does not know: {remedy}")
     module.window = sliding_window  # what this layer asks for, which its configuration does not tell; see fused.install
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, heads, d); t[0] would copy in the backward pass

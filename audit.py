@@ -100,7 +100,8 @@ def repeats(question, answer):
 
 
 def runaway(text):
-    """The piece of 2 to 200 characters that stands six times in a row or more, over 60 characters or more, in `text`, and how often; or None."""
+    """The piece of 2 to 200 characters that stands six times in a row or more in `text`, over 60 characters or more, and how often;
+    or None."""
     codes, found = _codes([text])[0].astype(np.uint32), []
     for period in PERIODS:
         same, needed = codes[:-period] == codes[period:], _stretch(period)
@@ -245,7 +246,8 @@ def own_text(texts, frame):
 
 
 def without_a_word(texts, chosen):
-    """(hashes uint64 (V,), row of each int64 (V,)): for `chosen` rows of WORDS words, one for each word left out, by its place and the rest."""
+    """(hashes uint64 (V,), row of each int64 (V,)): for `chosen` rows of WORDS words, one for each word left out, by its place and
+    the rest."""
     codes, bounds = _codes([text + " " for text in texts])
     spaces = np.flatnonzero(codes == 32)
     begins = np.concatenate([[0], spaces[:-1] + 1])

@@ -141,8 +141,9 @@ def _tensors(data, path):
 
 
 def load(path):
-    """A verified checkpoint as plain things: {"step": int, "state": dict of state.json, "tensors": {file: {name: CPU tensor}}, "texts": {file: str}}.
+    """A verified checkpoint as plain things.
 
+    Returns {"step": int, "state": dict of state.json, "tensors": {file: {name: CPU tensor}}, "texts": {file: str}}.
     The bytes that are hashed are the bytes that are parsed. A folder in PEFT's format that is no checkpoint of ours gives
     step None, an empty state, and the adapter's two files. Raises ValueError naming the file and what is wrong with it.
     """

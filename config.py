@@ -231,7 +231,8 @@ class Criteria:
     optimal_perplexity: float = key(6.0, "optimal: perplexity on evaluation rows is below this; 0: not judged", low=0.0)
     optimal_coherent_share: float = key(0.5, "optimal: a larger share of the samples than this is coherent; 0: not judged",
                                         low=0.0, high=0.99)
-    optimal_steady_parts: int = key(4, "optimal: the evaluation loss fell in each of so many equal parts of the run; 0: not judged", low=0, high=1000)
+    optimal_steady_parts: int = key(4, "optimal: the evaluation loss fell in each of so many equal parts of the run; 0: not judged",
+                                    low=0, high=1000)
     coherent_repetition: float = key(0.2, "a sample is incoherent if a larger share of its 4-grams repeats an earlier one",
                                      low=0.0, high=1.0)
     coherent_overlap: float = key(0.1, "a sample is incoherent if its overlap with the reference (F1 of words) is smaller",

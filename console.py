@@ -18,7 +18,8 @@ def introduce(run, config, rows, network, state, outlook):
     plan = state["plan"]
     print(f"run       {run}" + (f", going on after step {state['step']:,}" if state["step"] else ""))
     if begun := record.continues(run):
-        print(f"          begun in another folder: {begun}; the record until there is\n          in this one too, the best step is looked for anew")
+        print(f"          begun in another folder: {begun}; the record until there is\n"
+              "          in this one too, the best step is looked for anew")
     for accepted in state["accepted"]:
         for name in [name for name in accepted if name != "step"]:
             was, now = (json.dumps(accepted[name][which]) for which in ("was", "is"))

@@ -37,7 +37,8 @@ def _number(value):
 
 
 def _figure(entry):
-    """Whether a (tag, value) is what a step's line holds: a number, one that is not finite as text, or text that is told and not reckoned with."""
+    """Whether a (tag, value) is what a step's line holds: a number, one that is not finite as text, or text that is told and not
+    reckoned with."""
     tag, value = entry
     return _number(value) or isinstance(value, str) and (value in ("nan", "inf", "-inf") or not tag.startswith(("train/", "adapters/")))
 
@@ -70,7 +71,8 @@ STATE = {  # what state.json must hold, by name
 
 
 def load_checkpoint(path):
-    """A run's checkpoint (checkpoint.load), its state of the kinds that a run writes: its hashes prove who wrote it no more than that it is whole.
+    """A run's checkpoint (checkpoint.load), its state of the kinds that a run writes: its hashes prove who wrote it no more than that
+    it is whole.
 
     Raises ValueError for what is wrong with it, and for an adapter that is no more than that.
     """
@@ -124,7 +126,8 @@ def of_every_rank(config, tokenizer, rows, eval_rows, prompts, device):
     places = ("model.path", "lora.init_from", "data.train", "data.eval", "data.mixture", "data.chat_template", "data.cache", "eval.prompts")
     asked = hashlib.sha256(json.dumps([list(map(int, prompt["ids"])) for prompt in prompts]).encode()).hexdigest()[:16]
     settings = {name: value for name, value in config.flat().items() if name not in places}
-    return settings | contents(tokenizer, rows, eval_rows) | {"prompts": asked, "torch": torch.__version__, "device": record.kind_of(device)}
+    return settings | contents(tokenizer, rows, eval_rows) | {"prompts": asked, "torch": torch.__version__,
+                                                              "device": record.kind_of(device)}
 
 
 def restore(saved, path, accept, fresh, adapters, moments, scaler, device):

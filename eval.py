@@ -48,8 +48,9 @@ import verdict
 def evaluate(network, rows, max_rows, max_tokens, interrupted=()):
     """Loss and accuracy over the supervised tokens of data.Rows (the first max_rows of them; 0: all).
 
-    Returns {"loss": nats a token, "perplexity", "token_accuracy": 0 ... 1, "supervised_tokens", "rows", "seconds", "max_tokens": what fitted} and, per row,
-    float64 arrays {"nll": summed nats, "tokens", "correct"}; or (None, None) as soon as `interrupted` holds something.
+    Returns {"loss": nats a token, "perplexity", "token_accuracy": 0 ... 1, "supervised_tokens", "rows", "seconds", "max_tokens": what
+    fitted} and, per row, float64 arrays {"nll": summed nats, "tokens", "correct"}; or (None, None) as soon as `interrupted` holds
+    something.
     Logits exist for memory.loss_chunk tokens at a time; the host waits for the device once. Where memory runs out, the rows
     are evaluated again in micro-batches of half the size. Raises ValueError naming a row that does not fit alone.
     """
@@ -192,7 +193,8 @@ class NotFinite(Exception):
 
 
 def evaluate_unquantised(config, device, eval_rows):
-    """(figures, by row) of the untouched model in 16 or 32 bits, as eval.evaluate gives them; None where it is not asked for or does not fit.
+    """(figures, by row) of the untouched model in 16 or 32 bits, as eval.evaluate gives them; None where it is not asked for or does
+    not fit.
 
     What training gains is told against it too: making good what quantisation spoilt is not yet learning. What rows came to is kept
     between starts beside the tokens (data.cache), since the same model, rows and code give the same figures.
@@ -241,7 +243,8 @@ def unquantised_shaped_by(config, device, eval_rows):
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         digests = list(threads.map(cache.sha256, files))
     return ["unquantised", _code, digests, eval_rows.digest, config.eval.max_rows, config.model.compute_dtype, config.model.attention,
-            dataclasses.asdict(config.memory), config.train.deterministic, record.kind_of(device), torch.__version__, torch.version.cuda, transformers.__version__]
+            dataclasses.asdict(config.memory), config.train.deterministic, record.kind_of(device), torch.__version__, torch.version.cuda,
+            transformers.__version__]
 
 
 def check_rows(network, *data_sets, sampled=0):
@@ -272,8 +275,8 @@ def check_rows(network, *data_sets, sampled=0):
             raise ValueError(f"{rows.names[longest]}: has {lengths[longest]:,} tokens, more than {limit:,}, and {why}; "
                              f"set data.max_length to {limit:,} at most")
     if learnt and sampled > limit:
-        raise ValueError(f"eval.max_new_tokens: samples of up to {sampled:,} tokens, with their prompts, are longer than the model's {limit:,} "
-                         "positions; lower it, or give shorter prompts (eval.prompts)")
+        raise ValueError(f"eval.max_new_tokens: samples of up to {sampled:,} tokens, with their prompts, are longer than the model's "
+                         f"{limit:,} positions; lower it, or give shorter prompts (eval.prompts)")
 
 
 def longest_sample(prompts, config):
@@ -335,7 +338,10 @@ def configure(ckpt, model_path, overrides):
 
 
 def kept_as(folder, untrained, overrides):
-    """(run folder, step, name) that --keep writes a checkpoint's evaluation under. Raises ValueError where it would not be the run's own."""
+    """(run folder, step, name) that --keep writes a checkpoint's evaluation under.
+
+    Raises ValueError where it would not be the run's own.
+    """
     run = folder.absolute().parents[1] if folder else None
     if not run or not (run / "config.json").is_file() or not folder.name.startswith("step-"):
         raise ValueError(f"--keep: {folder or 'a model'} is not a run's checkpoint, so there is no run to keep its figures in; name one "

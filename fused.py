@@ -75,7 +75,8 @@ class Group:
         return rows[:, self.in_features:][:, self.low_bounds[module]]
 
     def weight(self, dtype, width, height):
-        """W (out, in) in `dtype`, or with B beside it (width in + ranks) or s A below it (height out + ranks): kept, or made in a scratch."""
+        """W (out, in) in `dtype`, or with B beside it (width in + ranks) or s A below it (height out + ranks): kept, or made in a
+        scratch."""
         if self.kept is not None and self.kept.dtype == dtype:
             return self.kept[:height, :width]
         scratch = torch.empty(height, self.width if width > self.in_features else width, device=self.modules[0].weight.device, dtype=dtype)
@@ -109,7 +110,10 @@ class Group:
         return mask
 
     def backward(self, grad, low, mask, B_too=True):
-        """For grad (T, out) and low (T, ranks): d loss / d x (T, in), and d loss / d low (T, ranks). Adds to the gradients of all B, unless told not to."""
+        """For grad (T, out) and low (T, ranks): d loss / d x (T, in), and d loss / d low (T, ranks).
+
+        Adds to the gradients of all B, unless told not to.
+        """
         if self.short and self.kept is not None:  # launches are dear: one product for both
             both = grad @ self.weight(grad.dtype, self.width, self.out_features)  # whole rows, which attention wants to begin at 16 bytes
             dx, d_low = both[:, :self.in_features], both[:, self.in_features:self.in_features + self.ranks]

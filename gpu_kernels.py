@@ -64,7 +64,8 @@ def swiglu_twin(gate_up):
 
 
 def swiglu_backward_twin(grad, gate_up, out=None):
-    """((T, 2I) d loss / d gate_up, (T, I) silu(gate) * up again) for the gradient (T, I) of swiglu's output; the first in `out`, where given."""
+    """((T, 2I) d loss / d gate_up, (T, I) silu(gate) * up again) for the gradient (T, I) of swiglu's output; the first in `out`, where
+    given."""
     out, width = torch.empty_like(gate_up) if out is None else out, grad.shape[1]
     gate, up = gate_up.chunk(2, dim=-1)
     silu = torch.nn.functional.silu(gate)
@@ -291,7 +292,10 @@ if triton is not None:
 # ------------------------------------------------------------------------------------- what the rest of the project calls
 
 def add_rms_norm(h, delta, weight, eps, out):
-    """Writes rms_norm(h + delta) to `out` and returns (h + delta, fp32 1 / rms); h, delta (T, D), delta None: nothing to add. See rms_norm_twin."""
+    """Writes rms_norm(h + delta) to `out` and returns (h + delta, fp32 1 / rms); h, delta (T, D), delta None: nothing to add.
+
+    See rms_norm_twin.
+    """
     if not on_gpu(h):
         h = h if delta is None else h + delta
         x, rstd = rms_norm_twin(h, weight, eps)
@@ -363,7 +367,10 @@ def swiglu(gate_up, out):
 
 
 def swiglu_backward(grad, gate_up, out):
-    """Writes d gate_up to `out` and returns silu(gate) * up, in the place of `grad`. Rows of grad and out may lie apart. See swiglu_backward_twin."""
+    """Writes d gate_up to `out` and returns silu(gate) * up, in the place of `grad`. Rows of grad and out may lie apart.
+
+    See swiglu_backward_twin.
+    """
     if not on_gpu(gate_up):
         return swiglu_backward_twin(grad, gate_up, out)[1]
     T, width = grad.shape

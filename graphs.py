@@ -132,7 +132,8 @@ class Replayed:
 
 
 class Recorded:
-    """`compute()`, which returns a tensor on the GPU, as a CUDA graph: each call computes anew, into the same tensor, from what is where it was."""
+    """`compute()`, which returns a tensor on the GPU, as a CUDA graph: each call computes anew, into the same tensor, from what is
+    where it was."""
 
     def __init__(self, compute):
         stream = torch.cuda.Stream()

@@ -206,8 +206,8 @@ def empty_steps(record):
 
 
 def still_adapters(record):
-    """B starts at 0 and an update moves both matrices, so a norm that repeats to the last digit in every recorded step means no update, unless
-    the recorded rates between them were nothing."""
+    """B starts at 0 and an update moves both matrices, so a norm that repeats to the last digit in every recorded step means no update,
+    unless the recorded rates between them were nothing."""
     seen, rates = False, record.series("rate")
     for name in ("lora_A norm", "lora_B norm"):
         steps, values = [step for step, _ in record.series(name)], [value for _, value in record.series(name)]
@@ -280,8 +280,8 @@ def training_loss(record):
 def learning_rate(record):
     """The sum of the rates bounds how far Adam can carry a weight.
 
-    Ending at nothing is the Trainer's default and a note, unless a tenth of the steps or, below one epoch, unseen rows are given away by it.
-    A small area is a note: a whole model needs less than adapters, and the record does not say which it was.
+    Ending at nothing is the Trainer's default and a note, unless a tenth of the steps or, below one epoch, unseen rows are given away
+    by it. A small area is a note: a whole model needs less than adapters, and the record does not say which it was.
     """
     points = record.series("rate")
     if len(points) < 2:

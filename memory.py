@@ -3,7 +3,8 @@
 The probe runs forward and backward passes of two small micro-batches, all layers recomputed and all but a few, and reads the
 peak of the GPU's memory. That peak grows in a straight line with the tokens, so four readings tell it for every size between. Of the
 choices that fit, the few that should be fastest are run on the longest rows, and the clock decides. What the user set stays as set,
-and so does the plan of a run that goes on. Leaves out: the host's memory (on a CPU the sizes are fixed), and graphs' own pools, which small models have.
+and so does the plan of a run that goes on. Leaves out: the host's memory (on a CPU the sizes are fixed), and graphs' own pools, which
+small models have.
 """
 
 import json
@@ -32,8 +33,9 @@ WORTH_TRYING = 1.15      # times the cost of the cheapest, by the four figures a
 def plan(config, network, rows, before):
     """How windows are packed and which layers are recomputed; puts the network into that state. `before`: a saved run's plan, or {}.
 
-    Returns {"max_tokens", "fits", "evaluates", "shrunk", "checkpoint_layers", "keep_dequantized", "offload", "host_embeddings", "graphs", "why_no_graphs", "why"}.
-    "fits" is max_tokens, or what was left of it when memory ran out during the run ("shrunk" tells when); it is what windows are packed to.
+    Returns {"max_tokens", "fits", "evaluates", "shrunk", "checkpoint_layers", "keep_dequantized", "offload", "host_embeddings",
+    "graphs", "why_no_graphs", "why"}. "fits" is max_tokens, or what was left of it when memory ran out during the run ("shrunk" tells
+    when); it is what windows are packed to.
     What the probe chose is tried on the longest rows, and chosen again with less memory where that does not fit. train.deterministic
     leaves out the clock, which does not choose alike each time.
     Raises ValueError with the remedy where nothing fits.
@@ -116,7 +118,8 @@ def fastest(network, rows, chosen, candidates):
 
 
 def seconds_a_token(network, rows, max_tokens, passes=1):
-    """How long forward and backward pass over the longest rows take, the shortest of so many times; None where they do not fit on every rank.
+    """How long forward and backward pass over the longest rows take, the shortest of so many times; None where they do not fit on
+    every rank.
 
     So what does not fit fails now, not late in the run. 0.0 on a CPU, where nothing is tried.
     """
@@ -148,9 +151,9 @@ def seconds_a_token(network, rows, max_tokens, passes=1):
 
 
 def shrink(plan, step, batch, rows, error, sharded):
-    """Halve what is packed into a micro-batch, for the rest of the run, after `batch` raised `error`. Raises `error` where memory was not what it lacked.
+    """Halve what is packed into a micro-batch, for the rest of the run, after `batch` raised `error`.
 
-    Returns [], or, where a row does not even fit alone, [which].
+    Returns [], or, where a row does not even fit alone, [which]. Raises `error` where memory was not what it lacked.
     """
     try:
         fits = model.smaller(batch, rows, error, sharded)
@@ -259,7 +262,8 @@ def probe(network, kept):
 
 
 def peak_bytes(network, tokens):
-    """The peak of allocated memory in a forward and backward pass of so many tokens in documents of 1,024, all supervised; None where they do not fit."""
+    """The peak of allocated memory in a forward and backward pass of so many tokens in documents of 1,024, all supervised; None where
+    they do not fit."""
     flat, device, length = network.adapter_memory.flat, network.device, min(tokens, 1024)
     ids = torch.arange(tokens) % min(1000, len(network.get_input_embeddings().weight))
     starts = torch.tensor([*range(0, tokens, length), tokens], dtype=torch.int32)

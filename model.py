@@ -103,8 +103,8 @@ def summed_loss(network, batch):
 
 
 def load(config, device):
-    """The network of config.model on `device`, quantised, with untrained adapters (A drawn from train.seed and B = 0, or as lora.init says), ready to train.
-
+    """The network of config.model on `device`, quantised, with untrained adapters (A drawn from train.seed and B = 0, or as lora.init
+    says), ready to train.
     Never holds more than the quantised model and one tensor. Raises ValueError naming what is missing, does not fit or is not known.
     """
     device, dtype = torch.device(device), quant.DTYPES[config.model.compute_dtype]
@@ -120,8 +120,8 @@ def load(config, device):
     missing = sorted(set(expected) - set(files) - tied)
     if missing:
         if any(".experts." in name for name in missing):
-            raise ValueError(f"model.path: {type(network).__name__} is a mixture of experts, whose weights are not quantised and adapted here; "
-                             "give a dense model")
+            raise ValueError(f"model.path: {type(network).__name__} is a mixture of experts, whose weights are not quantised and "
+                             "adapted here; give a dense model")
         raise ValueError(f"{folder}: {len(missing)} weights of {type(network).__name__} are not in its files under that name, the first is "
                          f"{missing[0]}; copy the folder again if it is not whole (weights that transformers renames as it loads are not "
                          "read here)")
@@ -260,8 +260,8 @@ def compare_with_transformers(network):
     finally:
         network.train()
     if not own.isfinite().all():
-        raise ValueError(f"model.path: the loss of this {name} is not finite, computed by transformers in {hidden.dtype}, on random tokens: "
-                         "its weights hold what is no number, or are too large for that dtype (bf16 holds larger ones than fp16)")
+        raise ValueError(f"model.path: the loss of this {name} is not finite, computed by transformers in {hidden.dtype}, on random "
+                         "tokens: its weights hold what is no number, or are too large for that dtype (bf16 holds larger ones than fp16)")
     crossing[4:6] = 0
     if crossing.any():
         raise ValueError(f"model.path: {name} cannot be trained here: packed documents change each other in it "
@@ -315,7 +315,8 @@ def free_memory(device):
 
 
 def keep_dequantized(network, memory, dtype):
-    """Keep dequantised copies of all quantised weights: asked for, or (auto) where nothing need be recomputed and they take a quarter of the free memory at most."""
+    """Keep dequantised copies of all quantised weights: asked for, or (auto) where nothing need be recomputed and they take a quarter
+    of the free memory at most."""
     if network.sharded:  # a copy would be whole on every rank
         return
     for module in network.modules():
@@ -403,7 +404,10 @@ class HostEmbedding(nn.Module):
 
 
 def embeddings_to_host(network):
-    """Move the embedding table to the host where it is no head too; that much of the device's memory becomes free. Returns whether it lies there."""
+    """Move the embedding table to the host where it is no head too; that much of the device's memory becomes free.
+
+    Returns whether it lies there.
+    """
     table, head = network.get_input_embeddings(), network.get_output_embeddings()
     if isinstance(table, HostEmbedding):
         return True

@@ -98,8 +98,8 @@ def learnt(loss, lowest):
 
 
 def judge(lines, lowest, contradictions):
-    """(exit code, text): 0 where the rows were learnt by heart (their loss is next to the lowest, or each of their tokens is put first at the end),
-    else 5 with the likely reason and what to do.
+    """(exit code, text): 0 where the rows were learnt by heart (their loss is next to the lowest, or each of their tokens is put first
+    at the end), else 5 with the likely reason and what to do.
 
     lines: the run's record as from record.read_metrics. lowest, contradictions: from `floor`.
     """

@@ -18,8 +18,9 @@ How train.py uses it, in short (the docstrings say the rest):
     result = proof.check(network, forward_backward, batches, scaler["scale"], what, config.proof.seconds)
     say(result.text); recorder.write(step, result.values); if result.ok is False: save nothing, exit code 4
 
-    matrix = proof.due_matrix(applied, looked_at)                                 behind a step; applied: moments["step"], those really taken
-    if matrix and proof.telling(window): names = proof.dead(views(flat.grad, adapters), matrix); less proof.asleep(network, names)
+    matrix = proof.due_matrix(applied, looked_at)            behind a step; applied: moments["step"], those really taken
+    if matrix and proof.telling(window):
+        names = proof.dead(views(flat.grad, adapters), matrix); less proof.asleep(network, names)
 """
 import itertools
 import math
@@ -64,7 +65,8 @@ class Result:
 
     @property
     def values(self):
-        """What goes into the record: the figures, where there are any, and proof/outcome: "proved", "open", "wrong", "stale" or "dead", with the text."""
+        """What goes into the record: the figures, where there are any, and proof/outcome: "proved", "open", "wrong", "stale" or "dead",
+        with the text."""
         told = " ".join(self.text.split()).removeprefix("gradients ")
         outcome = ("proved" if self.ok else "open" if self.ok is None else
                    next((word for word in ("DEAD", "STALE") if told.startswith(word)), "wrong").lower())
@@ -194,8 +196,8 @@ def check(network, forward_backward, batches, scale=1.0, what="parts", seconds=m
 
 
 def gradient_of(network, forward_backward, batches, scale, supervised, again=False):
-    """(mean loss, gradient of the mean loss in flat's dtype) by train.py's own function, at the largest of scale, scale/16, ... where it is finite.
-
+    """(mean loss, gradient of the mean loss in flat's dtype) by train.py's own function, at the largest of scale, scale/16, ...
+    where it is finite.
     again: graphs are recorded already, and one pass is enough.
     """
     flat, replayed = network.adapter_memory.flat, hasattr(forward_backward, "eager")
@@ -229,11 +231,12 @@ def agreed(number):
 
 
 class Measurement:
-    """The loss of some micro-batches as the adapters move: how far it goes, by forward passes alone, and how far gradients say that it goes.
+    """The loss of some micro-batches as the adapters move: how far it goes, by forward passes alone, and how far gradients say that
+    it goes.
 
-    gradient: of the mean loss at `theta`, for directions; gradient_now(factor): the same at the weights as they are, made with a loss that is
-    `factor` times as large. A backward pass is linear in it, but for its rounding. deadline: by time.perf_counter(), see `check`. replayed:
-    forward passes as one CUDA graph, where there is no dropout.
+    gradient: of the mean loss at `theta`, for directions; gradient_now(factor): the same at the weights as they are, made with a loss
+    that is `factor` times as large. A backward pass is linear in it, but for its rounding. deadline: by time.perf_counter(), see
+    `check`. replayed: forward passes as one CUDA graph, where there is no dropout.
     """
 
     def __init__(self, network, batches, supervised, theta, gradient, gradient_now, deadline=math.inf, replayed=False):
@@ -281,12 +284,13 @@ class Measurement:
         return agreed(total.item() / 2)
 
     def walk(self, direction, step, allowed, most=4):
-        """(half the change of the loss between theta - step g and theta + step g, what gradients foretell of it, by how much that may be wrong).
+        """(half the change of the loss between theta - step g and theta + step g, what gradients foretell of it, by how much that may
+        be wrong).
 
-        The change is the integral of the gradient along the way, however the loss bends: by one Gauss node (the middle), two, and, as long as
-        the last two differ by more than 2 x `allowed`, four, up to `most`. The last but one says how much the last may be wrong. The gradient at each node is
-        made with a loss of another size, so that what is rounding in it is another at each. The network sees weights in the compute dtype
-        (DoRA's magnitudes as they are), so the way is the one between the ends as rounded.
+        The change is the integral of the gradient along the way, however the loss bends: by one Gauss node (the middle), two, and, as
+        long as the last two differ by more than 2 x `allowed`, four, up to `most`. The last but one says how much the last may be wrong.
+        The gradient at each node is made with a loss of another size, so that what is rounding in it is another at each. The network
+        sees weights in the compute dtype (DoRA's magnitudes as they are), so the way is the one between the ends as rounded.
         """
         ends, losses, flat = [], [], self.network.adapter_memory.flat.data
         for sign in (1, -1):
@@ -308,8 +312,8 @@ class Measurement:
         return (losses[0] - losses[1]) / 2, rules[-1], abs(rules[-1] - rules[-2])
 
     def ratio(self, direction, move, allowed, rounds=3, most=4):
-        """(change of the loss measured / foretold, how uncertain that is, what is foretold, the way's length in relative loss) along a direction
-        as in `put`; (nan, inf, 0, 0) if there is no telling.
+        """(change of the loss measured / foretold, how uncertain that is, what is foretold, the way's length in relative loss) along a
+        direction as in `put`; (nan, inf, 0, 0) if there is no telling.
 
         Uncertain it is by SURE standard errors of the loss's noise and by how much the integral may be wrong. The way is made longer where
         the first is larger and shorter where the second is, until they come to 2.5 times what is `allowed`, `rounds` times at most.
@@ -364,16 +368,17 @@ class Measurement:
         return ratio, allowed * size(ratio) + doubt + surely, False
 
     def evenly(self, places):
-        """The direction in which each adapter matrix goes equally far along its own gradient: in g itself a few large ones outvote the others."""
+        """The direction in which each adapter matrix goes equally far along its own gradient: in g itself a few large ones outvote
+        the others."""
         norms = {name: self.gradient[place].double().norm().item() for name, place in places.items()}
         return [(place, 1 / norms[name]) for name, place in places.items() if norms[name] > 1e-6 * max(norms.values())]
 
     def noise(self):
         """Standard deviation of half a difference of the mean loss, in nats, through rounding that is another in every pass.
 
-        From four pairs of passes with all weights moved a little at random, to and fro, so that no gradient is in it, and two degrees of
-        freedom's worth of what is usual, 0.15 machine epsilons of the loss. Rounding is not independent from token to token (documents begin
-        with the same words), so nothing but passes tells how much it is.
+        From four pairs of passes with all weights moved a little at random, to and fro, so that no gradient is in it, and two degrees
+        of freedom's worth of what is usual, 0.15 machine epsilons of the loss. Rounding is not independent from token to token
+        (documents begin with the same words), so nothing but passes tells how much it is.
         """
         if self.spread is None:
             pairs = [(self.at_random(seed, 1) + self.at_random(seed, -1)) / 2 for seed in range(4)]
@@ -393,8 +398,8 @@ class Measurement:
 
     @torch.no_grad()
     def reacts(self, direction):
-        """Whether the loss moves when the weights in a direction [(slice, share)] grow and shrink by that share of themselves, beyond its noise and in
-        proportion, and not by a step; where some of them are all zero there is no telling, and True."""
+        """Whether the loss moves when the weights in a direction [(slice, share)] grow and shrink by that share of themselves, beyond
+        its noise and in proportion, and not by a step; where some of them are all zero there is no telling, and True."""
         flat, changes = self.network.adapter_memory.flat, []
         if not direction or not all(bool(self.theta[place].any()) for place, _ in direction):
             return True
@@ -410,8 +415,8 @@ class Measurement:
 
     @torch.no_grad()
     def irreproducible(self):
-        """|g' - g| / |g|, the largest of three g' made with weights that differ in their last digits, from a loss of another size: how much of g
-        is rounding. By Cauchy and Schwarz it foretells no change of the loss worse than by this share of |g|^2."""
+        """|g' - g| / |g|, the largest of three g' made with weights that differ in their last digits, from a loss of another size: how
+        much of g is rounding. By Cauchy and Schwarz it foretells no change of the loss worse than by this share of |g|^2."""
         if self.rounding is None:
             flat, size, self.rounding = self.network.adapter_memory.flat, self.gradient.double().norm(), 0.0
             for seed in range(3):
@@ -426,7 +431,8 @@ class Measurement:
 
 
 def judge(measured, loss, even, parts, places, gradients):
-    """The Result of a Measurement. loss: of the training pass, where Measurement has that of a forward pass alone; gradients, places: by PEFT's name."""
+    """The Result of a Measurement. loss: of the training pass, where Measurement has that of a forward pass alone; gradients, places:
+    by PEFT's name."""
     dtype, forward = measured.dtype, measured.loss
     move, allowed = FIRST_MOVE[dtype], ALLOWED[dtype]
     lacking = dead(gradients, "lora_B")

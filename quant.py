@@ -73,7 +73,8 @@ class FrozenWeight(nn.Module):
         self.kept = kept
 
     def dequantize(self, dtype, out=None):
-        """The weight as (out_features, in_features) in `dtype`: the kept copy (not to be written to), or computed, into `out` where given."""
+        """The weight as (out_features, in_features) in `dtype`: the kept copy (not to be written to), or computed, into `out` where
+        given."""
         if self.kept is not None and self.kept.dtype == dtype:
             return self.kept if out is None else out.copy_(self.kept)
         if out is None:

@@ -281,11 +281,16 @@ def _cpu_model():
 def kind_of(device):
     """What a torch device computes with, in words: the GPU's name, or the processor's kind and its widest instructions."""
     import torch
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def environment():
-    """What a run ran on, for environment.json: versions, device, processor. No paths, no names of users or hosts, no environment variables."""
+    """What a run ran on, for environment.json: versions, device, processor.
+
+    No paths, no names of users or hosts, no environment variables.
+    """
     import torch
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {

@@ -173,8 +173,8 @@ def diverged(blocks, alerts):
 
 
 def course(first, last, error):
-    """Where a loss went over a whole run: "fell" (by two standard errors), "rose" (by four and 2 %), "stood" (a fall of a tenth would have shown),
-    or "hidden" by its noise."""
+    """Where a loss went over a whole run: "fell" (by two standard errors), "rose" (by four and 2 %), "stood" (a fall of a tenth would
+    have shown), or "hidden" by its noise."""
     if first - last >= 2 * error and first != last:
         return "fell"
     if last - first > max(4 * error, 0.02 * abs(first)):
@@ -277,8 +277,9 @@ def worsened(evals, alerts):
 def unfollowed(entry, first, began, covered):
     """Within the first pass the training rows are as new to the model as the evaluation rows, so both losses fall together.
 
-    A training loss down by half a nat (and six errors) with an evaluation loss down by less than a quarter of that: they are not the same thing.
-    entry: an evaluation with train and error; first: the one before training; began: the first training losses; covered: passes over the rows.
+    A training loss down by half a nat (and six errors) with an evaluation loss down by less than a quarter of that: they are not the
+    same thing. entry: an evaluation with train and error; first: the one before training; began: the first training losses; covered:
+    passes over the rows.
     """
     if covered > 1.001 or first["step"] or "train" not in entry or not began:
         return
@@ -317,14 +318,14 @@ def damage(entry, alerts):
 
 
 def coherence(evals, alerts):
-    """Whether the newest evaluation's samples stop, repeat themselves, and follow the loss. Asked from half of the run on, and only where the
-    model predicts half of the tokens: the samples of a model that has not learnt much yet are bad without a fault.
+    """Whether the newest evaluation's samples stop, repeat themselves, and follow the loss. Asked from half of the run on, and only
+    where the model predicts half of the tokens: the samples of a model that has not learnt much yet are bad without a fault.
 
     Never stopping is judged by samples that ran on past one and a half times their reference: others were cut off by eval.max_new_tokens.
     Repetition is compared with the references' own.
-    Not following the loss: a model that puts the right token first with probability a begins an answer with a right word (of some two tokens)
-    with a^2, so all of n samples miss their references with (1 - a^2)^n at most, and all are empty, wrong in their first token, with
-    (1 - a)^n. Below a hundredth, that is no chance.
+    Not following the loss: a model that puts the right token first with probability a begins an answer with a right word (of some two
+    tokens) with a^2, so all of n samples miss their references with (1 - a^2)^n at most, and all are empty, wrong in their first
+    token, with (1 - a)^n. Below a hundredth, that is no chance.
     """
     last, first = evals[-1], evals[0]
     samples, able = last.get("samples") or [], last.get("accuracy", 1.0)
@@ -352,7 +353,8 @@ def coherence(evals, alerts):
 
 
 def proved(line):
-    """What the gradient proof found at the step of a line with the names of logs.NAMES: "dead" or "wrong" gradients, by its own word where that is recorded.
+    """What the gradient proof found at the step of a line with the names of logs.NAMES: "dead" or "wrong" gradients, by its own word
+    where that is recorded.
 
     Else by its figures: the measured change of the loss along the gradient over the predicted one is 1, up to the stated tolerance.
     """

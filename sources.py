@@ -384,7 +384,8 @@ def _messages(turns, key, default, columns, roles):
             raise ValueError(f"{key}, turn {number}: {content_key} must be text, got {shown(content)}")
         calls = turn.get("tool_calls") or []
         if not isinstance(calls, list) or not all(isinstance(call, dict) and call_name(call) for call in calls):
-            raise ValueError(f"{key}, turn {number}: tool_calls must be a list of calls, each with the name of its function, got {shown(calls)}")
+            raise ValueError(f"{key}, turn {number}: tool_calls must be a list of calls, each with the name of its function, "
+                             f"got {shown(calls)}")
         messages.append({"role": allowed[role], "content": content, **turn})
     return messages
 

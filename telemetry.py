@@ -131,7 +131,8 @@ def adapters(network, weights):
 # -------------------------------------------------------------------------------------------------- gradient noise
 
 class NoiseScale:
-    """The simple noise scale tr(S) / |G|^2 in samples (McCandlish et al. 2018, section 2.2), from the gradients of pairs of neighbouring windows.
+    """The simple noise scale tr(S) / |G|^2 in samples (McCandlish et al. 2018, section 2.2), from the gradients of pairs of
+    neighbouring windows.
 
     A window is often one packed micro-batch, so there are no smaller gradients in it to compare (appendix A.1 of the paper). Two windows
     in a row, with b1 and b2 samples and the gradients g1 and g2 of their mean losses, serve as the two halves of a larger one:

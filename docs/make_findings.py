@@ -60,7 +60,8 @@ def last(run):
 
 
 def rows_of(found, step=None):
-    """What each evaluation row came to after `step` (None: the last), averaged over runs that differ in their seed; None where not recorded."""
+    """What each evaluation row came to after `step` (None: the last), averaged over runs that differ in their seed; None where not
+    recorded."""
     arrays = [run["evaluations"].get(last(run) if step is None else step, (None,))[0] for run in found]
     arrays = [a for a in arrays if a is not None]
     if not arrays:
@@ -227,7 +228,8 @@ def cures(runs):
 
 def unmet(run):
     """The criteria of minimum and optimal that a run did not pass, by name, with how they came out."""
-    wanted = [found for found in run["verdict"].get("criteria", []) if found["set"] in ("minimum", "optimal") and found["outcome"] != "PASS"]
+    wanted = [found for found in run["verdict"].get("criteria", [])
+              if found["set"] in ("minimum", "optimal") and found["outcome"] != "PASS"]
     return ", ".join(f"{found['set']} {found['name']} {found['outcome']}" for found in wanted)
 
 
@@ -351,8 +353,8 @@ def clean(runs):
 
 
 SCHEDULES = {"cosine to 0": "schedule-zero", "cosine, floor 3e-5": "schedule-floor-3e-5", "WSD, floor 1e-5": "schedule-wsd",
-             "constant": "schedule-constant", "batch 16, then 48": "schedule-growing-batch", "clipped at the median": "schedule-adaptive-clip",
-             "not clipped": "schedule-no-clip"}
+             "constant": "schedule-constant", "batch 16, then 48": "schedule-growing-batch",
+             "clipped at the median": "schedule-adaptive-clip", "not clipped": "schedule-no-clip"}
 
 
 def schedules(runs):
@@ -459,8 +461,8 @@ def peers(runs):
             about = found[0]["summary"]
             spent[label] = f"{figure(about.get('train_seconds'), '.0f')} ({figure(about.get('step_seconds'), '.0f', 1000)})"
     table = differences_table(runs, "trainer", ("rawlora", "ours-500"), names, {"s (ms a step)*": spent, "alone": alone})
-    note = ("s (ms a step)*: seconds in the 500 steps of this run, of seed 0, and its median step, others beside it on the GPU, CUDA graphs "
-            "recorded and kernels compiled in it. alone: ms, median step of case E, below.")
+    note = ("s (ms a step)*: seconds in the 500 steps of this run, of seed 0, and its median step, others beside it on the GPU, CUDA "
+            "graphs recorded and kernels compiled in it. alone: ms, median step of case E, below.")
     head = ["alone on the GPU", "ms, median step (quartiles)", "steps", "samples/s", "peak GiB"]
     return words.paragraphs(table, words.prose(note) if spent else "", words.table(head, rows))
 
@@ -510,7 +512,8 @@ def early(runs):
     for patience in (1, 2):
         ended = next((place for place, at in enumerate(best) if place - at == patience), None)
         told.append(f"patience {patience} would not have ended it" if ended is None else
-                    f"patience {patience} would have ended it after step {evals[ended][0]:,} with step {evals[best[ended]][0]:,} as the best")
+                        f"patience {patience} would have ended it after step {evals[ended][0]:,} "
+                        f"with step {evals[best[ended]][0]:,} as the best")
     return words.prose(f"Approach 2's evaluations every {evals[1][0]:,} steps, {', '.join(f'{value:.4f}' for _, value in evals)}: "
                        f"{'; '.join(told)}.")
 
@@ -568,13 +571,14 @@ def results(runs):
             plain = rows_of(found[:1], "unquantised")
             against_plain = f" ({compare.loss_of(plain):.4f} untouched in 16 bits)" if plain else ""
             told.append(f"{asked_for(found)}: evaluation loss {loss(found[0], 0):.4f} → {spread(map(loss, found))}{against_plain}, "
-                        f"token accuracy {accuracy(found[0], 0):.4f} → {spread(map(accuracy, found))}; minimum {outcome(found[0], 'minimum')}, optimal "
-                        f"{outcome(found[0], 'optimal')}.")
+                        f"token accuracy {accuracy(found[0], 0):.4f} → {spread(map(accuracy, found))}; minimum "
+                        f"{outcome(found[0], 'minimum')}, optimal {outcome(found[0], 'optimal')}.")
     plain, ours, theirs = seeds_of(runs, "bits-none"), seeds_of(runs, "approach1"), seeds_of(runs, "peer-trl")
     if plain and ours:
         before, after = untrained(runs)["NF4, double"][1], against(rows_of(plain), [rows_of(ours)])[0]
-        told.append(f"NF4 with double quantisation costs {paired(before)[0]} nats ({paired(before)[1]}) before training, {paired(after)[0]} "
-                    f"({paired(after)[1]}) after it, against 16 bits trained alike ({asked_for(plain)})." if before else "")
+        told.append(f"NF4 with double quantisation costs {paired(before)[0]} nats ({paired(before)[1]}) before training, "
+                    f"{paired(after)[0]} ({paired(after)[1]}) after it, against 16 bits trained alike ({asked_for(plain)})."
+                    if before else "")
     high = {label: seeds_of(runs, name) for label, name in RATES.items() if seeds_of(runs, name)}
     if ours and high:
         label = min(high, key=lambda label: compare.loss_of(rows_of(high[label])))
@@ -593,8 +597,8 @@ def results(runs):
         if in_fp32:
             value_fp32, span_fp32 = paired(against(rows_of(mine), [rows_of(in_fp32)])[0])
             same = f"; {value_fp32} ({span_fp32}) with its adapters in fp32, as ours are"
-        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order ({asked_for(theirs)}): {value} nats ({span}) beside ours "
-                    f"after 500 steps{same}.")
+        told.append(f"TRL, PEFT and bitsandbytes on the same rows in the same order ({asked_for(theirs)}): {value} nats ({span}) "
+                    f"beside ours after 500 steps{same}.")
     return "\n".join(words.prose(sentence, "- ") for sentence in told if sentence) or "No experiment has been run yet."
 
 
@@ -607,8 +611,8 @@ def first_screen(runs):
         least, most = (figure(failed["summary"]["norm"][which], ".3g") for which in (0, 2))
         told.append(f"A failed run (500 steps, gradient norm 0.0, evaluation loss the same three times) again by its settings: loss "
                     f"{loss(failed, 0):.2f} → {loss(failed):.2f}, norms {least} to {most}. Again with the graph cut: norm "
-                    f"{cut['summary']['norm'][2]:.1f}, evaluation loss {', '.join(sorted(frozen))} each time. Batch, rate and steps alone do "
-                    "not make such a record; here such a run ends before its first step.")
+                    f"{cut['summary']['norm'][2]:.1f}, evaluation loss {', '.join(sorted(frozen))} each time. Batch, rate and steps "
+                    "alone do not make such a record; here such a run ends before its first step.")
     if ours:
         first, plain = ours[0], rows_of(ours[:1], "unquantised")
         alone = f" in {first['summary']['seconds']:.0f} s from command to exit" if first["summary"]["alone"] else ""
@@ -621,7 +625,8 @@ def first_screen(runs):
     in_fp32, unsloth = seeds_of(runs, "peer-trl-fp32"), seeds_of(runs, "peer-unsloth")
     if mine and theirs and in_fp32 and unsloth:
         value, span = compare.difference(against(rows_of(mine), [rows_of(theirs)])[0]["loss_difference"], 1, ".3f")
-        told.append(f"The same rows in the same order, 500 steps: loss {spread(map(loss, mine), '.3f')} here ({len(mine)} seeds, one of each peer), "
+        told.append("The same rows in the same order, 500 steps: "
+                    f"loss {spread(map(loss, mine), '.3f')} here ({len(mine)} seeds, one of each peer), "
                     f"{spread(map(loss, unsloth), '.3f')} by Unsloth, {spread(map(loss, in_fp32), '.3f')} by TRL with PEFT and "
                     f"bitsandbytes if its adapters are kept in fp32, and {spread(map(loss, theirs), '.3f')} ({value}, {span}) if they are "
                     "in bf16, to which it casts them by itself.")
@@ -722,7 +727,8 @@ def filled(page, runs, folder=None):
         elif name in BLOCKS:
             text = BLOCKS[name](runs)
         else:
-            raise ValueError(f"there is no block called {name}; there are {', '.join([*BLOCKS, *('picture-' + kind for kind in PICTURES)])}")
+            raise ValueError(f"there is no block called {name}; there are "
+                             f"{', '.join([*BLOCKS, *('picture-' + kind for kind in PICTURES)])}")
         page = re.sub(rf"(<!-- made: {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, count=1, flags=re.S)
     return page
 

@@ -34,7 +34,8 @@ def packaged_gguf():
     folder = pathlib.Path(spec.origin).parent
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
-        raise ValueError(f"package {PACKAGE} must hold one GGUF file, found {[f.name for f in files]} in {folder}; name one with --gguf FILE")
+        raise ValueError(f"package {PACKAGE} must hold one GGUF file, found {[f.name for f in files]} in {folder}; "
+                         "name one with --gguf FILE")
     return files[0]
 
 
@@ -96,7 +97,8 @@ def convert(gguf, folder):
     tied = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
     if config.tie_word_embeddings != tied:
         raise ValueError(f"{gguf}: config says tie_word_embeddings={config.tie_word_embeddings}, but the weights say {tied}")
-    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=config.pad_token_id,
+                                                            bos_token_id=config.bos_token_id)
 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -121,7 +123,8 @@ def make(gguf, folder):
     work.chmod(0o755)  # mkdtemp's folders are closed to everyone else
     convert(gguf, work)
     sizes = {f.name: f.stat().st_size for f in sorted(work.iterdir())}
-    record = dict(recipe=RECIPE, source=gguf.name, package=PACKAGE, model="HuggingFaceTB/SmolLM2-135M-Instruct", licence="Apache-2.0", files=sizes)
+    record = dict(recipe=RECIPE, source=gguf.name, package=PACKAGE, model="HuggingFaceTB/SmolLM2-135M-Instruct", licence="Apache-2.0",
+                  files=sizes)
     (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for file in work.iterdir():
         file.chmod(0o644)
@@ -136,7 +139,8 @@ def make(gguf, folder):
 def main():
     parser = argparse.ArgumentParser(description="Turn the packaged GGUF file into an ordinary model folder.")
     parser.add_argument("--gguf", type=pathlib.Path, metavar="FILE", help=f"GGUF file; default: the one in the installed package {PACKAGE}")
-    parser.add_argument("--out", type=pathlib.Path, default=OUT, metavar="FOLDER", help="model folder to make; default: models/SmolLM2-135M-Instruct")
+    parser.add_argument("--out", type=pathlib.Path, default=OUT, metavar="FOLDER",
+                        help="model folder to make; default: models/SmolLM2-135M-Instruct")
     args = parser.parse_args()
     try:
         if is_complete(args.out):

@@ -109,7 +109,8 @@ def describe(doc, name=""):
 
 
 def signature_of(node, name, bound):
-    """How the function of syntax tree `node` is called, as `name(arguments)` without annotations; `bound` drops self or cls; "" if it is no call."""
+    """How the function of syntax tree `node` is called, as `name(arguments)` without annotations; `bound` drops self or cls; "" if it
+    is no call."""
     arguments = node.args
     for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]:
         if argument is not None:
