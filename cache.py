@@ -93,7 +93,7 @@ def entry(place, name, build, read):
             temporary.mkdir()
             _write_meta(temporary, build(temporary))
             os.rename(temporary, path)
-            _sync(place)
+            sync(place)
         except OSError as error:
             if error.filename and not pathlib.Path(os.fsdecode(error.filename)).is_relative_to(place):
                 raise  # what build reads, not what it writes
@@ -124,17 +124,18 @@ def _write_meta(path, what):
     files = {}
     for file in sorted(path.iterdir()):
         files[file.name] = [file.stat().st_size, sha256(file)]
-        _sync(file)
+        sync(file)
     content = {"files": files, "meta": what}
     (path / "meta.json").write_text(json.dumps(content | {"sha256": _sha256_of(content)}), encoding="utf-8")
-    _sync(path / "meta.json"), _sync(path)
+    sync(path / "meta.json"), sync(path)
 
 
 def _sha256_of(tree):
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path):
+def sync(path):
+    """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -35,6 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 import attention
+import cache
 import config as settings
 import data
 import eval as evaluation
@@ -304,23 +305,14 @@ def open_locked(folder):
         os.close(descriptor)
 
 
-def sync(path):
-    """Flush a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def publish(work, out):
     """Give a finished file or folder its name, once it is on the disk."""
     for path in [*work.rglob("*"), work]:
-        sync(path)
+        cache.sync(path)
     if work.is_file() and os.path.lexists(out):  # renaming a file would replace it; a folder with something in it is refused by itself
         raise ValueError(f"{out}: came into being in the meantime; it was left alone, name another")
     os.rename(work, out)
-    sync(out.parent)
+    cache.sync(out.parent)
 
 
 def vacant(flag, out):

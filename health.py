@@ -26,6 +26,7 @@ import textwrap
 import config
 import logs
 import rules
+import words
 from logs import read, to_record  # noqa: F401 (both are part of what this file offers)
 from rules import SEVERITIES, Finding, finding, listed
 
@@ -161,7 +162,7 @@ def evaluation(record):
     """The rules on evaluations (rules.py): frozen, unmoved adapters, worse than before, growing gap, damage by quantisation, samples."""
     entries, alerts = evaluations(record), config.Alerts()
     if len(entries) < 2:
-        yield unjudged("evaluation frozen", f"{counted_as(len(entries), 'evaluation')} recorded, and it takes two")
+        yield unjudged("evaluation frozen", f"{words.count(len(entries), 'evaluation')} recorded, and it takes two")
     frozen = [found for upto in range(2, len(entries) + 1) for found in rules.frozen(entries[:upto][-50:], alerts)]
     if frozen:
         yield max(frozen, key=lambda found: found.figures["times"])
@@ -175,7 +176,7 @@ def evaluation(record):
         yield from [found for entry in entries[1:] for found in rules.unfollowed(entry, entries[0], began, covered(entry))][-1:]
     if len(entries) < 3 or len(record.series("loss")) < 6:
         evals, losses = len(entries), len(record.series("loss"))
-        counts = f"{counted_as(evals, 'evaluation')} and {counted_as(losses, 'training loss')}"
+        counts = f"{words.count(evals, 'evaluation')} and {words.count(losses, 'training loss')}"
         yield unjudged("gap between training and evaluation", f"{counts}; it takes 3 and 6")
     else:
         yield from rules.gap(entries, alerts)
@@ -242,7 +243,7 @@ def spikes(record):
             watch.add(step, value)
         yield from watch.found()
         if 0 < len(points) <= 20:
-            yield unjudged(f"spikes of the {what}", f"{counted_as(len(points), 'value')}, and it takes more than 20")
+            yield unjudged(f"spikes of the {what}", f"{words.count(len(points), 'value')}, and it takes more than 20")
 
 
 def training_loss(record):
@@ -255,7 +256,7 @@ def training_loss(record):
         yield unjudged("training loss", "the record holds rewards, so it is of reinforcement learning, whose loss does not show progress")
         return
     if figures is None:
-        counted = counted_as(len(losses), "finite loss")
+        counted = words.count(len(losses), "finite loss")
         yield unjudged("fall of the training loss", f"{counted}, and it takes 6: two single losses compare two handfuls of rows")
         return
     first, last, error = figures
@@ -393,11 +394,6 @@ def headline(record, findings):
     return "Nothing wrong found in what the record holds. What it does not hold could not be judged."
 
 
-def counted_as(number, what):
-    """A number of things in words."""
-    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"
-
-
 def whole_number(text, flag, kind):
     try:
         value = kind(text or 0)
@@ -409,14 +405,14 @@ def whole_number(text, flag, kind):
 
 
 def main(argv):
-    words, flags, overrides = config.command_line(argv, {"rows": "", "clip": "", "json": False, "help": False})
+    paths, flags, overrides = config.command_line(argv, {"rows": "", "clip": "", "json": False, "help": False})
     if flags["help"]:
         print(__doc__.strip())
         return 0
-    if len(words) != 1 or overrides:
+    if len(paths) != 1 or overrides:
         raise ValueError("usage: python health.py PATH [--rows=N] [--clip=X] [--json], "
                          "with a trainer_state.json, a metrics.jsonl or a folder as PATH")
-    record = logs.read(words[0])
+    record = logs.read(paths[0])
     record.rows, record.clip = whole_number(flags["rows"], "rows", int), whole_number(flags["clip"], "clip", float)
     findings = diagnose(record)
     last = record.steps[-1]["step"] if record.steps else 0
@@ -427,9 +423,9 @@ def main(argv):
                           "headline": headline(record, findings), "findings": plain}, indent=1))
         return 0
     counted = {"loss": "loss", "grad_norm": "gradient norm", "eval_loss": "evaluation"}
-    counts = ", ".join(counted_as(len(record.series(name, finite=False)), what) for name, what in counted.items())
+    counts = ", ".join(words.count(len(record.series(name, finite=False)), what) for name, what in counted.items())
     upto = f"up to step {last:,}" + (f" of {record.planned_steps:,}" if record.planned_steps > 0 else "")
-    print(words[0])
+    print(paths[0])
     print("\n".join(textwrap.wrap(f"{record.kind}, {upto}: {counts}", 80)))
     print("\n" + "\n".join(textwrap.wrap(headline(record, findings), 80, break_on_hyphens=False)))
     print(shown(findings))

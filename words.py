@@ -98,8 +98,8 @@ def number(value, form=".4g"):
 
 
 def count(n, what):
-    """'1 step', '2,000 steps'."""
-    return f"{n:,} {what}" + "s" * (n != 1)
+    """'1 step', '2,000 steps', '3 losses'."""
+    return f"{n:,} {what}{'' if n == 1 else 'es' if what.endswith('s') else 's'}"
 
 
 def listed(values, longest=5):

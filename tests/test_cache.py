@@ -217,7 +217,7 @@ def test_a_writer_killed_at_any_moment_leaves_nothing_half_there(tmp_path):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(*args, **kwargs)
             return call
-        cache._sync, os.rename, cache.sha256 = map(counting, (cache._sync, os.rename, cache.sha256))
+        cache.sync, os.rename, cache.sha256 = map(counting, (cache.sync, os.rename, cache.sha256))
         data.load(config.from_dict({{"data": {cfg.to_dict()['data']!r}}}), make_tokenizer())
     """)
     children = [subprocess.Popen([sys.executable, "-c", script, str(n)], env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}) for n in (1, 4)]

@@ -418,7 +418,7 @@ def killed_at(number, calls, arguments):
 
 
 def test_a_killed_export_leaves_no_folder_that_looks_whole_and_the_next_one_clears_it_away(plain, tmp_path):
-    calls = [(export, "sync"), (os, "rename"), (os, "fsync"), (export, "write_adapter"), (shutil, "rmtree")]
+    calls = [(export.cache, "sync"), (os, "rename"), (os, "fsync"), (export, "write_adapter"), (shutil, "rmtree")]
     arguments = [f"--ckpt={plain}", f"--adapter={tmp_path / 'out'}"]
     killed = 0
     for number in range(1, 60):
