@@ -76,6 +76,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     """
     ended = clock.Startup(BEGAN)
     ended("imports")
+
+    # Rows, the checkpoint to go on from, and what can be foretold without the model.
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     with ranks.one_first():
         rows, eval_rows = data.load(config, tokenizer)
@@ -96,6 +98,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         return console.refuse(outlook, config)
     ended("rows")
 
+    # The model, its adapters and their optimizer.
     unquantised = None if preflight or before and before["evaluated"] >= 0 else evaluation.evaluate_unquantised(config, device, eval_rows)
     ended("unquantised model")
     network = model.load(config, device)
@@ -112,6 +115,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     scaler = {"scale": torch.tensor(65536.0 if fp16 else 1.0, device=device), "good_steps": torch.zeros((), device=device)}
     torch.manual_seed(continuation.seed_of(config.train.seed))  # dropout's generator; the data order and the adapters' start have their own
 
+    # How windows are packed, and where the run stands.
     base_weights = quant.fingerprint(model.frozen(network))
     ended("fingerprint of weights")
     plan = memory.plan(config, network, rows, before.get("plan", {}))
@@ -128,8 +132,10 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     ranks.from_first([flat, *moments.values(), *scaler.values()])
     if ranks.RANKS > 1:
         ranks.begin_alike({"base weights": base_weights, "adapters": digest()})
+
+    # When the run ends, and how.
     fatal, too_large = [], []  # alerts that end the run; a row that does not fit into memory even alone, told with its name
-    stopped = lambda: state["nonfinite"] == config.train.nonfinite_limit or bool(fatal)
+    must_stop = lambda: state["nonfinite"] == config.train.nonfinite_limit or bool(fatal)
     out_of_patience = lambda: 0 < config.eval.patience <= state["without_improvement"]
     stopped_early = lambda: out_of_patience() or by_heart and overfit.learnt(state["best_loss"], lowest)
     finished = lambda: stopped_early() or state["evaluated"] == max_steps  # which is the last thing that a run does
@@ -137,11 +143,12 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     concluded = lambda: int(ranks.same(str(conclude()) if ranks.FIRST else ""))
     if finished():
         if source:
-            raise ValueError(f"--resume: {resume} is the end of its run, so there is nothing to go on with in {run}; raise train.max_steps, "
-                             "or start from its adapter with --lora.init_from=")
+            raise ValueError(f"--resume: {resume} is the end of its run, so there is nothing to go on with in {run}; raise "
+                             "train.max_steps, or start from its adapter with --lora.init_from=")
         print(f"finished already: {resume} is the end of the run")
         return concluded()
 
+    # A micro-batch's passes, rehearsed on the first window; then the forecast knows memory and time too.
     def forward_backward(batch, weight):
         """Add weight x the gradient of a micro-batch's summed loss to flat.grad, and return that loss."""
         batch_loss, _, _ = model.summed_loss(network, batch.to(device))
@@ -164,6 +171,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         print(forecast.show_forecast(outlook))
         return 0
 
+    # What the run writes and watches.
     due = lambda every, step: step in (0, max_steps) or every > 0 and step % every == 0
     owed = due(config.eval.every_steps, state["step"]) and state["evaluated"] != state["step"]  # the first one, or one that was interrupted
     interrupted, ending = catch_signals(), []  # ending: signals that every rank knows of, and acts on
@@ -185,6 +193,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         watch.see(line)
     progress = tqdm(total=max_steps, initial=state["step"], unit="step", dynamic_ncols=True, disable=None if ranks.FIRST else True)
 
+    # What happens at and behind a step, in functions that the loop below calls.
     def agree():
         """What one rank was told, or found, all of them act on: a signal, an alert that ends the run, a row that does not fit."""
         own = json.dumps([interrupted, fatal, too_large]) if interrupted or fatal or too_large else ""
@@ -229,13 +238,13 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         """Read a step's figures off the device and write them down. A step that was not applied is told with its rows."""
         step, values = done["step"], done["values"]
         loss, grad_norm, finite, scale, *rest = done["figures"]()
-        of_pair, adapter_norms = rest[:done["of_pair"]], rest[done["of_pair"]:]
+        noise_sums, adapter_norms = rest[:done["noise_count"]], rest[done["noise_count"]:]
         seconds = clock.elapsed(*done["marks"])
         values |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/clipped": float(grad_norm > values["train/clip_threshold"]),
                    "train/skipped": float(not finite), "train/seconds": seconds}
         values["train/tokens_per_second"] = values["train/tokens"] / seconds
         values |= {"train/peak_memory_gib": max(done["peak"], memory.peak(device)) / 2**30} | memory.reserved(device)
-        values |= noise.update(of_pair) | ({"train/loss_scale": scale} if fp16 else {})
+        values |= noise.update(noise_sums) | ({"train/loss_scale": scale} if fp16 else {})
         if finite:
             state["norms"] = [*state["norms"], [step, grad_norm]][-config.schedule.clip_window - 1:]
             state["nonfinite"] = 0
@@ -263,7 +272,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         if due(config.log.every_steps, step) or step == 1:
             left = (time.perf_counter() - began) / (state["step"] - first + 1) * (max_steps - state["step"])
             console.say(f"step {step}/{max_steps}  loss {loss:.4f}  norm {grad_norm:.3f}  rate {values['train/learning_rate']:.1e}  "
-                f"{values['train/tokens_per_second']:,.0f} tok/s  {console.duration(left)} left")
+                        f"{values['train/tokens_per_second']:,.0f} tok/s  {console.duration(left)} left")
 
     def evaluate(step):
         """Evaluate and sample, write both down, and remember the best. What an interruption cuts short, the resumed run does."""
@@ -328,6 +337,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
                  "state.json": json.dumps(state, indent=1)}
         return checkpoint.save(run, step, tensors, texts | tokenizer_files, config.save.keep, state["best_step"])
 
+    # Before the first step: the evaluation that is owed, and the gradients proved.
     first, pending, applied, alive = state["step"] + 1, [], 0, set()
     ended("telemetry")
     try:
@@ -339,9 +349,11 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     except model.DoesNotFit as error:
         too_large.append(str(error))
     agree()
-    leaving = bool(ending or too_large) or stopped_early() or stopped()
+    leaving = bool(ending or too_large) or stopped_early() or must_stop()
     if leaving or owed and state["step"]:
         where = save(state["step"])
+
+    # The loop: take a window, forward and backward, clip, step, record; evaluate, prove and save where due.
     began = time.perf_counter()
     for step in range(first, max_steps + 1) if not leaving else ():
         marks = [clock.mark(device)]
@@ -386,7 +398,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         ranks.total(flat.grad)
         ranks.total(loss)
         grad_norm = torch.linalg.vector_norm(flat.grad) / scaler["scale"]  # before clipping
-        of_pair = noise.observe(step, flat.grad, scaler["scale"], count)
+        noise_sums = noise.observe(step, flat.grad, scaler["scale"], count)  # every ten steps, of two windows; else empty
         known = [norm for at, norm in state["norms"] if at < step - 1]  # the last step's norm may still be on its way
         threshold = schedule.clip_threshold(known, config.schedule)
         flat.grad.mul_(torch.clamp(threshold / (grad_norm + 1e-6), max=1.0) / scaler["scale"])
@@ -404,7 +416,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
             found_dead = look_for_dead(step, applied, finite)
 
         marks.append(clock.mark(device))
-        figures = torch.cat((torch.stack((loss, grad_norm, finite, scaler["scale"])).float(), of_pair.float()))
+        figures = torch.cat((torch.stack((loss, grad_norm, finite, scaler["scale"])).float(), noise_sums.float()))
         if due(config.log.every_steps, step):
             figures = torch.cat((figures, torch.stack(torch._foreach_norm(list(adapters.values()))).float()))
         state |= {"step": step, "samples": start + count}
@@ -412,8 +424,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         values = {"train/learning_rate": learning_rate, "train/clip_threshold": threshold, "train/samples": count, "train/tokens": tokens,
                   "train/supervised_tokens": supervised, "train/epoch": (start + count) / len(rows)}
         values |= found_dead | ({"train/max_tokens": plan["fits"]} if plan["shrunk"] else {})
-        pending.append({"step": step, "samples": samples, "marks": marks, "of_pair": len(of_pair), "figures": clock.to_host(figures),
-                        "values": values, "peak": peak})
+        pending.append({"step": step, "samples": samples, "marks": marks, "noise_count": len(noise_sums),
+                        "figures": clock.to_host(figures), "values": values, "peak": peak})
 
         evaluation_due, save_due = due(config.eval.every_steps, step), due(config.save.every_steps, step)
         proof_due = proof.due(config, step, first, max_steps, device)
@@ -422,7 +434,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         while len(pending) > (0 if boundary else 1) and state["nonfinite"] < config.train.nonfinite_limit:
             settle(pending.pop(0))  # of the step before, while a GPU is busy with this one
         agree()
-        if stopped():
+        if must_stop():
             break
         if not boundary:
             continue
@@ -433,7 +445,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         except model.DoesNotFit as error:
             too_large.append(str(error))
         agree()
-        if stopped():
+        if must_stop():
             break
         leaving = bool(ending or too_large) or stopped_early()
         if save_due or leaving or state["best_step"] == step:
@@ -441,10 +453,11 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
         if leaving:
             break
 
+    # The end: what to tell, and the exit code.
     progress.close()
     recorder.close()
     ranks.all_here()
-    if stopped():
+    if must_stop():
         print(f"stopped: {state['nonfinite']} steps in a row were not finite, and none of them was applied; their rows are named above. "
               "Mend the rows or the settings, then go on from the last checkpoint with --resume." if not fatal else
               f"stopped after step {state['step']} by the alert: {', '.join(dict.fromkeys(fatal))}; see above for cause and remedy. "
