@@ -27,11 +27,15 @@ import record
 import train
 
 TINY = {"lora": {"r": 4, "alpha": 8.0}, "train": {"micro_batch_size": 2, "accumulation": 2, "max_steps": 8},
-        "schedule": {"learning_rate": 1e-2, "lr_min": 1e-3, "lr_warmup_steps": 2}, "eval": {"every_steps": 4, "samples": 1, "max_new_tokens": 3, "unquantised": "no"},
+        "schedule": {"learning_rate": 1e-2, "lr_min": 1e-3, "lr_warmup_steps": 2},
+        "eval": {"every_steps": 4, "samples": 1, "max_new_tokens": 3, "unquantised": "no"},
         "save": {"every_steps": 4}, "log": {"every_steps": 4, "tensorboard": False, "report": False}, "proof": {"enabled": False}}
-EVERYTHING = ["--lora.dropout=0.1", "--train.max_steps=0", "--train.epochs=3", "--schedule.batch_points=[[1,3],[5,4],[9,6]]", "--schedule.clip_percentile=40", "--schedule.clip_norm=100",
-              "--schedule.clip_window=10", "--eval.patience=5", "--eval.min_delta=0.2", "--save.every_steps=3", "--save.keep=9"]  # 15 steps, the last one of 5 samples
-WATCHED = re.compile(r"(seconds|per_second|memory_gib|^eval/.*|^adapters/.*|^proof/.*|^startup/.*|^alerts)$")  # what depends on the clock, or on how a run is watched
+# 15 steps, the last one of 5 samples
+EVERYTHING = ["--lora.dropout=0.1", "--train.max_steps=0", "--train.epochs=3", "--schedule.batch_points=[[1,3],[5,4],[9,6]]",
+              "--schedule.clip_percentile=40", "--schedule.clip_norm=100", "--schedule.clip_window=10", "--eval.patience=5",
+              "--eval.min_delta=0.2", "--save.every_steps=3", "--save.keep=9"]
+# what depends on the clock, or on how a run is watched
+WATCHED = re.compile(r"(seconds|per_second|memory_gib|^eval/.*|^adapters/.*|^proof/.*|^startup/.*|^alerts)$")
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +53,15 @@ def handlers_and_threads():
 def launch(tiny_inputs, tmp_path):
     """launch("name", *options) trains into tmp_path/name and returns the exit code; of an option given twice, the last holds."""
     path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(TINY | {"model": {"path": str(tiny_inputs / "model")}, "data": {"train": str(tiny_inputs / "train.jsonl"), "eval": str(tiny_inputs / "eval.jsonl")}}))
+    places = {"model": {"path": str(tiny_inputs / "model")},
+              "data": {"train": str(tiny_inputs / "train.jsonl"), "eval": str(tiny_inputs / "eval.jsonl")}}
+    path.write_text(json.dumps(TINY | places))
 
     def run(name, *options):
         return train.main(run.arguments(name, *options))
 
-    run.arguments = lambda name, *options: [str(path), f"--out={tmp_path / name}", *{option.partition("=")[0]: option for option in options}.values()]
+    run.arguments = lambda name, *options: [str(path), f"--out={tmp_path / name}",
+                                            *{option.partition("=")[0]: option for option in options}.values()]
     return run
 
 
@@ -132,7 +139,8 @@ def test_the_loss_falls(launch, tmp_path, capsys):
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 def test_how_a_window_is_split_changes_nothing_but_rounding(launch, tmp_path, quant):
     for name, split in (("a", ["8", "1", "4096"]), ("b", ["4", "2", "100"]), ("c", ["2", "4", "1"])):
-        launch(name, f"--model.quant={quant}", "--model.compute_dtype=fp32", *(f"--{key}={value}" for key, value in zip(("train.micro_batch_size", "train.accumulation", "memory.max_tokens"), split)))
+        keys = ("train.micro_batch_size", "train.accumulation", "memory.max_tokens")
+        launch(name, f"--model.quant={quant}", "--model.compute_dtype=fp32", *(f"--{key}={value}" for key, value in zip(keys, split)))
     for tag, tolerance in (("train/loss", 1e-5), ("train/grad_norm", 1e-4), ("eval/loss", 1e-5)):
         for other in "bc":
             assert column(tmp_path / other, tag) == pytest.approx(column(tmp_path / "a", tag), rel=tolerance)
@@ -141,7 +149,8 @@ def test_how_a_window_is_split_changes_nothing_but_rounding(launch, tmp_path, qu
 def test_the_loss_of_a_window_is_the_mean_over_its_supervised_tokens(launch, tmp_path, tiny_inputs):
     """Not a mean of means: transformers' own sum over every row of the first window, divided once."""
     from transformers import AutoModelForCausalLM
-    launch("run", "--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--model.quant=none", "--model.compute_dtype=fp32", "--memory.max_tokens=1")
+    launch("run", "--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--model.quant=none", "--model.compute_dtype=fp32",
+           "--memory.max_tokens=1")
     tokenizer = data.load_tokenizer(tiny_inputs / "model")
     rows = data.tokenize(data.read_rows(str(tiny_inputs / "train.jsonl")), tokenizer, train.settings.Data())
     network, total, count = AutoModelForCausalLM.from_pretrained(tiny_inputs / "model"), 0.0, 0
@@ -156,7 +165,8 @@ def test_the_loss_of_a_window_is_the_mean_over_its_supervised_tokens(launch, tmp
 
 
 def test_one_step_of_adamw_decays_both_matrices_and_moves_b_by_the_rate(launch, tmp_path):
-    launch("run", "--train.max_steps=1", "--train.weight_decay=0.5", "--schedule.lr_warmup_steps=0", "--schedule.clip_norm=0", "--train.adam_eps=1e-30")
+    launch("run", "--train.max_steps=1", "--train.weight_decay=0.5", "--schedule.lr_warmup_steps=0", "--schedule.clip_norm=0",
+           "--train.adam_eps=1e-30")
     after = newest(tmp_path / "run")["tensors"]["adapter_model.safetensors"]
     before = lora_layers.adapters(model.load(train.settings.read(tmp_path / "run" / "config.json"), "cpu"))  # drawn anew from the same seed
     for name in after:
@@ -181,7 +191,8 @@ def test_the_norm_is_logged_before_clipping_and_what_is_applied_is_clipped(launc
     lines = curve(tmp_path / "run")
     logged, thresholds = [line["train/grad_norm"] for line in lines], [line["train/clip_threshold"] for line in lines]
     assert applied == pytest.approx([min(norm, threshold) for norm, threshold in zip(logged, thresholds)], rel=1e-4)
-    assert max(applied) <= 0.3 * (1 + 1e-6) < max(logged) and [line["train/clipped"] for line in lines] == [float(norm > threshold) for norm, threshold in zip(logged, thresholds)]
+    assert max(applied) <= 0.3 * (1 + 1e-6) < max(logged)
+    assert [line["train/clipped"] for line in lines] == [float(norm > threshold) for norm, threshold in zip(logged, thresholds)]
     assert set(thresholds[:11]) == {0.3}
 
 
@@ -195,7 +206,8 @@ def test_fp16_trains_and_its_loss_scale_is_halved_by_a_step_that_overflows(launc
         return (nan_gradient(loss) if calls[-1] and sum(calls) == 3 else loss, *rest)
 
     monkeypatch.setattr(model, "summed_loss", overflow_in_step_3)
-    assert launch("run", "--model.compute_dtype=fp16", "--train.max_steps=30", "--train.nonfinite_limit=1", "--schedule.learning_rate=3e-2") == 0
+    assert launch("run", "--model.compute_dtype=fp16", "--train.max_steps=30", "--train.nonfinite_limit=1",
+                  "--schedule.learning_rate=3e-2") == 0
     lines = curve(tmp_path / "run")
     assert [line["train/loss_scale"] for line in lines] == [65536.0] * 2 + [32768.0] * 28
     assert [line["step"] for line in lines if line["train/skipped"]] == [3] and "step 3 was not applied" in capsys.readouterr().out
@@ -227,33 +239,46 @@ def test_a_window_that_is_not_finite_is_skipped_with_its_rows_named(launch, tmp_
     assert all(f"train.jsonl:{r + 1}" in told for r in third)
 
 
-@pytest.mark.parametrize("watch", [["--eval.every_steps=0", "--save.every_steps=0"], ["--eval.every_steps=5", "--save.every_steps=5"], ["--eval.every_steps=1", "--save.every_steps=1"]])
+@pytest.mark.parametrize("watch", [[f"--eval.every_steps={every}", f"--save.every_steps={every}"] for every in (0, 5, 1)])
 def test_so_many_steps_in_a_row_that_are_not_finite_stop_the_run(launch, tmp_path, monkeypatch, capsys, watch):
     bad = {3, 4}
     real, steps = model.summed_loss, []
     after_each = data.sample_stream
-    monkeypatch.setattr(data, "sample_stream", lambda n, seed, start, count: (steps.append(start // 4 + 1), after_each(n, seed, start, count))[1])
-    monkeypatch.setattr(model, "summed_loss", lambda network, batch: (lambda loss, *rest: (loss * math.nan if torch.is_grad_enabled() and steps[-1] in bad else loss, *rest))(*real(network, batch)))
+    def noted(n, seed, start, count):
+        steps.append(start // 4 + 1)
+        return after_each(n, seed, start, count)
+
+    def not_finite_in_bad_steps(network, batch):
+        loss, *rest = real(network, batch)
+        return (loss * math.nan if torch.is_grad_enabled() and steps[-1] in bad else loss, *rest)
+
+    monkeypatch.setattr(data, "sample_stream", noted)
+    monkeypatch.setattr(model, "summed_loss", not_finite_in_bad_steps)
     assert launch("run", "--train.nonfinite_limit=2", *watch) == 4
-    assert [line["step"] for line in curve(tmp_path / "run")] == [1, 2, 3, 4] and "2 steps in a row were not finite" in capsys.readouterr().out
+    assert [line["step"] for line in curve(tmp_path / "run")] == [1, 2, 3, 4]
+    assert "2 steps in a row were not finite" in capsys.readouterr().out
     assert launch("other", "--train.nonfinite_limit=3", *watch) == 0
 
 
 def test_a_window_without_a_supervised_token_is_skipped_and_does_not_stop_the_run(launch, tmp_path, monkeypatch):
     real = data.pack
     packs = [0]  # the rehearsal packs the first window too
-    monkeypatch.setattr(data, "pack", lambda rows, samples, most: [] if len(rows) == 23 and packs.append(1) is None and len(packs) == 5 else real(rows, samples, most))
+    third = lambda rows: len(rows) == 23 and packs.append(1) is None and len(packs) == 5
+    monkeypatch.setattr(data, "pack", lambda rows, samples, most: [] if third(rows) else real(rows, samples, most))
     assert launch("run", "--train.nonfinite_limit=1", "--model.compute_dtype=fp16") == 0
     lines = curve(tmp_path / "run")
-    assert [line["step"] for line in lines if line["train/skipped"]] == [3] and lines[2]["train/supervised_tokens"] == 0 and lines[2]["train/loss"] == 0
+    assert [line["step"] for line in lines if line["train/skipped"]] == [3]
+    assert lines[2]["train/supervised_tokens"] == 0 and lines[2]["train/loss"] == 0
     assert {line["train/loss_scale"] for line in lines} == {65536.0}
 
 
 # -------------------------------------------------------------------------------------------- watching changes nothing
 
 def test_evaluating_saving_and_logging_do_not_change_the_curve(launch, tmp_path):
-    launch("often", *EVERYTHING, "--eval.every_steps=1", "--save.every_steps=1", "--log.every_steps=1", "--log.tensorboard=true", "--eval.patience=0")
-    launch("never", *EVERYTHING, "--eval.every_steps=0", "--save.every_steps=0", "--log.every_steps=99", "--eval.samples=0", "--eval.patience=0")
+    launch("often", *EVERYTHING, "--eval.every_steps=1", "--save.every_steps=1", "--log.every_steps=1", "--log.tensorboard=true",
+           "--eval.patience=0")
+    launch("never", *EVERYTHING, "--eval.every_steps=0", "--save.every_steps=0", "--log.every_steps=99", "--eval.samples=0",
+           "--eval.patience=0")
     assert len(set(column(tmp_path / "often", "train/clip_threshold"))) > 3  # the bound for 11 steps, then it follows the norms
     assert len(curve(tmp_path / "often")) == 15 and curve(tmp_path / "often") == curve(tmp_path / "never")
     for file in ("adapter_model.safetensors", "optimizer.safetensors", "generators.safetensors"):
@@ -290,13 +315,15 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_it_had_not_been(launch
     assert launch("run", *EVERYTHING, "--resume") == 0
     whole = curve(tmp_path / "whole")
     assert [line["step"] for line in whole] == list(range(1, 16)) and curve(tmp_path / "run") == whole
-    assert column(tmp_path / "run", "eval/loss") == column(tmp_path / "whole", "eval/loss") and column(tmp_path / "run", "eval/samples") == column(tmp_path / "whole", "eval/samples")
+    for tag in ("eval/loss", "eval/samples"):
+        assert column(tmp_path / "run", tag) == column(tmp_path / "whole", tag)
     assert 0 < newest(tmp_path / "whole")["state"]["without_improvement"]  # the early-stopping counter was half counted
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("when, number, code", [("in a step", signal.SIGINT, 130), ("in an evaluation", signal.SIGTERM, 143), ("in the first evaluation", signal.SIGINT, 130),
-                                                ("in a save", signal.SIGTERM, 143)])
+@pytest.mark.parametrize("when, number, code", [
+    ("in a step", signal.SIGINT, 130), ("in an evaluation", signal.SIGTERM, 143), ("in the first evaluation", signal.SIGINT, 130),
+    ("in a save", signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_one_boundary_and_ends_as_if_it_had_not_been(launch, tmp_path, monkeypatch, capsys, when, number, code):
     launch("whole", *EVERYTHING)
     with monkeypatch.context() as patch:
@@ -307,11 +334,14 @@ def test_an_interrupted_run_saves_one_boundary_and_ends_as_if_it_had_not_been(la
             patch.setattr(checkpoint, "save", lambda *args: (saves.append(1), send(number)() if len(saves) == 1 else None, real(*args))[2])
         else:
             real, calls = evaluation.evaluate, []
-            patch.setattr(evaluation, "evaluate", lambda *args: (calls.append(1), send(number)() if len(calls) == (1 if "first" in when else 2) else None, real(*args))[2])
+            at = 1 if "first" in when else 2
+            patch.setattr(evaluation, "evaluate",
+                          lambda *args: (calls.append(1), send(number)() if len(calls) == at else None, real(*args))[2])
         assert launch("run", *EVERYTHING) == code
     saved = checkpoint.newest_valid(tmp_path / "run")[0]
     assert f"saved {saved}" in capsys.readouterr().out
-    assert saved.name == {"in a step": "step-000007", "in an evaluation": "step-000004", "in the first evaluation": "step-000000", "in a save": "step-000004"}[when]
+    assert saved.name == {"in a step": "step-000007", "in an evaluation": "step-000004", "in the first evaluation": "step-000000",
+                          "in a save": "step-000004"}[when]
     assert launch("run", *EVERYTHING, "--resume") == 0
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     for tag in ("step", "eval/loss", "eval/adapter_digest", "eval/samples", "train/loss"):
@@ -330,7 +360,8 @@ def test_an_interrupted_overfit_is_not_told_to_go_on_for_it_cannot(launch, monke
 def test_a_process_that_is_told_to_end_saves_exits_143_and_goes_on(launch, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options = ["--train.max_steps=400", "--log.every_steps=1", "--eval.every_steps=0", "--lora.dropout=0.1"]
-    process = subprocess.Popen([sys.executable, PROJECT / "train.py", *launch.arguments("run", *options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen([sys.executable, PROJECT / "train.py", *launch.arguments("run", *options)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     for line in process.stdout:
         if line.startswith("step 5/"):
             break
@@ -395,7 +426,8 @@ def test_a_run_goes_on_in_a_folder_of_its_own_with_the_record_until_there(launch
     assert record.continues(tmp_path / "fork") == "run@step-000006" and record.continues(tmp_path / "run") == ""
     best = newest(tmp_path / "fork")["state"]["best_step"]
     assert best > 6 and checkpoint.find(f"{tmp_path / 'fork'}@best").name == f"step-{best:06d}"
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before, "the run that it came from was touched"
+    now = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert now == before, "the run that it came from was touched"
     (tmp_path / "lone").mkdir()
     shutil.copytree(at, tmp_path / "lone/step-000006")  # a checkpoint without its run: there is no record to take along
     assert launch("alone", *EVERYTHING, f"--resume={tmp_path / 'lone/step-000006'}") == 0
@@ -441,11 +473,13 @@ def test_an_adapter_is_no_checkpoint_to_go_on_from(launch, tmp_path):
         launch("run", f"--resume={adapter}")
 
 
-@pytest.mark.parametrize("changed", ["training rows", "evaluation rows", "base weights", "chat template", "train.seed", "lora.alpha", "memory.max_tokens", "generators"])
+@pytest.mark.parametrize("changed", ["training rows", "evaluation rows", "base weights", "chat template", "train.seed", "lora.alpha",
+                                     "memory.max_tokens", "generators"])
 def test_a_run_does_not_go_on_with_something_else_unless_that_is_accepted_by_name(launch, tmp_path, tiny_inputs, changed):
     inputs = tmp_path / "inputs"
     shutil.copytree(tiny_inputs, inputs)
-    where = [f"--model.path={inputs / 'model'}", f"--data.train={inputs / 'train.jsonl'}", f"--data.eval={inputs / 'eval.jsonl'}", "--eval.samples=0"]
+    where = [f"--model.path={inputs / 'model'}", f"--data.train={inputs / 'train.jsonl'}", f"--data.eval={inputs / 'eval.jsonl'}",
+             "--eval.samples=0"]
     launch("run", *where)
     shutil.rmtree(tmp_path / "run/checkpoints/step-000008")
     if changed in ("training rows", "evaluation rows"):
@@ -477,8 +511,10 @@ def test_files_may_move_and_a_run_may_be_watched_otherwise(launch, tmp_path, tin
     launch("whole")
     shutil.rmtree(tmp_path / "run/checkpoints/step-000008")
     shutil.copytree(tiny_inputs, tmp_path / "moved")
-    moved = [f"--model.path={tmp_path / 'moved/model'}", f"--data.train={tmp_path / 'moved/train.jsonl'}", f"--data.eval={tmp_path / 'moved/eval.jsonl'}"]
-    assert launch("run", "--resume", *moved, "--eval.every_steps=3", "--save.every_steps=1", "--memory.checkpoint_layers=1", "--criteria.minimum_eval_loss_drop=9", "--alerts.window=20") == 0
+    moved = [f"--model.path={tmp_path / 'moved/model'}", f"--data.train={tmp_path / 'moved/train.jsonl'}",
+             f"--data.eval={tmp_path / 'moved/eval.jsonl'}"]
+    assert launch("run", "--resume", *moved, "--eval.every_steps=3", "--save.every_steps=1", "--memory.checkpoint_layers=1",
+                  "--criteria.minimum_eval_loss_drop=9", "--alerts.window=20") == 0
     assert curve(tmp_path / "run") == curve(tmp_path / "whole") and newest(tmp_path / "run")["state"]["accepted"] == []
 
 
@@ -520,7 +556,8 @@ def test_the_best_checkpoint_is_saved_and_stays(launch, tmp_path, monkeypatch, c
 def test_a_run_that_begins_with_a_loss_of_nan_can_still_save(launch, tmp_path, monkeypatch):
     scripted(monkeypatch, [math.nan, math.nan, 3.0])
     assert launch("run") == 0
-    assert (newest(tmp_path / "run")["state"]["best_loss"], math.isnan(record.read_metrics(tmp_path / "run")[0]["eval/loss"])) == (3.0, True)
+    assert newest(tmp_path / "run")["state"]["best_loss"] == 3.0
+    assert math.isnan(record.read_metrics(tmp_path / "run")[0]["eval/loss"])
 
 
 # ----------------------------------------------------------------------------------------------------------- the record
@@ -530,7 +567,8 @@ def test_metrics_hold_every_step_and_tensorboard_mirrors_them(launch, tmp_path):
     launch("run", "--log.tensorboard=true")
     lines = record.read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(9))
-    for tag in ("train/loss", "train/grad_norm", "train/learning_rate", "train/supervised_tokens", "train/tokens_per_second", "train/clip_threshold", "train/clipped", "train/skipped"):
+    for tag in ("train/loss", "train/grad_norm", "train/learning_rate", "train/supervised_tokens", "train/tokens_per_second",
+                "train/clip_threshold", "train/clipped", "train/skipped"):
         assert all(tag in line for line in lines[1:]), tag
     for tag in ("eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/stop_rate", "eval/adapter_digest", "eval/samples"):
         assert [line["step"] for line in lines if tag in line] == [0, 4, 8], tag
@@ -541,8 +579,10 @@ def test_metrics_hold_every_step_and_tensorboard_mirrors_them(launch, tmp_path):
     tags = {tag for line in lines for tag, value in line.items() if not isinstance(value, str)} - {"step"}
     assert tags <= set(events.Tags()["scalars"])
     for tag in tags:
-        assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx({line["step"]: line[tag] for line in lines if tag in line}, rel=1e-6)
-    assert {"adapters/lora_A_norm", "adapters/lora_B_norm"} <= set(events.Tags()["histograms"]) and "eval/samples/text_summary" in events.Tags()["tensors"]
+        told = {line["step"]: line[tag] for line in lines if tag in line}
+        assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(told, rel=1e-6)
+    assert {"adapters/lora_A_norm", "adapters/lora_B_norm"} <= set(events.Tags()["histograms"])
+    assert "eval/samples/text_summary" in events.Tags()["tensors"]
 
 
 def test_adapter_norms_are_those_of_the_step_they_stand_at(launch, tmp_path):
@@ -561,14 +601,16 @@ def test_the_run_folder_holds_settings_that_make_the_same_run_again(launch, tmp_
     assert train.main([str(tmp_path / "run/config.json"), f"--out={tmp_path / 'third'}"]) == 0
     assert curve(tmp_path / "third") == curve(tmp_path / "run") != curve(tmp_path / "again")
     assert json.loads((tmp_path / "run/environment.json").read_text())["packages"]["torch"]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "checkpoints", "config.json", "environment.json", "evaluations", "forecast.json", "metrics.jsonl", "verdict.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock", "checkpoints", "config.json", "environment.json", "evaluations", "forecast.json", "metrics.jsonl", "verdict.json"}
 
 
 def test_peft_loads_what_was_trained_and_gives_the_same_logits(launch, tmp_path, tiny_inputs):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     launch("run", "--model.quant=none", "--model.compute_dtype=fp32", "--lora.rslora=true")
-    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_inputs / "model"), checkpoint.newest_valid(tmp_path / "run")[0]).eval()
+    base = AutoModelForCausalLM.from_pretrained(tiny_inputs / "model")
+    network = PeftModel.from_pretrained(base, checkpoint.newest_valid(tmp_path / "run")[0]).eval()
     rows = data.tokenize(data.read_rows(str(tiny_inputs / "eval.jsonl")), data.load_tokenizer(tiny_inputs / "model"), train.settings.Data())
     total = 0.0
     for r in range(len(rows)):
@@ -604,8 +646,10 @@ def test_a_run_can_start_from_an_adapter(launch, tmp_path):
     launch("first")
     adapter = checkpoint.newest_valid(tmp_path / "first")[0]
     assert launch("second", f"--lora.init_from={adapter}", "--train.max_steps=1", "--schedule.lr_warmup_steps=0") == 0
-    assert record.read_metrics(tmp_path / "second")[0]["eval/adapter_digest"] == record.read_metrics(tmp_path / "first")[-1]["eval/adapter_digest"]
-    for changes, said in ((["--lora.r=8"], r"--lora.r=4"), (["--lora.alpha=4"], r"--lora.alpha=8"), (["--lora.rslora=true"], "--lora.rslora=false"), (["--lora.targets=q_proj"], "other targets")):
+    first, second = (record.read_metrics(tmp_path / name) for name in ("first", "second"))
+    assert second[0]["eval/adapter_digest"] == first[-1]["eval/adapter_digest"]
+    for changes, said in ((["--lora.r=8"], r"--lora.r=4"), (["--lora.alpha=4"], r"--lora.alpha=8"),
+                          (["--lora.rslora=true"], "--lora.rslora=false"), (["--lora.targets=q_proj"], "other targets")):
         with pytest.raises(ValueError, match=said):
             launch("third", f"--lora.init_from={adapter}", *changes)
     assert not (tmp_path / "third").exists()
@@ -615,7 +659,8 @@ def broken(tiny_inputs, folder, what):
     """Overrides of a run with one thing wrong, made in `folder`."""
     rows = folder / "rows.jsonl"
     if what.startswith("rows:"):
-        rows.write_bytes({"empty": b"", "json": b'{"text": "a"}\n{"text": \n', "null": b"null\n", "column": b'{"question": "a", "answer": "b"}\n',
+        rows.write_bytes({"empty": b"", "json": b'{"text": "a"}\n{"text": \n', "null": b"null\n",
+                          "column": b'{"question": "a", "answer": "b"}\n',
                           "type": b'{"messages": "hello"}\n', "role": b'{"messages": [{"role": "boss", "content": "a"}]}\n',
                           "turns": b'{"messages": [{"role": "user", "content": "a"}]}\n'}[what[5:]])
         return [f"--data.train={rows}"]
@@ -629,15 +674,18 @@ def broken(tiny_inputs, folder, what):
         (folder / "model/tokenizer_config.json").write_text(json.dumps(settings))
         return [f"--model.path={folder / 'model'}"]
     return {"no model": ["--model.path=no/such/model"], "no rows": ["--data.train=none.jsonl"], "no eval rows": ["--data.eval=none.jsonl"],
-            "no prompts": ["--eval.prompts=none.txt"], "no template file": ["--data.chat_template=none.jinja"], "no initial adapter": ["--lora.init_from=none"],
+            "no prompts": ["--eval.prompts=none.txt"], "no template file": ["--data.chat_template=none.jinja"],
+            "no initial adapter": ["--lora.init_from=none"],
             "held out": ["--data.eval=", "--data.eval_rows=23"]}[what]
 
 
 @pytest.mark.parametrize("what, said", [
-    ("no model", "model.path"), ("no rows", "none.jsonl: no such file"), ("no eval rows", "none.jsonl: no such file"), ("no prompts", "none.txt: no such file"),
-    ("no template file", "data.chat_template"), ("no initial adapter", "none: not a run folder"), ("held out", "data.eval_rows"), ("rows:empty", "rows.jsonl: holds no rows"),
-    ("rows:json", "rows.jsonl:2: not valid JSON"), ("rows:null", "rows.jsonl:1: a row must be an object"), ("rows:column", "rows.jsonl:1: the keys question, answer"),
-    ("rows:type", "rows.jsonl:1: messages must be a list"), ("rows:role", "rows.jsonl:1: .*boss"), ("rows:turns", "rows.jsonl:1: no assistant turn"),
+    ("no model", "model.path"), ("no rows", "none.jsonl: no such file"), ("no eval rows", "none.jsonl: no such file"),
+    ("no prompts", "none.txt: no such file"), ("no template file", "data.chat_template"),
+    ("no initial adapter", "none: not a run folder"), ("held out", "data.eval_rows"), ("rows:empty", "rows.jsonl: holds no rows"),
+    ("rows:json", "rows.jsonl:2: not valid JSON"), ("rows:null", "rows.jsonl:1: a row must be an object"),
+    ("rows:column", "rows.jsonl:1: the keys question, answer"), ("rows:type", "rows.jsonl:1: messages must be a list"),
+    ("rows:role", "rows.jsonl:1: .*boss"), ("rows:turns", "rows.jsonl:1: no assistant turn"),
     ("tokenizer:no template", "rows?.*template|template.*data.chat_template"), ("tokenizer:neither", "neither a chat template nor an eos"),
 ])
 def test_bad_input_is_refused_before_the_model_is_loaded_and_leaves_nothing_behind(launch, tmp_path, tiny_inputs, monkeypatch, what, said):
@@ -658,14 +706,18 @@ def test_a_target_that_matches_nothing_and_a_foreign_tokenizer_leave_nothing_beh
 
 
 def test_the_command_tells_a_bad_input_in_one_message_and_exits_2(launch, tmp_path):
-    done = subprocess.run([sys.executable, PROJECT / "train.py", *launch.arguments("run", "--data.train=none.jsonl")], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: none.jsonl: no such file") and len(done.stderr.splitlines()) == 1
+    done = subprocess.run([sys.executable, PROJECT / "train.py", *launch.arguments("run", "--data.train=none.jsonl")],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: none.jsonl: no such file")
+    assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments, said", [([], "give one configuration"), (["a.json", "b.json"], "give one configuration"), (["none.json"], "cannot read the configuration"),
-                                             (["configs/quickstart.json", "--resume", "--overwrite"], "give one of them"), (["configs/quickstart.json", "--accept=train.seed"], "goes with --resume"),
-                                             (["configs/quickstart.json", f"--out={pathlib.Path(__file__)}"], "is a file")])
+@pytest.mark.parametrize("arguments, said", [
+    ([], "give one configuration"), (["a.json", "b.json"], "give one configuration"),
+    (["none.json"], "cannot read the configuration"), (["configs/quickstart.json", "--resume", "--overwrite"], "give one of them"),
+    (["configs/quickstart.json", "--accept=train.seed"], "goes with --resume"),
+    (["configs/quickstart.json", f"--out={pathlib.Path(__file__)}"], "is a file")])
 def test_a_command_line_that_makes_no_sense_is_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
         train.main(arguments)
@@ -697,5 +749,7 @@ def test_a_finished_run_whose_record_was_lost_is_concluded_without_it(launch, tm
 
 def test_going_on_from_beyond_the_runs_end_is_refused_though_the_end_is_accepted(launch):
     assert launch("run") == 0
-    with pytest.raises(ValueError, match=r"--resume: the checkpoint is of step \d+, and the run as asked for ends with step 2; raise train.max_steps"):
-        launch("run", "--resume", "--train.max_steps=2", "--schedule.lr_warmup_steps=1", "--accept=train.max_steps,schedule.lr_warmup_steps")
+    said = r"--resume: the checkpoint is of step \d+, and the run as asked for ends with step 2; raise train.max_steps"
+    with pytest.raises(ValueError, match=said):
+        launch("run", "--resume", "--train.max_steps=2", "--schedule.lr_warmup_steps=1",
+               "--accept=train.max_steps,schedule.lr_warmup_steps")
