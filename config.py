@@ -365,6 +365,9 @@ def _contradictions(c, errors):
     if c.model.attention == "varlen" and c.model.compute_dtype not in ("bf16", "fp16"):
         errors.append(f"model.attention, model.compute_dtype: varlen works in bf16 and fp16, not {c.model.compute_dtype}; "
                       "choose documents or auto")
+    if c.memory.shard and c.memory.keep_dequantized == "yes":
+        errors.append("memory.shard, memory.keep_dequantized: a kept copy would be whole on every rank, which sharding is to spare; "
+                      "set keep_dequantized to auto, or shard to false")
     if not c.lora.targets or not all(isinstance(t, str) and t for t in c.lora.targets):
         errors.append(f"lora.targets: must be a list of projection names, got {json.dumps(c.lora.targets)}")
     elif len(set(c.lora.targets)) < len(c.lora.targets):
