@@ -363,6 +363,7 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
+    ranks.alone("eval.py")
     texts, switches = dict.fromkeys(("ckpt", "model", "data", "prompts"), ""), dict.fromkeys(("json", "keep", "untrained"), False)
     words, flags, overrides = settings.command_line(argv, texts | switches)
     if words:

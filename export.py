@@ -44,6 +44,7 @@ import loading
 import lora_layers
 import model
 import quant
+import ranks
 import record
 import trust
 
@@ -582,6 +583,7 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
+    ranks.alone("export.py")
     known = ("ckpt", "model", "data", "merge", "adapter", "gguf", "onto", "dtype", "rounding", "tolerance")
     words, flags, overrides = settings.command_line(argv, dict.fromkeys(known, ""))
     if words:

@@ -568,6 +568,7 @@ def main(argv):
     if not argv or "--help" in argv:
         print(__doc__)
         return 0
+    ranks.alone("proof.py")
     words, _, overrides = settings.command_line(argv, {})
     if len(words) != 1:
         raise ValueError(f"give one configuration, as in: python proof.py configs/quickstart.json (got {' '.join(words) or 'none'})")

@@ -195,6 +195,15 @@ def begin_alike(facts):
                      "Give every host the same files, settings, packages and kind of device.")
 
 
+def alone(program):
+    """End a program that several ranks cannot share, exit code 2. The first raises ValueError; the others end without a word."""
+    if RANKS > 1:
+        if not FIRST:
+            let_end()
+            sys.exit(2)
+        raise ValueError(f"{program} works in one process, and torchrun started {RANKS} (WORLD_SIZE); start it with python {program}")
+
+
 def let_end():
     """Stay while another rank ends, which torchrun then reports and ends this one for."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -202,10 +211,15 @@ def let_end():
 
 
 def together(main):
-    """`main` as one of several ranks: where another one is lost, this one ends in a moment, with code 1 and one message."""
+    """`main` as one of several ranks: where another one is lost, this one ends in a moment, with code 1 and one message.
+
+    Warnings are the first rank's to tell; errors are raised, and told outside.
+    """
     def run(argv):
+        quiet = contextlib.nullcontext() if FIRST else contextlib.redirect_stderr(open(os.devnull, "w"))
         try:
-            code = main(argv)
+            with quiet:
+                code = main(argv)
             finish()
             return code
         except (ValueError, OSError):
