@@ -108,23 +108,26 @@ def shares(model, n, rate, tokens_per_second, window, micro_batch):
 def computed(speeds, inside, between, hosts_of=8, micro_batch=8192, micro_batches=4):
     """What follows for 8 and 64 GPUs, as Markdown. speeds: bench/results/h100.json; inside, between: bytes a second in and between hosts.
 
-    One GPU's rate is case A's for the 8B shape; another shape's is that times the ratio of their weights, and two thirds of it sharded,
-    where every layer is recomputed: 4 and 6 operations a weight and token.
+    One GPU's rate is case A's for the 8B shape; another shape's is that times the ratio of their weights, and two thirds of it where every
+    layer is recomputed: 4 and 6 operations a weight and token. That is so sharded, and at 70B replicated too, whose activations would take
+    5 times the room of the 8B's (80 layers of twice the width for 32), more than a GPU has.
     """
     rows = json.loads(pathlib.Path(speeds).read_text())
     ours = next(row for row in rows if row["case"] == "A" and row["who"] == "rawlora" and row.get("gpus", 1) == 1)
     weights = {model: sizes(model)["weights"] * sizes(model)["layers"] + MODELS[model][1] * MODELS[model][4] for model in MODELS}
     lines = ["| model | GPUs | sum, ms | layer gathered, ms | tokens/s, replicated | of N GPUs alone | tokens/s, sharded | "
-             "of N that recompute alone |",
+             "of N GPUs alone |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for model in ("8B", "70B"):
         alone = ours["tokens_per_second"] * weights["8B"] / weights[model]
         for n in (8, 64):
             rate = inside if n <= hosts_of else between
-            whole, _, summed, gathered = shares(model, n, rate, alone, micro_batch * micro_batches, micro_batch)
-            split = shares(model, n, rate, alone * 2 / 3, micro_batch * micro_batches, micro_batch)[1]
-            lines.append(f"| {model} | {n} | {summed * 1e3:.1f} | {gathered * 1e3:.2f} | {n * alone * whole:,.0f} | {whole:.1%} | "
-                         f"{n * alone * 2 / 3 * split:,.0f} | {split:.1%} |")
+            recomputed = alone * 2 / 3
+            replicated = alone if model == "8B" else recomputed
+            whole, _, summed, gathered = shares(model, n, rate, replicated, micro_batch * micro_batches, micro_batch)
+            split = shares(model, n, rate, recomputed, micro_batch * micro_batches, micro_batch)[1]
+            lines.append(f"| {model} | {n} | {summed * 1e3:.1f} | {gathered * 1e3:.2f} | {n * replicated * whole:,.0f} | {whole:.1%} | "
+                         f"{n * recomputed * split:,.0f} | {split:.1%} |")
     told = (f"at {inside / 1e9:.0f} GB/s inside a host of {hosts_of} and {between / 1e9:.0f} GB/s between hosts, for each GPU; "
             f"{micro_batches} micro-batches of {micro_batch:,} tokens a rank and step")
     return "\n".join([*lines, "", told])
