@@ -182,6 +182,23 @@ def test_the_first_step_of_a_run_applies_the_gradient_of_one_process(run, tmp_pa
     assert norm(alone[name] - shared[name] for name in alone) <= bound * norm(alone.values())
 
 
+def test_llm_int8_is_the_same_model_sharded_as_replicated(run, tmp_path):
+    """Not that of one rank: which columns are products in 16 bits follows from what a micro-batch holds."""
+    options = ["--model.quant=llm_int8", "--lora.dropout=0", "--train.max_steps=4"]
+    assert run(2, "whole", *options) == [0, 0] and run(2, "split", *options, "--memory.shard=true") == [0, 0]
+    assert far(tmp_path / "whole", tmp_path / "split") < 1e-6
+
+
+def test_a_warning_is_told_by_the_first_rank_alone(run, tmp_path):
+    assert run(2, "two", *EXACT, "--train.max_steps=1", "--schedule.lr_warmup_steps=0", fault=(warn,)) == [0, 0]
+    assert log(tmp_path, "two").count("warning: tokens that nobody trained") == 1 and log(tmp_path, "two", 1).strip() == ""
+
+
+def warn():
+    import eval as evaluation
+    evaluation.untrained_tokens = lambda network, tokenizer, rows: "tokens that nobody trained"
+
+
 def test_alerts_and_verdict_are_those_of_one_process(run, tmp_path):
     """Of the data of all ranks: the alerts of each step, what each criterion measured, what each evaluation row came to."""
     options = [*EXACT, "--train.max_steps=24", "--train.adam_eps=0.1", "--schedule.learning_rate=0.03", "--eval.every_steps=8",
@@ -528,6 +545,19 @@ def test_sharding_needs_ranks(run, tmp_path):
     assert run(1, "run", "--memory.shard=true") == [2] and "torchrun --nproc-per-node=2" in log(tmp_path, "run")
 
 
+@pytest.mark.parametrize("program", ["eval", "export", "proof"])
+def test_what_works_in_one_process_says_so_where_torchrun_started_several(monkeypatch, program):
+    monkeypatch.setattr(ranks, "RANKS", 2)
+    main = importlib.import_module(program).main
+    with pytest.raises(ValueError, match=f"start it with python {program}.py"):
+        main(["--ckpt=run"])
+    monkeypatch.setattr(ranks, "FIRST", False)
+    monkeypatch.setattr(ranks, "let_end", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--ckpt=run"])
+    assert ended.value.code == 2
+
+
 # --------------------------------------------------------------------------------------------------------- the real thing
 
 def torchrun(folder, meeting, settings, *options):
@@ -597,3 +627,11 @@ def test_what_is_computed_for_more_ranks_has_the_limits_that_it_must(monkeypatch
     assert replicated == pytest.approx(0.5) and summed == pytest.approx(8.192) and gathered == pytest.approx(7 / 8 * size["layer"] / as_long)
     layer = 8.192 / size["layers"]
     assert gathered > layer and sharded == pytest.approx(8.192 / (2 * gathered * size["layers"] + summed)), "gathering alone is left of each pass"
+
+
+def test_the_computed_table_is_what_the_formula_makes_of_the_measured_rate(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "bench"))
+    import scaling
+    rows = lambda text: [[float(cell.strip(" %").replace(",", "")) for cell in line.split("|")[2:-1]] for line in text.splitlines() if line.startswith(("| 8B", "| 70B"))]
+    told, made = rows((PROJECT / "docs/SCALING.md").read_text()), rows(scaling.computed(PROJECT / "bench/results/h100.json", 300e9, 40e9))
+    assert len(told) == len(made) == 4 and all(a == pytest.approx(b, rel=0.03) for a, b in zip(told, made)), "run bench/scaling.py --computed again"
