@@ -21,7 +21,8 @@ import torch
 import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-FILES = ("adapter_model.safetensors", "optimizer.safetensors", "generators.safetensors", "adapter_config.json", "state.json", "manifest.json")
+FILES = ("adapter_model.safetensors", "optimizer.safetensors", "generators.safetensors", "adapter_config.json", "state.json",
+         "manifest.json")
 
 
 @pytest.fixture(autouse=True)
@@ -86,22 +87,27 @@ def test_every_dtype_and_layout_comes_back_bit_for_bit(tmp_path):
     flat = torch.randn(24)
     odd = {
         "nan.payload": torch.tensor([0x7FC12345, -0x80000000], dtype=torch.int32).view(torch.float32),  # a NaN with a message, and -0.0
-        "transposed": torch.randn(3, 5).t(), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "parameter": torch.nn.Parameter(torch.ones(2)),
+        "transposed": torch.randn(3, 5).t(), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 4),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
         "view.a": flat[:12].view(3, 4), "view.b": flat[6:18], "tied": flat,
-        **{str(dtype).removeprefix("torch."): torch.arange(4).to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.bool)},
+        **{str(dtype).removeprefix("torch."): torch.arange(4).to(dtype)
+           for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.bool)},
     }
     tensors, texts = contents(500)
-    found = checkpoint.load(checkpoint.save(tmp_path, 500, {**tensors, "optimizer.safetensors": odd}, {**texts, "chat_template.jinja": "{{ 'é' }}\r\n"}, 1))
+    found = checkpoint.load(checkpoint.save(tmp_path, 500, {**tensors, "optimizer.safetensors": odd},
+                                            {**texts, "chat_template.jinja": "{{ 'é' }}\r\n"}, 1))
     back = found["tensors"]["optimizer.safetensors"]
     assert back.keys() == odd.keys() and found["texts"]["chat_template.jinja"] == "{{ 'é' }}\r\n" and found["state"]["step"] == 500
     for name, tensor in odd.items():
         assert (back[name].dtype, back[name].shape) == (tensor.dtype, tensor.shape)
-        assert back[name].contiguous().flatten().view(torch.uint8).tolist() == tensor.detach().contiguous().flatten().view(torch.uint8).tolist(), name
+        stored, given = (value.detach().contiguous().flatten().view(torch.uint8).tolist() for value in (back[name], tensor))
+        assert stored == given, name
 
 
 def test_peft_loads_a_checkpoint_folder_and_gives_the_same_logits(tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    shape = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    shape = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                     num_key_value_heads=2)
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(shape).eval()
     weights = {name: value.clone() for name, value in base.state_dict().items()}
@@ -118,15 +124,18 @@ def test_peft_loads_a_checkpoint_folder_and_gives_the_same_logits(tmp_path):
     assert torch.equal(peft.PeftModel.from_pretrained(fresh, folder).eval()(ids).logits, expected)
     assert checkpoint.find(tmp_path / "peft") == tmp_path / "peft"
     plain = checkpoint.load(tmp_path / "peft")
-    assert plain["step"] is None and plain["state"] == {} and plain["tensors"]["adapter_model.safetensors"].keys() == tensors["adapter_model.safetensors"].keys()
+    assert plain["step"] is None and plain["state"] == {}
+    assert plain["tensors"]["adapter_model.safetensors"].keys() == tensors["adapter_model.safetensors"].keys()
 
 
 def test_what_could_not_be_loaded_again_gets_no_name_and_is_written_nowhere_else(tmp_path):
     tensors, texts = contents(500)
-    bad = [({**tensors, "../x.safetensors": {}}, texts, "cannot be a checkpoint's file"), (tensors, {**texts, "x.bin": ""}, "cannot be a checkpoint's file"),
+    bad = [({**tensors, "../x.safetensors": {}}, texts, "cannot be a checkpoint's file"),
+           (tensors, {**texts, "x.bin": ""}, "cannot be a checkpoint's file"),
            ({**tensors, "x.safetensors": {"../a": torch.ones(1)}}, texts, "cannot be a tensor's name"),
            (tensors, {**texts, "state.json": '{"step": 500, "best_loss": NaN}'}, "state.json: .*NaN is not a finite number"),
-           (tensors, {**texts, "state.json": '{"step": 400}'}, "step 400 where"), (tensors, {"state.json": texts["state.json"]}, "needs adapter_config.json")]
+           (tensors, {**texts, "state.json": '{"step": 400}'}, "step 400 where"),
+           (tensors, {"state.json": texts["state.json"]}, "needs adapter_config.json")]
     for some_tensors, some_texts, message in bad:
         with pytest.raises(ValueError, match=message):
             checkpoint.save(tmp_path, 500, some_tensors, some_texts, 1)
@@ -203,7 +212,8 @@ def test_a_save_killed_at_any_call_leaves_only_checkpoints_that_verify(tmp_path,
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        visible = [path for path in (run / "checkpoints").glob("step-*") if not path.name.endswith(".stale")] if (run / "checkpoints").exists() else []
+        there = (run / "checkpoints").glob("step-*") if (run / "checkpoints").exists() else ()
+        visible = [path for path in there if not path.name.endswith(".stale")]
         for path in visible:
             if not (damaged and path.name == "step-000200" and (path / "optimizer.safetensors").stat().st_size == 20):
                 checkpoint.verify(path)
@@ -215,7 +225,8 @@ def test_a_save_killed_at_any_call_leaves_only_checkpoints_that_verify(tmp_path,
             found = checkpoint.load(newest)["state"]
             candidates = [(step, how.get("salt", 0))] + (earlier if prepare is not before_first else [])
             if prepare is not before_going_back:  # never further back than before the save
-                candidates = [pair for pair in candidates if pair[0] >= {before_first: 100, before_retention: 300, before_replacing: 200}.get(prepare, 100)]
+                lowest = {before_first: 100, before_retention: 300, before_replacing: 200}.get(prepare, 100)
+                candidates = [pair for pair in candidates if pair[0] >= lowest]
             assert (found["step"], found["salt"]) in candidates
             assert holds(newest, found["step"], found["salt"], found["best_step"])
             if how.get("best_step"):
@@ -480,8 +491,9 @@ def edit_manifest(folder, change):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("name", ["../outside.json", "/etc/outside.json", "..", "a/../../outside.json", "a..json", ".hidden.json", "x\0.json", "é.json", "x.json\n",
-                                  "state.pt", "state.bin", "state.pkl", "manifest.json", "a" * 200 + ".json", ""])
+@pytest.mark.parametrize("name", [
+    "../outside.json", "/etc/outside.json", "..", "a/../../outside.json", "a..json", ".hidden.json", "x\0.json", "é.json", "x.json\n",
+    "state.pt", "state.bin", "state.pkl", "manifest.json", "a" * 200 + ".json", ""])
 def test_a_manifest_cannot_name_files_elsewhere_or_pickles(tmp_path, name):
     folder = save(tmp_path, 500)
     edit_manifest(folder, lambda manifest: manifest["files"].update({name: manifest["files"]["state.json"]}))
@@ -490,10 +502,13 @@ def test_a_manifest_cannot_name_files_elsewhere_or_pickles(tmp_path, name):
 
 @pytest.mark.parametrize("change, message", [
     (lambda m: m.update(step=True), "step True"), (lambda m: m.update(step=-1), "step -1"), (lambda m: m.update(step=501), "step 501"),
-    (lambda m: m.update(format="other"), "must hold format"), (lambda m: m.update(extra=1), "must hold format"), (lambda m: m.pop("step"), "must hold format"),
-    (lambda m: m.update(files=[]), "files must be an object"), (lambda m: m["files"].update({"state.json": None}), "must have its bytes and sha256"),
-    (lambda m: m["files"]["state.json"].update(bytes="9"), "must have its bytes and sha256"), (lambda m: m["files"]["state.json"].update(sha256="0"), "must have its bytes and sha256"),
-    (lambda m: m["files"]["state.json"].update(bytes=10**18), "bytes where the manifest says"), (lambda m: m["files"].pop("state.json"), "state.json is not listed")])
+    (lambda m: m.update(format="other"), "must hold format"), (lambda m: m.update(extra=1), "must hold format"),
+    (lambda m: m.pop("step"), "must hold format"), (lambda m: m.update(files=[]), "files must be an object"),
+    (lambda m: m["files"].update({"state.json": None}), "must have its bytes and sha256"),
+    (lambda m: m["files"]["state.json"].update(bytes="9"), "must have its bytes and sha256"),
+    (lambda m: m["files"]["state.json"].update(sha256="0"), "must have its bytes and sha256"),
+    (lambda m: m["files"]["state.json"].update(bytes=10**18), "bytes where the manifest says"),
+    (lambda m: m["files"].pop("state.json"), "state.json is not listed")])
 def test_a_manifest_of_the_wrong_shape_is_refused(tmp_path, change, message):
     folder = save(tmp_path, 500)
     edit_manifest(folder, change)
@@ -503,8 +518,9 @@ def test_a_manifest_of_the_wrong_shape_is_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"format": 1, "format": 2}', "'format' stands twice"), ('{"step": NaN}', "NaN is not a finite number"), ('{"step": -Infinity}', "not a finite number"),
-    ('{"step": 1e999}', "1e999 is not a finite number"), ("[" * 100_000, "not valid JSON"), ("[]", "must hold a JSON object"), ("\udcff", "not valid JSON"),
+    ('{"format": 1, "format": 2}', "'format' stands twice"), ('{"step": NaN}', "NaN is not a finite number"),
+    ('{"step": -Infinity}', "not a finite number"), ('{"step": 1e999}', "1e999 is not a finite number"),
+    ("[" * 100_000, "not valid JSON"), ("[]", "must hold a JSON object"), ("\udcff", "not valid JSON"),
     ('{"step": ' + "9" * 10_000 + "}", "not valid JSON"), (" " * (2 << 20) + "{}", "larger than")])
 def test_json_that_strict_readers_disagree_about_is_refused(tmp_path, text, message):
     folder = save(tmp_path, 500)
@@ -514,7 +530,8 @@ def test_json_that_strict_readers_disagree_about_is_refused(tmp_path, text, mess
 
 def test_a_state_of_another_step_or_not_text_is_refused_though_its_hash_is_right(tmp_path):
     folder = save(tmp_path, 500)
-    for data, message in ((b'{"step": 499}', "step 499 where the manifest says 500"), (b'{"step": 500, "step": 500}', "stands twice"), (b"\xff", "not UTF-8")):
+    for data, message in ((b'{"step": 499}', "step 499 where the manifest says 500"), (b'{"step": 500, "step": 500}', "stands twice"),
+                          (b"\xff", "not UTF-8")):
         (folder / "state.json").write_bytes(data)
         reseal(folder)
         with pytest.raises(ValueError, match=f"state.json: .*{message}"):
@@ -542,12 +559,18 @@ ONE = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 
 
 @pytest.mark.parametrize("data, message", [
-    (header("{}", length=1 << 60), "header claims"), (header("{}", length=100), "header claims"), (header(" " * (33 << 20) + "{}"), "header claims"), (b"\x00\x00", "header claims"),
-    (header(f'{{"a":{ONE},"a":{ONE}}}', bytes(4)), "'a' stands twice"), (header("[" * 100_000), "not valid JSON"), (header("[]"), "JSON object"), (header(b"\xff{}"), "not valid JSON"),
-    (header(f'{{"../../a":{ONE}}}', bytes(4)), "cannot be a tensor's name"), (header(f'{{"/a":{ONE}}}', bytes(4)), "cannot be a tensor's name"), (header(f'{{"a..b":{ONE}}}', bytes(4)), "cannot be a tensor's name"),
-    (header(f'{{"a":{ONE}}}', bytes(3)), "not a valid safetensors"), (header(f'{{"a":{ONE}}}', bytes(5)), "not a valid safetensors"), (header(f'{{"a":{ONE},"b":{ONE}}}', bytes(4)), "not a valid safetensors"),
+    (header("{}", length=1 << 60), "header claims"), (header("{}", length=100), "header claims"),
+    (header(" " * (33 << 20) + "{}"), "header claims"), (b"\x00\x00", "header claims"),
+    (header(f'{{"a":{ONE},"a":{ONE}}}', bytes(4)), "'a' stands twice"), (header("[" * 100_000), "not valid JSON"),
+    (header("[]"), "JSON object"), (header(b"\xff{}"), "not valid JSON"),
+    (header(f'{{"../../a":{ONE}}}', bytes(4)), "cannot be a tensor's name"),
+    (header(f'{{"/a":{ONE}}}', bytes(4)), "cannot be a tensor's name"),
+    (header(f'{{"a..b":{ONE}}}', bytes(4)), "cannot be a tensor's name"),
+    (header(f'{{"a":{ONE}}}', bytes(3)), "not a valid safetensors"), (header(f'{{"a":{ONE}}}', bytes(5)), "not a valid safetensors"),
+    (header(f'{{"a":{ONE},"b":{ONE}}}', bytes(4)), "not a valid safetensors"),
     (header('{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}', bytes(4)), "not a valid safetensors"),
-    (header('{"a":{"dtype":"OBJECT","shape":[1],"data_offsets":[0,4]}}', bytes(4)), "not a valid safetensors"), (header('{"a":7}'), "not a valid safetensors")])
+    (header('{"a":{"dtype":"OBJECT","shape":[1],"data_offsets":[0,4]}}', bytes(4)), "not a valid safetensors"),
+    (header('{"a":7}'), "not a valid safetensors")])
 def test_a_hostile_tensor_file_is_refused_though_its_hash_is_right(tmp_path, data, message):
     folder = save(tmp_path, 500)
     (folder / "optimizer.safetensors").write_bytes(data)
@@ -601,10 +624,13 @@ def test_find_takes_a_run_its_best_a_step_a_checkpoint_or_an_adapter_folder(tmp_
     for step in (100, 200, 300):
         save(run, step, best_step=100)
     checkpoints = run / "checkpoints"
-    assert checkpoint.find(run) == checkpoints / "step-000300" and checkpoint.find(str(checkpoints / "step-000100")) == checkpoints / "step-000100"
-    assert checkpoint.find(f"{run}@best") == checkpoints / "step-000100" and checkpoint.find(f"{run}@step-000200") == checkpoints / "step-000200"
+    assert checkpoint.find(run) == checkpoints / "step-000300"
+    assert checkpoint.find(str(checkpoints / "step-000100")) == checkpoints / "step-000100"
+    assert checkpoint.find(f"{run}@best") == checkpoints / "step-000100"
+    assert checkpoint.find(f"{run}@step-000200") == checkpoints / "step-000200"
     assert capsys.readouterr().err == ""
-    for bad, message in ((f"{run}@step-000999", "there are step-000300, step-000200, step-000100"), (f"{run}@../x", "no checkpoint"), (tmp_path / "none", "not a run folder"),
+    for bad, message in ((f"{run}@step-000999", "there are step-000300, step-000200, step-000100"),
+                         (f"{run}@../x", "no checkpoint"), (tmp_path / "none", "not a run folder"),
                          (tmp_path, "not a run folder"), (f"{tmp_path}@best", "not a run folder")):
         with pytest.raises(ValueError, match=message):
             checkpoint.find(bad)

@@ -16,16 +16,20 @@ import config
 CONFIGS = sorted((PROJECT / "configs").glob("*.json"))
 KEYS = [f"{section}.{field.name}" for section, kind in config.SECTIONS.items() for field in dataclasses.fields(kind)]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LOOP_1 = {"train.micro_batch_size": 2, "train.accumulation": 16, "train.max_steps": 2000, "train.epochs": 0.0, "schedule.learning_rate": 1e-4,
-          "schedule.lr_warmup_steps": 200, "schedule.lr_kind": "cosine", "schedule.clip_norm": 1.0, "log.every_steps": 25, "eval.every_steps": 500, "save.every_steps": 500}
-ADAPTER_12 = {"lora.r": 16, "lora.alpha": 32.0, "lora.dropout": 0.0, "lora.rslora": False, "lora.targets": PROJECTIONS, "model.quant": "nf4", "model.double_quant": True}
+LOOP_1 = {"train.micro_batch_size": 2, "train.accumulation": 16, "train.max_steps": 2000, "train.epochs": 0.0,
+          "schedule.learning_rate": 1e-4, "schedule.lr_warmup_steps": 200, "schedule.lr_kind": "cosine", "schedule.clip_norm": 1.0,
+          "log.every_steps": 25, "eval.every_steps": 500, "save.every_steps": 500}
+ADAPTER_12 = {"lora.r": 16, "lora.alpha": 32.0, "lora.dropout": 0.0, "lora.rslora": False, "lora.targets": PROJECTIONS,
+              "model.quant": "nf4", "model.double_quant": True}
 PLAN = {  # DESIGN.md, "From the plan that this project carries out"
     "approach1": LOOP_1 | ADAPTER_12,
-    "approach2": LOOP_1 | ADAPTER_12 | {"train.micro_batch_size": 4, "schedule.learning_rate": 2e-4, "train.max_steps": 5000, "schedule.lr_warmup_steps": 500, "train.weight_decay": 0.01},
-    "approach3": LOOP_1 | {"model.quant": "llm_int8", "model.llm_int8_threshold": 6.0, "lora.r": 32, "lora.alpha": 64.0, "lora.dropout": 0.1, "lora.rslora": True,
+    "approach2": LOOP_1 | ADAPTER_12 | {"train.micro_batch_size": 4, "schedule.learning_rate": 2e-4, "train.max_steps": 5000,
+                                        "schedule.lr_warmup_steps": 500, "train.weight_decay": 0.01},
+    "approach3": LOOP_1 | {"model.quant": "llm_int8", "model.llm_int8_threshold": 6.0, "lora.r": 32, "lora.alpha": 64.0,
+                           "lora.dropout": 0.1, "lora.rslora": True,
                            "lora.targets": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
-    "seed-failure": {"train.micro_batch_size": 1, "train.accumulation": 8, "train.max_steps": 500, "schedule.learning_rate": 5e-5, "schedule.lr_min": 0.0,
-                     "schedule.lr_kind": "cosine", "schedule.lr_warmup_steps": 0},
+    "seed-failure": {"train.micro_batch_size": 1, "train.accumulation": 8, "train.max_steps": 500, "schedule.learning_rate": 5e-5,
+                     "schedule.lr_min": 0.0, "schedule.lr_kind": "cosine", "schedule.lr_warmup_steps": 0},
     "llama-8b-one-gpu": {"model.quant": "nf4"},
     "quickstart": {"model.quant": "nf4", "lora.targets": PROJECTIONS},
 }
@@ -62,7 +66,8 @@ def test_every_approach_has_a_floor_under_its_rate(name):
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "llama-8b-one-gpu"], ids=lambda path: path.stem)
 def test_without_overrides_the_packaged_model_and_the_documentation_rows_are_used(path):
     c = config.read(path)
-    assert (c.model.path, c.data.train, c.data.eval) == ("models/SmolLM2-135M-Instruct", "data/python-docs-train.jsonl", "data/python-docs-eval.jsonl")
+    assert (c.model.path, c.data.train, c.data.eval) == (
+        "models/SmolLM2-135M-Instruct", "data/python-docs-train.jsonl", "data/python-docs-eval.jsonl")
 
 
 def test_settings_written_out_are_read_back_the_same():
@@ -74,15 +79,18 @@ def test_settings_written_out_are_read_back_the_same():
 # ------------------------------------------------------------------------------------------------------------ errors
 
 @pytest.mark.parametrize("key, bad", [
-    ("schedule.learning_rate", "1e-4"), ("schedule.learning_rate", float("nan")), ("schedule.learning_rate", float("inf")), ("schedule.learning_rate", -1e-4),
-    ("schedule.learning_rate", 10**400), ("schedule.learning_rate", None), ("lora.r", 0), ("lora.r", -4), ("lora.r", 8.5), ("lora.r", True), ("lora.alpha", 0),
+    ("schedule.learning_rate", "1e-4"), ("schedule.learning_rate", float("nan")), ("schedule.learning_rate", float("inf")),
+    ("schedule.learning_rate", -1e-4), ("schedule.learning_rate", 10**400), ("schedule.learning_rate", None),
+    ("lora.r", 0), ("lora.r", -4), ("lora.r", 8.5), ("lora.r", True), ("lora.alpha", 0),
     ("lora.dropout", 1.0), ("lora.targets", []), ("lora.targets", "q_proj"), ("lora.targets", [3]), ("lora.targets", ["q_proj", "q_proj"]),
     ("lora.targets", ["q_proj", "lm_head"]), ("lora.targets", ["model.embed_tokens"]), ("lora.targets", ["all-linear", "q_proj"]),
     ("model.quant", "nf5"), ("model.double_quant", "yes"), ("model.double_quant", 1), ("model.path", ""), ("model.path", 7),
-    ("train.micro_batch_size", 0), ("train.accumulation", -1), ("train.max_steps", -5), ("train.max_steps", 10.0), ("train.seed", -1), ("train.seed", 2**64),
-    ("data.train", ""), ("data.max_length", 0), ("eval.every_steps", -1), ("save.keep", 0), ("memory.checkpoint_layers", -2), ("memory.loss_chunk", 0), ("log.every_steps", 0),
-    ("schedule.clip_percentile", 101), ("schedule.batch_points", [[1, 4.5]]), ("schedule.batch_points", [[1, 0]]), ("schedule.batch_points", [[5, 4], [5, 8]]),
-    ("schedule.batch_points", [[-1, 4]]), ("schedule.batch_points", [[1]]), ("schedule.batch_points", [["1", 4]]), ("schedule.batch_points", [[True, 4]]),
+    ("train.micro_batch_size", 0), ("train.accumulation", -1), ("train.max_steps", -5), ("train.max_steps", 10.0),
+    ("train.seed", -1), ("train.seed", 2**64), ("data.train", ""), ("data.max_length", 0), ("eval.every_steps", -1),
+    ("save.keep", 0), ("memory.checkpoint_layers", -2), ("memory.loss_chunk", 0), ("log.every_steps", 0),
+    ("schedule.clip_percentile", 101), ("schedule.batch_points", [[1, 4.5]]), ("schedule.batch_points", [[1, 0]]),
+    ("schedule.batch_points", [[5, 4], [5, 8]]), ("schedule.batch_points", [[-1, 4]]), ("schedule.batch_points", [[1]]),
+    ("schedule.batch_points", [["1", 4]]), ("schedule.batch_points", [[True, 4]]),
     ("data.max_length", 10**20), ("data.first_rows", 10**20), ("train.max_steps", 10**20),
 ])
 def test_a_value_that_breaks_its_rule_is_refused_once_and_by_its_key(key, bad):
@@ -105,8 +113,10 @@ def test_a_key_that_is_wrong_by_itself_is_not_told_again_as_a_contradiction():
 
 
 def test_unknown_sections_and_keys_are_refused_and_the_right_place_is_named():
-    lines = errors_of({"trian": {"seed": 1}, "train": {"learning_rate": 1e-4, "stepz": 3}, "lora": 5}, [("modle.quant", "nf4"), ("save.evry", "3")])
-    assert [line.split(":")[0].strip() for line in lines] == ["trian", "lora", "train.learning_rate", "train.stepz", "save.evry", "--modle.quant"]
+    lines = errors_of({"trian": {"seed": 1}, "train": {"learning_rate": 1e-4, "stepz": 3}, "lora": 5},
+                      [("modle.quant", "nf4"), ("save.evry", "3")])
+    wrong = [line.split(":")[0].strip() for line in lines]
+    assert wrong == ["trian", "lora", "train.learning_rate", "train.stepz", "save.evry", "--modle.quant"]
     assert "did you mean schedule.learning_rate?" in lines[2] and "max_steps" in lines[3]
 
 
@@ -114,15 +124,19 @@ def test_all_errors_come_in_one_message_with_exit_code_2_before_anything_is_load
     path = tmp_path / "bad.json"
     path.write_text('{"lora": {"r": 0, "alpha": 32, "alpha": 16}, "schedule": {"learning_rate": NaN, "lr_decay_steps": 5},'
                     ' "train": {"seed": "0", "speed": 1}, "model": {"path": "no/such/model"}}')
-    done = subprocess.run([sys.executable, PROJECT / "train.py", path, f"--out={tmp_path / 'run'}", "--eval.patience=x", "--data.train=missing.jsonl"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, PROJECT / "train.py", path, f"--out={tmp_path / 'run'}", "--eval.patience=x",
+                           "--data.train=missing.jsonl"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
     head, *lines = done.stderr.splitlines()
     assert head == f"error: {path}: 7 errors"
-    assert {line.split(":")[0].strip() for line in lines} == {"alpha", "lora.r", "schedule.learning_rate", "schedule.lr_decay_steps, schedule.lr_kind", "train.seed", "train.speed", "eval.patience"}
+    assert {line.split(":")[0].strip() for line in lines} == {
+        "alpha", "lora.r", "schedule.learning_rate", "schedule.lr_decay_steps, schedule.lr_kind", "train.seed", "train.speed",
+        "eval.patience"}
 
 
 @pytest.mark.parametrize("text, said", [
-    ("{", "line 1: not valid JSON"), ('{"lora": {"r": 16,}}', "line 1: not valid JSON"), ("\n\n[1, 2", "line 3"), ("[]", "must be a JSON object"), ("", "line 1"),
+    ("{", "line 1: not valid JSON"), ('{"lora": {"r": 16,}}', "line 1: not valid JSON"), ("\n\n[1, 2", "line 3"),
+    ("[]", "must be a JSON object"), ("", "line 1"),
     ('{"lora": {"r": 1' + "0" * 5000 + "}}", "not valid JSON"), ("[" * 100000, "not valid JSON"), (b"\xff\xfe{}", "not valid JSON"),
 ])
 def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, text, said):
@@ -147,12 +161,13 @@ def test_a_missing_file_is_refused_and_says_where_configurations_are(tmp_path):
 
 def test_every_kind_of_key_can_be_given_on_the_command_line():
     words, flags, overrides = config.command_line(
-        ["c.json", "--train.seed=7", "--schedule.learning_rate=2e-4", "--schedule.lr_min=0", "--lora.rslora=true", "--lora.targets=q_proj,v_proj", "--model.path=a=b",
-         "--schedule.batch_points=[[1, 4], [10, 8]]", "--resume", "--out", "there"], {"out": "", "resume": None, "accept": "", "overwrite": False})
+        ["c.json", "--train.seed=7", "--schedule.learning_rate=2e-4", "--schedule.lr_min=0", "--lora.rslora=true",
+         "--lora.targets=q_proj,v_proj", "--model.path=a=b", "--schedule.batch_points=[[1, 4], [10, 8]]", "--resume", "--out", "there"],
+        {"out": "", "resume": None, "accept": "", "overwrite": False})
     c = config.from_dict({"train": {"seed": 1}}, overrides)
     assert (words, flags) == (["c.json"], {"out": "there", "resume": True, "accept": "", "overwrite": False})
-    assert (c.train.seed, c.schedule.learning_rate, c.schedule.lr_min, c.lora.rslora, c.lora.targets, c.model.path, c.schedule.batch_points) == (
-        7, 2e-4, 0.0, True, ["q_proj", "v_proj"], "a=b", [[1, 4], [10, 8]])
+    assert (c.train.seed, c.schedule.learning_rate, c.schedule.lr_min, c.schedule.batch_points) == (7, 2e-4, 0.0, [[1, 4], [10, 8]])
+    assert (c.lora.rslora, c.lora.targets, c.model.path) == (True, ["q_proj", "v_proj"], "a=b")
 
 
 @pytest.mark.parametrize("arg", ["--train.seed", "--speed=1", "--overwrite=yes", "--out", "--out=", "-v", "--resume="])
@@ -190,7 +205,8 @@ def read_keys():
     for source in [*modules, textwrap.dedent(inspect.getsource(config.Config.samples_per_step.fget))]:  # which schedule.py reads
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Attribute):
-                owner = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id if isinstance(node.value, ast.Name) else ""
+                above = node.value
+                owner = above.attr if isinstance(above, ast.Attribute) else above.id if isinstance(above, ast.Name) else ""
                 found.add(f"{owner.removesuffix('_config')}.{node.attr}")
     return found
 
@@ -217,16 +233,18 @@ def test_a_reader_that_has_gone_is_no_error():
     assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "141") and len(done.stdout.splitlines()) == 2
 
 
-@pytest.mark.parametrize("key, value", [("schedule.learning_rate", 1e308), ("train.weight_decay", 1e4), ("train.adam_eps", 1e-320), ("lora.alpha", 1e308),
-                                        ("criteria.optimal_steady_parts", 10**9), ("model.path", "a\0b"), ("data.cache", "\0")])
+@pytest.mark.parametrize("key, value", [
+    ("schedule.learning_rate", 1e308), ("train.weight_decay", 1e4), ("train.adam_eps", 1e-320), ("lora.alpha", 1e308),
+    ("criteria.optimal_steady_parts", 10**9), ("model.path", "a\0b"), ("data.cache", "\0")])
 def test_values_that_no_number_or_folder_could_follow_are_refused(key, value):
     section, name = key.split(".")
     with pytest.raises(ValueError, match=rf"{key}: must "):
         config.from_dict({section: {name: value}})
 
 
-@pytest.mark.parametrize("error, named", [(OSError(28, "No space left on device"), False), (OSError(28, "x/step-000004: could not be saved; make room"), True),
-                                          (FileNotFoundError(2, "No such file or directory", "x"), True)])
+@pytest.mark.parametrize("error, named", [
+    (OSError(28, "No space left on device"), False), (OSError(28, "x/step-000004: could not be saved; make room"), True),
+    (FileNotFoundError(2, "No such file or directory", "x"), True)])
 def test_an_error_that_names_a_file_is_not_said_to_name_none(monkeypatch, capsys, error, named):
     def main(argv):
         raise error
