@@ -21,7 +21,8 @@ import quant
 import telemetry
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-kernel = pytest.mark.skipif(not (torch.cuda.is_available() or gpu_kernels.triton and gpu_kernels.INTERPRET), reason="needs a GPU, or Triton with TRITON_INTERPRET=1")
+kernel = pytest.mark.skipif(not (torch.cuda.is_available() or gpu_kernels.triton and gpu_kernels.INTERPRET),
+                            reason="needs a GPU, or Triton with TRITON_INTERPRET=1")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32,)
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -39,13 +40,15 @@ def distance(ours, reference):
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_kernels_equal_their_twins_with_rows_that_lie_apart(dtype):
-    h, delta, weight, grad, residual = draw(37, 96, dtype=dtype), draw(37, 96, dtype=dtype), draw(96, dtype=dtype), draw(37, 104, dtype=dtype)[:, :96], draw(37, 96, dtype=dtype)
+    h, delta, weight, grad, residual = (draw(37, 96, dtype=dtype), draw(37, 96, dtype=dtype), draw(96, dtype=dtype),
+                                        draw(37, 104, dtype=dtype)[:, :96], draw(37, 96, dtype=dtype))
     room = torch.full((37, 104), math.nan, device=DEVICE, dtype=dtype)
     total, rstd = gpu_kernels.add_rms_norm(h, delta, weight, 1e-5, out=room[:, :96])
     x, expected_rstd = gpu_kernels.rms_norm_twin(h + delta, weight, 1e-5)
     assert torch.equal(total, h + delta) and distance(room[:, :96], x) < CLOSE[dtype] and distance(rstd, expected_rstd) < 1e-5
     assert room[:, 96:].isnan().all(), "the columns behind are not the norm's to write"
-    assert distance(gpu_kernels.rms_norm_backward(grad, total, weight, rstd, residual, torch.empty_like(total)), gpu_kernels.rms_norm_backward_twin(grad, total, weight, expected_rstd, residual)) < CLOSE[dtype]
+    assert distance(gpu_kernels.rms_norm_backward(grad, total, weight, rstd, residual, torch.empty_like(total)),
+                    gpu_kernels.rms_norm_backward_twin(grad, total, weight, expected_rstd, residual)) < CLOSE[dtype]
 
 
 @kernel
@@ -66,8 +69,10 @@ def test_the_rotation_kernel_equals_its_twin_and_its_inverse_undoes_it(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [16, 20])  # 20: heads whose halves are no power of two
 def test_the_kernels_of_normed_heads_equal_their_twins(dtype, d):
-    packed, cos, sin, weight = draw(21, 5 * d + 8, dtype=dtype), draw(21, d // 2, dtype=dtype), draw(21, d // 2, dtype=dtype), draw(d, dtype=dtype)
-    heads, grad, room = packed[:, :3 * d].unflatten(1, (3, d)), draw(21, 3, d, dtype=dtype), torch.full((21, 4 * d), math.nan, device=DEVICE, dtype=dtype)
+    packed, cos, sin, weight = (draw(21, 5 * d + 8, dtype=dtype), draw(21, d // 2, dtype=dtype), draw(21, d // 2, dtype=dtype),
+                                draw(d, dtype=dtype))
+    heads, grad, room = (packed[:, :3 * d].unflatten(1, (3, d)), draw(21, 3, d, dtype=dtype),
+                         torch.full((21, 4 * d), math.nan, device=DEVICE, dtype=dtype))
     out = room[:, :3 * d].unflatten(1, (3, d))
     gpu_kernels.norm_rotate(heads, weight, 1e-5, cos, sin, out=out)
     assert distance(out, gpu_kernels.norm_rotate_twin(heads.double(), weight.double(), 1e-5, cos.double(), sin.double())) < 2 * CLOSE[dtype]
@@ -113,8 +118,10 @@ def test_the_cross_entropy_kernel_equals_torch(dtype, softcap):
 def test_the_nf4_kernel_equals_the_formula_and_bitsandbytes(double_quant):
     weight = quant.NF4Weight(draw(130, 192), double_quant)
     room = torch.zeros(130, 200, device=DEVICE)
-    gpu_kernels.nf4_dequantize(weight, quant.nf4_codebook(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")), room[:, :192])
-    assert distance(room[:, :192], quant.nf4_dequantize(weight.packed, weight.block_scales(), (130, 192))) < 1e-6 and not room[:, 192:].any()
+    gpu_kernels.nf4_dequantize(weight, quant.nf4_codebook(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")),
+                               room[:, :192])
+    assert (distance(room[:, :192], quant.nf4_dequantize(weight.packed, weight.block_scales(), (130, 192))) < 1e-6
+            and not room[:, 192:].any())
     reference = torch.ops.bitsandbytes.dequantize_4bit(weight.packed, weight.block_scales(), 64, "nf4", (130, 192), torch.float32)
     assert distance(room[:, :192], reference) < 1e-6
 
@@ -184,11 +191,13 @@ def test_fused_layers_on_a_gpu_equal_plain_ones(tmp_path, architecture, kind, ke
             loss, gradient = gradients(network, data.pack(rows_of(RAGGED), list(range(7)), 128))
             results[dtype, fused] = loss, {name: p.grad.clone() for name, p in lora_layers.adapters(network).items()}
     exact_loss, exact = results["fp32", False]
-    assert results["fp32", True][0] == pytest.approx(exact_loss, rel=1e-5) and results["bf16", True][0] == pytest.approx(results["bf16", False][0], rel=1e-2)
+    assert (results["fp32", True][0] == pytest.approx(exact_loss, rel=1e-5)
+            and results["bf16", True][0] == pytest.approx(results["bf16", False][0], rel=1e-2))
     for name, gradient in exact.items():
         assert distance(results["fp32", True][1][name], gradient) < 1e-5, name
         cosine = lambda which: torch.cosine_similarity(results["bf16", which][1][name].flatten(), gradient.flatten(), dim=0).item()
-        assert cosine(True) > min(0.999, cosine(False) - 1e-3), f"{name}: {cosine(True)} fused, {cosine(False)} plain, both in bf16 beside fp32"
+        assert cosine(True) > min(0.999, cosine(False) - 1e-3), (
+            f"{name}: {cosine(True)} fused, {cosine(False)} plain, both in bf16 beside fp32")
 
 
 @gpu
@@ -218,8 +227,9 @@ def test_neighbours_do_not_move_a_document_through_varlen_attention(tmp_path):
 
 
 @gpu
-@pytest.mark.parametrize("architecture, kind, fused", [("llama", "nf4", True), ("llama", "int8", True), ("llama", "none", True), ("llama", "llm_int8", True),
-                                                       ("llama", "nf4", False), ("mistral", "nf4", True), ("qwen3", "int8", False), ("gemma3_text", "nf4", True)])
+@pytest.mark.parametrize("architecture, kind, fused", [
+    ("llama", "nf4", True), ("llama", "int8", True), ("llama", "none", True), ("llama", "llm_int8", True), ("llama", "nf4", False),
+    ("mistral", "nf4", True), ("qwen3", "int8", False), ("gemma3_text", "nf4", True)])
 def test_replayed_graphs_give_the_gradients_of_the_eager_pass(tmp_path, architecture, kind, fused):
     make_model(tmp_path, architecture, num_hidden_layers=3)
     network = random_b(model.load(make_config(tmp_path, kind, "bf16", memory={"fused": fused}), "cuda"))
@@ -276,7 +286,8 @@ PROMPTS = [[5], [9, 4, 30], [7] * 70, [1, 7, 7, 7, 4, 8, 9, 10, 11, 12, 13, 14],
 
 @torch.no_grad()
 def shortfall(network, rows):
-    """By how much a token of `rows` misses the largest logit of its place at most, as a share of the logits' spread: 0 where all are greedy."""
+    """By how much a token of `rows` misses the largest logit of its place at most, as a share of the logits' spread: 0 where all are
+    greedy."""
     worst = 0.0
     with attention.own_attention(network):
         for prompt, row in zip(PROMPTS, rows):
@@ -289,7 +300,8 @@ def shortfall(network, rows):
 
 @gpu
 @pytest.mark.parametrize("architecture, kind, sections", [
-    ("llama", "nf4", {}), ("llama", "nf4", {"memory": {"keep_dequantized": "no"}}), ("llama", "int8", {"memory": {"keep_dequantized": "no"}}),
+    ("llama", "nf4", {}), ("llama", "nf4", {"memory": {"keep_dequantized": "no"}}),
+    ("llama", "int8", {"memory": {"keep_dequantized": "no"}}),
     ("llama", "none", {"lora": {"dora": True}}), ("qwen2", "nf4", {}), ("qwen3", "none", {})])
 def test_replayed_samples_are_those_of_transformers_own_loop(tmp_path, architecture, kind, sections):
     make_model(tmp_path, architecture, num_hidden_layers=3, initializer_range=0.1)
@@ -302,14 +314,17 @@ def test_replayed_samples_are_those_of_transformers_own_loop(tmp_path, architect
 
 
 @gpu
-@pytest.mark.parametrize("kind, dtype, sections", [("nf4", "bf16", {}), ("nf4", "fp16", {"memory": {"keep_dequantized": "no"}}), ("int8", "bf16", {}), ("none", "bf16", {"lora": {"dora": True}})])
+@pytest.mark.parametrize("kind, dtype, sections", [
+    ("nf4", "bf16", {}), ("nf4", "fp16", {"memory": {"keep_dequantized": "no"}}), ("int8", "bf16", {}),
+    ("none", "bf16", {"lora": {"dora": True}})])
 def test_replayed_samples_are_greedy_in_16_bits(tmp_path, kind, dtype, sections):
     """To within rounding: where two tokens are about as likely, either loop may take the other one."""
     make_model(tmp_path, "llama", num_hidden_layers=3, initializer_range=0.1)
     network = random_b(model.load(make_config(tmp_path, kind, dtype, **sections), "cuda"))
     rows = continued(network, generation.replayed)
     misses = {write.__name__: shortfall(network, continued(network, write)) for write in (generation.by_transformers, generation.replayed)}
-    print(kind, dtype, misses, "same rows", sum(a == b for a, b in zip(rows, continued(network, generation.by_transformers))), "of", len(rows))
+    print(kind, dtype, misses, "same rows", sum(a == b for a, b in zip(rows, continued(network, generation.by_transformers))),
+          "of", len(rows))
     assert max(misses.values()) < 0.02 and shortfall(network, [[3] * len(row) for row in rows]) > 0.1
 
 
@@ -399,14 +414,19 @@ def test_padding_to_a_bucket_adds_nothing():
 
 
 @gpu
-@pytest.mark.parametrize("kind, options", [("nf4", ()), ("llm_int8", ("--lora.dropout=0.1",)), ("nf4", ("--memory.checkpoint_layers=2", "--lora.dropout=0.1")), ("int8", ("--model.compute_dtype=fp16",))])
+@pytest.mark.parametrize("kind, options", [
+    ("nf4", ()), ("llm_int8", ("--lora.dropout=0.1",)), ("nf4", ("--memory.checkpoint_layers=2", "--lora.dropout=0.1")),
+    ("int8", ("--model.compute_dtype=fp16",))])
 def test_a_run_on_a_gpu_learns_and_goes_on_after_a_stop(tiny_inputs, tmp_path, kind, options):
     import train
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({}))
-    where = [f"--model.path={tiny_inputs / 'model'}", f"--data.train={tiny_inputs / 'train.jsonl'}", f"--data.eval={tiny_inputs / 'eval.jsonl'}"]
-    common = [str(settings), f"--out={tmp_path / 'run'}", *where, f"--model.quant={kind}", "--train.micro_batch_size=4", "--train.accumulation=2", "--schedule.learning_rate=3e-3", "--schedule.lr_min=1e-4",
-              "--schedule.lr_warmup_steps=2", "--data.audit=off", "--eval.every_steps=10", "--eval.samples=2", "--eval.max_new_tokens=4", "--save.every_steps=10", *options]
+    where = [f"--model.path={tiny_inputs / 'model'}", f"--data.train={tiny_inputs / 'train.jsonl'}",
+             f"--data.eval={tiny_inputs / 'eval.jsonl'}"]
+    common = [str(settings), f"--out={tmp_path / 'run'}", *where, f"--model.quant={kind}", "--train.micro_batch_size=4",
+              "--train.accumulation=2", "--schedule.learning_rate=3e-3", "--schedule.lr_min=1e-4", "--schedule.lr_warmup_steps=2",
+              "--data.audit=off", "--eval.every_steps=10", "--eval.samples=2", "--eval.max_new_tokens=4", "--save.every_steps=10",
+              *options]
     assert train.main([*common, "--train.max_steps=20"]) == 0
     import record
     losses = [line["train/loss"] for line in record.read_metrics(tmp_path / "run") if "train/loss" in line]
@@ -423,7 +443,8 @@ class Exchanging(int):
     __ne__ = lambda self, other: True
 
 
-@pytest.mark.parametrize("options", [[], ["--memory.shard=true"], ["--memory.shard=true", "--model.quant=int8", "--memory.checkpoint_layers=1"]],
+@pytest.mark.parametrize("options", [[], ["--memory.shard=true"],
+                                     ["--memory.shard=true", "--model.quant=int8", "--memory.checkpoint_layers=1"]],
                          ids=["replicated", "sharded", "sharded int8, recomputed"])
 def test_one_rank_that_exchanges_all_through_torch_distributed_trains_as_one_alone(tiny_inputs, tmp_path, monkeypatch, options):
     """Over NCCL on a GPU, over gloo elsewhere. Losses in fp32; sharded weights are gathered, and other kernels run on them."""
@@ -436,7 +457,8 @@ def test_one_rank_that_exchanges_all_through_torch_distributed_trains_as_one_alo
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(ranks, "RANKS", Exchanging(1))
     sent, real = [], torch.distributed.all_reduce
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, *rest, **named: (sent.append(tensor.device.type), real(tensor, *rest, **named))[1])
+    monkeypatch.setattr(torch.distributed, "all_reduce",
+                        lambda tensor, *rest, **named: (sent.append(tensor.device.type), real(tensor, *rest, **named))[1])
     try:
         assert train.main([*tiny_run(tiny_inputs, tmp_path, "exchanging", *exact, *options)]) == 0
     finally:
@@ -455,12 +477,17 @@ class Killed(BaseException):
 def tiny_run(tiny_inputs, tmp_path, name, *options):
     """train.main's arguments for a run of 16 steps in tmp_path/name."""
     from conftest import settings_of
-    return [str(settings_of(tiny_inputs, tmp_path / "tiny.json")), f"--out={tmp_path / name}", "--train.max_steps=16", "--save.every_steps=4", "--train.accumulation=4", *options]
+    return [str(settings_of(tiny_inputs, tmp_path / "tiny.json")), f"--out={tmp_path / name}", "--train.max_steps=16",
+            "--save.every_steps=4", "--train.accumulation=4", *options]
 
 
 @gpu
-@pytest.mark.parametrize("options", [("--model.quant=nf4", "--lora.dropout=0.1"), ("--model.quant=int8", "--lora.dropout=0.1", "--memory.checkpoint_layers=1", "--schedule.clip_percentile=40"),
-                                     ("--model.quant=none", "--model.compute_dtype=fp32"), ("--model.quant=llm_int8", "--lora.dropout=0.1"), ("--model.quant=nf4", "--model.compute_dtype=fp16")], ids=lambda options: options[0][14:])
+@pytest.mark.parametrize("options", [
+    ("--model.quant=nf4", "--lora.dropout=0.1"),
+    ("--model.quant=int8", "--lora.dropout=0.1", "--memory.checkpoint_layers=1", "--schedule.clip_percentile=40"),
+    ("--model.quant=none", "--model.compute_dtype=fp32"), ("--model.quant=llm_int8", "--lora.dropout=0.1"),
+    ("--model.quant=nf4", "--model.compute_dtype=fp16"),
+], ids=lambda options: options[0][14:])
 def test_a_deterministic_run_that_was_killed_has_the_same_curve_bit_for_bit(tiny_inputs, tmp_path, monkeypatch, options):
     import gc
     from conftest import differences
@@ -513,7 +540,8 @@ def test_a_process_killed_on_a_gpu_goes_on_to_the_same_end(tiny_inputs, tmp_path
 
 
 @gpu
-@pytest.mark.parametrize("options, tolerance", [(("--model.quant=none", "--model.compute_dtype=fp32"), 1e-4), (("--model.quant=nf4",), 3e-2)], ids=["fp32", "nf4 with graphs"])
+@pytest.mark.parametrize("options, tolerance", [(("--model.quant=none", "--model.compute_dtype=fp32"), 1e-4),
+                                                (("--model.quant=nf4",), 3e-2)], ids=["fp32", "nf4 with graphs"])
 def test_where_a_gpus_memory_runs_out_the_window_is_done_again_in_smaller_pieces(tiny_inputs, tmp_path, monkeypatch, options, tolerance):
     import record
     import train
@@ -534,7 +562,8 @@ def test_where_a_gpus_memory_runs_out_the_window_is_done_again_in_smaller_pieces
     monkeypatch.setattr(data, "sample_stream", arm)
     monkeypatch.setattr(*((graphs.Replayed, "__call__") if "nf4" in options[0] else (model, "summed_loss")), lacking)
     assert train.main(tiny_run(tiny_inputs, tmp_path, "run", *options, "--memory.max_tokens=128")) == 0
-    ours, theirs = ([line["train/loss"] for line in record.read_metrics(tmp_path / name) if "train/loss" in line] for name in ("run", "whole"))
+    ours, theirs = ([line["train/loss"] for line in record.read_metrics(tmp_path / name) if "train/loss" in line]
+                    for name in ("run", "whole"))
     assert ours == pytest.approx(theirs, rel=tolerance)
     import checkpoint
     plan = checkpoint.load(checkpoint.newest_valid(tmp_path / "run")[0])["state"]["plan"]
@@ -556,7 +585,8 @@ def test_what_does_not_fit_on_a_gpu_is_told_before_step_1_with_the_longest_row(t
 
     monkeypatch.setattr(model, "summed_loss", lacking)
     with pytest.raises(ValueError, match=r"the longest row, .*rows.jsonl:17, has 2\d\d tokens"):
-        train.main(tiny_run(tiny_inputs, tmp_path, "run", f"--data.train={tmp_path / 'rows.jsonl'}", "--memory.max_tokens=96", "--memory.checkpoint_layers=0"))
+        train.main(tiny_run(tiny_inputs, tmp_path, "run", f"--data.train={tmp_path / 'rows.jsonl'}", "--memory.max_tokens=96",
+                            "--memory.checkpoint_layers=0"))
     assert not (tmp_path / "run").exists()
 
 
@@ -615,7 +645,8 @@ def provable(folder, kind="nf4", dtype="bf16", replayed=False, **sections):
 
 
 @gpu
-@pytest.mark.parametrize("kind, dtype", [("nf4", "bf16"), ("int8", "bf16"), ("llm_int8", "bf16"), ("none", "bf16"), ("nf4", "fp16"), ("nf4", "fp32")])
+@pytest.mark.parametrize("kind, dtype", [("nf4", "bf16"), ("int8", "bf16"), ("llm_int8", "bf16"), ("none", "bf16"),
+                                         ("nf4", "fp16"), ("nf4", "fp32")])
 def test_healthy_gradients_are_proved_on_a_gpu(tmp_path, kind, dtype):
     make_model(tmp_path, "llama", initializer_range=0.05)
     network, forward_backward, batches = provable(tmp_path, kind, dtype)
@@ -630,7 +661,8 @@ def test_replayed_gradients_are_proved_and_all_is_as_it_was(tmp_path):
     network, forward_backward, batches = provable(tmp_path, replayed=True)
     memory = network.adapter_memory
     memory.refresh()
-    everything = lambda: [memory.flat.detach().clone(), memory.flat.grad.clone(), memory.working.clone(), torch.get_rng_state(), torch.cuda.get_rng_state()]
+    everything = lambda: [memory.flat.detach().clone(), memory.flat.grad.clone(), memory.working.clone(), torch.get_rng_state(),
+                          torch.cuda.get_rng_state()]
     before = everything()
     result = proof.check(network, forward_backward, batches, 1.0, "even")
     assert result.ok and forward_backward.graphs, result
@@ -646,7 +678,8 @@ def test_losses_by_a_graph_are_those_of_the_passes_it_replays(tmp_path, kind, dt
     make_model(tmp_path, "llama", initializer_range=0.05)
     network, _, batches = provable(tmp_path, kind, dtype)
     flat, supervised = network.adapter_memory.flat, sum(len(batch.targets) for batch in batches)
-    measured = [proof.Measurement(network, batches, supervised, flat.detach().clone(), None, None, replayed=replayed) for replayed in (False, True)]
+    measured = [proof.Measurement(network, batches, supervised, flat.detach().clone(), None, None, replayed=replayed)
+                for replayed in (False, True)]
     seen = set()
     for factor in (1.0, 3.0, 0.5):
         with torch.no_grad():
@@ -705,4 +738,5 @@ def test_figures_of_adapters_are_the_same_on_a_gpu(tmp_path, kind):
         assert tables[1][name] == pytest.approx(row, rel=1e-2), name
     noise = telemetry.NoiseScale()
     noise.observe(telemetry.PAIR_AT, torch.ones(9, device="cuda"), torch.tensor(2.0, device="cuda"), 8)
-    assert noise.observe(telemetry.PAIR_AT + 1, torch.ones(9, device="cuda"), torch.tensor(2.0, device="cuda"), 8).tolist() == pytest.approx([2.25, 2.25, 2.25, 8, 8])
+    assert noise.observe(telemetry.PAIR_AT + 1, torch.ones(9, device="cuda"), torch.tensor(2.0, device="cuda"),
+                         8).tolist() == pytest.approx([2.25, 2.25, 2.25, 8, 8])
