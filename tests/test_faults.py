@@ -32,11 +32,12 @@ import model
 import record
 import schedule
 
-# Three epochs of 23 rows in 15 ragged steps that grow, packed into several micro-batches; with dropout, clipping that follows the norms, and
-# early stopping that counts and does not stop.
-EVERYTHING = ["--lora.dropout=0.1", "--train.max_steps=0", "--train.epochs=3", "--schedule.batch_points=[[1,3],[5,4],[9,6]]", "--schedule.clip_percentile=40",
-              "--schedule.clip_norm=100", "--schedule.clip_window=10", "--eval.patience=5", "--eval.min_delta=0.2", "--eval.every_steps=4", "--save.every_steps=3", "--save.keep=9",
-              "--memory.max_tokens=64", "--log.tensorboard=true"]
+# Three epochs of 23 rows in 15 ragged steps that grow, packed into several micro-batches; with dropout, clipping that follows the
+# norms, and early stopping that counts and does not stop.
+EVERYTHING = ["--lora.dropout=0.1", "--train.max_steps=0", "--train.epochs=3", "--schedule.batch_points=[[1,3],[5,4],[9,6]]",
+              "--schedule.clip_percentile=40", "--schedule.clip_norm=100", "--schedule.clip_window=10", "--eval.patience=5",
+              "--eval.min_delta=0.2", "--eval.every_steps=4", "--save.every_steps=3", "--save.keep=9", "--memory.max_tokens=64",
+              "--log.tensorboard=true"]
 
 
 # ------------------------------------------------------------------------------------------------- processes and faults
@@ -97,7 +98,8 @@ def start(processes, tiny_settings, tmp_path):
     started = []
 
     def begin(name, *options, fault=(None,)):
-        process = processes.Process(target=live, args=(command(tiny_settings, tmp_path / name, options), tmp_path / f"{name}.log", fault[0], fault[1:]))
+        arguments = (command(tiny_settings, tmp_path / name, options), tmp_path / f"{name}.log", fault[0], fault[1:])
+        process = processes.Process(target=live, args=arguments)
         process.start()
         started.append(process)
         return process
@@ -226,7 +228,8 @@ def each_step_stands_once(folder, steps):
     events.Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert [line["step"] for line in lines] == list(range(steps + 1))
-    assert [step for step, _ in losses] == list(range(1, steps + 1)) and [loss for _, loss in losses] == pytest.approx([line["train/loss"] for line in lines[1:]], rel=1e-6)
+    assert [step for step, _ in losses] == list(range(1, steps + 1))
+    assert [loss for _, loss in losses] == pytest.approx([line["train/loss"] for line in lines[1:]], rel=1e-6)
 
 
 def go_on(folder):
@@ -270,7 +273,8 @@ def test_a_run_killed_six_times_three_of_them_in_one_epoch_has_the_same_curve(ru
     assert differences(tmp_path / "run", whole(options)) == []
     taken = windows(tmp_path / "ids")
     order = [row for start in sorted(taken) for row in taken[start]]
-    assert list(taken)[0] == 0 and len(taken) == 15 and [sorted(order[i:i + 23]) for i in (0, 23, 46)] == [list(range(23))] * 3, "each row once an epoch"
+    assert list(taken)[0] == 0 and len(taken) == 15
+    assert [sorted(order[i:i + 23]) for i in (0, 23, 46)] == [list(range(23))] * 3, "each row once an epoch"
     each_step_stands_once(tmp_path / "run", 15)
     state = newest(whole(options))["state"]
     assert 0 < state["without_improvement"] < 5, "early stopping was not half counted"
@@ -288,10 +292,12 @@ def noisy(what=int, *given):
     what(*given)
 
 
-@pytest.mark.parametrize("fault, code, saved", [((at_sample, 92, die), -signal.SIGKILL, 12), ((at_sample, 92, send, signal.SIGTERM), 143, 24),
-                                                ((once, "eval", "evaluate", 2, send, signal.SIGTERM), 143, 25)],
-                         ids=["between evaluations", "between the two windows of a pair", "in the evaluation of the step that it is told at"])
-def test_an_alert_that_rests_on_all_the_steps_so_far_is_told_at_the_same_step_by_a_run_that_was_interrupted(run, tmp_path, fault, code, saved):
+@pytest.mark.parametrize("fault, code, saved", [
+    ((at_sample, 92, die), -signal.SIGKILL, 12), ((at_sample, 92, send, signal.SIGTERM), 143, 24),
+    ((once, "eval", "evaluate", 2, send, signal.SIGTERM), 143, 25),
+], ids=["between evaluations", "between the two windows of a pair", "in the evaluation of the step that it is told at"])
+def test_an_alert_that_rests_on_all_the_steps_so_far_is_told_at_the_same_step_by_a_run_that_was_interrupted(
+        run, tmp_path, fault, code, saved):
     """The noise scale is averaged over steps 4 and 5, 14 and 15, 24 and 25; its alert comes with the third pair."""
     options = ["--train.max_steps=26", "--lora.dropout=0.1", "--eval.every_steps=25", "--save.every_steps=12"]
     assert run("whole", *options, fault=(noisy,)) == 0
@@ -322,8 +328,9 @@ def without_moments():
     continuation.views = lambda flat, adapters: [(name, view.clone()) for name, view in real(flat, adapters)]
 
 
-@pytest.mark.parametrize("mistake, seen", [(without_generators, "train/loss"), (data_shifted_by_one_sample, "train/loss"), (rate_shifted_by_one_step, "train/learning_rate"),
-                                           (without_moments, "train/loss")])
+@pytest.mark.parametrize("mistake, seen", [
+    (without_generators, "train/loss"), (data_shifted_by_one_sample, "train/loss"),
+    (rate_shifted_by_one_step, "train/learning_rate"), (without_moments, "train/loss")])
 def test_a_resume_with_one_thing_wrong_does_not_have_the_same_curve(run, whole, tmp_path, mistake, seen):
     """The control of the test above: each of these mistakes is found by it, and none of them by anything else."""
     assert run("run", *EVERYTHING, fault=(at_sample, 30, die)) == -signal.SIGKILL
@@ -335,14 +342,16 @@ def test_a_resume_with_one_thing_wrong_does_not_have_the_same_curve(run, whole, 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_run_killed_at_any_call_that_changes_the_disk_goes_on_to_the_same_end(run, tmp_path, after):
     """A sample of all calls of a run with three saves that replace each other; every call of a save has a test in test_checkpoint.py."""
-    options = ["--train.max_steps=6", "--save.every_steps=2", "--save.keep=1", "--eval.every_steps=3", "--lora.dropout=0.1", "--log.tensorboard=true"]
+    options = ["--train.max_steps=6", "--save.every_steps=2", "--save.keep=1", "--eval.every_steps=3", "--lora.dropout=0.1",
+               "--log.tensorboard=true"]
     assert run("whole", *options, fault=(at_call, 0, after, tmp_path / "calls")) == 0
     calls = (tmp_path / "calls").read_text().split()
     assert set(calls) == set(CALLS)
-    chosen = {len(calls) - calls[::-1].index(name) if n % 2 else calls.index(name) + 1 for n, name in enumerate(CALLS)} if after else set(range(9, len(calls), len(calls) // 6))
-    for number in sorted(chosen):
+    of_a_kind = {len(calls) - calls[::-1].index(name) if n % 2 else calls.index(name) + 1 for n, name in enumerate(CALLS)}
+    for number in sorted(of_a_kind if after else set(range(9, len(calls), len(calls) // 6))):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        assert run("run", *options, fault=(at_call, number, after, tmp_path / "killed")) == -signal.SIGKILL, (number, calls, (tmp_path / "killed").read_text().split())
+        code = run("run", *options, fault=(at_call, number, after, tmp_path / "killed"))
+        assert code == -signal.SIGKILL, (number, calls, (tmp_path / "killed").read_text().split())
         assert (tmp_path / "killed").read_text().split() == calls[:number]
         for path in (tmp_path / "run/checkpoints").glob("step-??????"):
             checkpoint.verify(path)
@@ -350,7 +359,8 @@ def test_a_run_killed_at_any_call_that_changes_the_disk_goes_on_to_the_same_end(
         assert differences(tmp_path / "run", tmp_path / "whole") == [], (number, calls[number - 1])
         each_step_stands_once(tmp_path / "run", 6)
         left = [path.name for path in (tmp_path / "run/checkpoints").iterdir() if not re.fullmatch(r"step-\d{6}", path.name)]
-        assert left == [] or "finished already" in (tmp_path / "run.log").read_text(), left  # the next save would sweep them; there was none
+        # the next save would sweep what is left; there was none
+        assert left == [] or "finished already" in (tmp_path / "run.log").read_text(), left
 
 
 def damage(path, how):
@@ -383,13 +393,16 @@ def test_with_every_checkpoint_damaged_a_run_neither_goes_on_nor_starts_afresh(r
     before = {path: path.read_bytes() for path in tmp_path.glob("run/**/*") if path.is_file()}
     assert run("run", *options, "--resume") == 2 and run("run", *options) == 2
     told = (tmp_path / "run.log").read_text()
-    assert "no valid checkpoint" in told and told.count("adapter_model.safetensors: changed since it was saved") == 3 and "Traceback" not in told
-    assert {path: path.read_bytes() for path in tmp_path.glob("run/**/*") if path.is_file()} | {tmp_path / "run/.lock": b""} == before | {tmp_path / "run/.lock": b""}
+    assert "no valid checkpoint" in told and told.count("adapter_model.safetensors: changed since it was saved") == 3
+    assert "Traceback" not in told
+    now = {path: path.read_bytes() for path in tmp_path.glob("run/**/*") if path.is_file()}
+    assert now | {tmp_path / "run/.lock": b""} == before | {tmp_path / "run/.lock": b""}
 
 
 # --------------------------------------------------------------------------------------------------------- told to end
 
-@pytest.mark.parametrize("fault, step", [((at_sample, 20, send, signal.SIGTERM, signal.SIGTERM), 6), ((once, "checkpoint", "save", 2, send, signal.SIGTERM, signal.SIGTERM), 8)])
+@pytest.mark.parametrize("fault, step", [((at_sample, 20, send, signal.SIGTERM, signal.SIGTERM), 6),
+                                         ((once, "checkpoint", "save", 2, send, signal.SIGTERM, signal.SIGTERM), 8)])
 def test_told_twice_to_end_a_run_saves_one_step_boundary_and_goes_on_to_the_same_end(run, whole, tmp_path, fault, step):
     options = ["--lora.dropout=0.1", "--save.every_steps=4"]
     began = time.monotonic()
@@ -427,7 +440,8 @@ def slow_down(sample):
 
 
 def test_a_window_that_would_take_too_long_after_a_signal_is_given_up_and_done_by_the_resumed_run(run, whole, tmp_path):
-    options = ["--lora.dropout=0.1", "--memory.max_tokens=1", "--train.accumulation=4", "--train.max_steps=4"]  # 8 micro-batches a window, 1.6 s
+    # 8 micro-batches a window, 1.6 s
+    options = ["--lora.dropout=0.1", "--memory.max_tokens=1", "--train.accumulation=4", "--train.max_steps=4"]
     assert run("run", *options, fault=(slow_micro_batches, 16)) == 143
     assert newest(tmp_path / "run")["step"] == 2 and "interrupted after step 2" in (tmp_path / "run.log").read_text()
     assert run("run", *options, "--resume") == 0 and differences(tmp_path / "run", whole(options)) == []
@@ -446,7 +460,8 @@ def test_a_signal_ends_generation_after_the_next_token(run, whole, tiny_inputs, 
     asked = After(4)
     assert evaluation.generate(network, tokenizer, prompts, 60, [7], asked) is None and -3 <= asked.left < 0 and network.training
     options = ["--eval.max_new_tokens=40"]
-    assert run("run", *options, fault=(once, "attention", "own_attention", 3, send, signal.SIGTERM)) == 143  # the first is the check of the architecture
+    # the first call is the check of the architecture
+    assert run("run", *options, fault=(once, "attention", "own_attention", 3, send, signal.SIGTERM)) == 143
     assert newest(tmp_path / "run")["step"] == 4
     assert run("run", *options, "--resume") == 0 and differences(tmp_path / "run", whole(options)) == []
 
@@ -454,7 +469,8 @@ def test_a_signal_ends_generation_after_the_next_token(run, whole, tiny_inputs, 
 def test_a_run_made_in_a_new_folder_while_another_one_for_it_loads_is_not_lost(run, whole, tmp_path):
     """Two were started at once: the first is over before the second has loaded, and finds no folder to refuse when it looks."""
     assert run("run", fault=(once, "model", "load", 1, shutil.copytree, whole(), tmp_path / "run")) == 2
-    assert "another process made a run in this folder" in (tmp_path / "run.log").read_text() and differences(tmp_path / "run", whole()) == []
+    assert "another process made a run in this folder" in (tmp_path / "run.log").read_text()
+    assert differences(tmp_path / "run", whole()) == []
 
 
 def test_a_second_process_is_refused_while_the_first_trains_and_does_not_disturb_it(start, run, whole, tmp_path):
@@ -535,7 +551,8 @@ def train_through(libc, folder, options, sample, read_only):
     sys.exit(0)
 
 
-@pytest.mark.parametrize("read_only, tensorboard", [(False, "false"), (False, "true"), (True, "false")], ids=["full", "full, with TensorBoard", "read-only"])
+@pytest.mark.parametrize("read_only, tensorboard", [(False, "false"), (False, "true"), (True, "false")],
+                         ids=["full", "full, with TensorBoard", "read-only"])
 def test_a_disk_that_fills_or_turns_read_only_in_a_run_costs_no_checkpoint_and_the_run_goes_on(run, tmp_path, read_only, tensorboard):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -545,24 +562,30 @@ def test_a_disk_that_fills_or_turns_read_only_in_a_run_costs_no_checkpoint_and_t
         pytest.skip("a small file system cannot be mounted here")
     told = (tmp_path / "run.log").read_text()
     assert code == 0 and "Traceback" not in told, told[-3000:]
-    assert re.search(r"error: .*cannot hold a run.*cannot be written to" if read_only else r"error: .*(metrics.jsonl|step-000004|TensorBoard).*make room and run again with --resume", told), told[-2000:]
+    refused = (r"error: .*cannot hold a run.*cannot be written to" if read_only else
+               r"error: .*(metrics.jsonl|step-000004|TensorBoard).*make room and run again with --resume")
+    assert re.search(refused, told), told[-2000:]
 
 
-@pytest.mark.parametrize("name, moment, told", [(".config.json.tmp", ("train", "open_record"), "run/config.json could"), (".verdict.json.tmp", ("verdict", "write"), "the verdict could"),
-                                                ("report.md", ("report", "write"), "the report could")])
+@pytest.mark.parametrize("name, moment, told", [
+    (".config.json.tmp", ("train", "open_record"), "run/config.json could"),
+    (".verdict.json.tmp", ("verdict", "write"), "the verdict could"), ("report.md", ("report", "write"), "the report could")])
 def test_a_file_for_which_there_is_no_room_is_named(run, tmp_path, name, moment, told):
     (tmp_path / "run").mkdir()
-    assert run("run", "--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--log.report=true", fault=(once, *moment, 1, os.symlink, "/dev/full", tmp_path / "run" / name)) == 2
+    full = (once, *moment, 1, os.symlink, "/dev/full", tmp_path / "run" / name)
+    assert run("run", "--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--log.report=true", fault=full) == 2
     assert re.search(f"error: .*{told} not be written \\(No space left on device\\); make room", (tmp_path / "run.log").read_text())
 
 
 # ----------------------------------------------------------------------------------------------------- memory runs out
 
-PLAIN = ["--model.quant=none", "--model.compute_dtype=fp32", "--memory.max_tokens=128"]  # fp32, so that only rounding differs between splits
+# fp32, so that only rounding differs between splits
+PLAIN = ["--model.quant=none", "--model.compute_dtype=fp32", "--memory.max_tokens=128"]
 
 
 def memory_for(tokens, number=0, training=True):
-    """Let micro-batches of more tokens fail in the allocator itself; with a number, only the number-th of those in training (or evaluation)."""
+    """Let micro-batches of more tokens fail in the allocator itself; with a number, only the number-th of those in training (or
+    evaluation)."""
     once_trained(lambda: limit_memory(tokens, number, training))
 
 
@@ -588,13 +611,15 @@ def close(a, b):
 
 def test_where_memory_runs_out_mid_window_the_same_window_is_done_again_in_smaller_pieces(run, whole, tmp_path):
     options = [*PLAIN, "--train.accumulation=4"]
-    assert run("run", *options, fault=(memory_for, 0, 5)) == 0  # the second micro-batch of the second window: its gradient is half added by then
+    # the second micro-batch of the second window: its gradient is half added by then
+    assert run("run", *options, fault=(memory_for, 0, 5)) == 0
     close(tmp_path / "run", whole(options))
     state, lines = newest(tmp_path / "run")["state"], curve(tmp_path / "run")
     shrunk, = state["plan"]["shrunk"]
     assert state["plan"]["max_tokens"] == 128 > state["plan"]["fits"] == shrunk["to"] and shrunk["from"] == 128
     assert [line.get("train/max_tokens") for line in lines[1:]] == [None] * (shrunk["step"] - 1) + [shrunk["to"]] * (9 - shrunk["step"])
-    assert f"step {shrunk['step']}: memory ran out over" in (tmp_path / "run.log").read_text() and not any(line.get("train/skipped") for line in lines)
+    assert f"step {shrunk['step']}: memory ran out over" in (tmp_path / "run.log").read_text()
+    assert not any(line.get("train/skipped") for line in lines)
 
 
 def killed_with_little_memory(tokens, sample):
@@ -603,7 +628,8 @@ def killed_with_little_memory(tokens, sample):
 
 
 def test_what_fitted_is_remembered_by_the_run_that_goes_on_and_no_memory_is_missed_twice(run, tmp_path):
-    options = [*PLAIN, "--lora.dropout=0.1", "--save.every_steps=2"]  # with dropout the split decides what is dropped: the same split, the same curve
+    # with dropout the split decides what is dropped: the same split, the same curve
+    options = [*PLAIN, "--lora.dropout=0.1", "--save.every_steps=2"]
     assert run("peace", *options, fault=(memory_for, 60)) == 0
     assert run("run", *options, fault=(killed_with_little_memory, 60, 24)) == -signal.SIGKILL
     assert run("run", *options, "--resume", fault=(memory_for, 60)) == 0
@@ -612,12 +638,15 @@ def test_what_fitted_is_remembered_by_the_run_that_goes_on_and_no_memory_is_miss
 
 
 def test_a_window_that_is_done_again_draws_the_dropout_that_it_would_have_drawn(run, tmp_path):
-    """Out of memory in the second micro-batch of the first window, and no trace of the first attempt is left: neither masks nor half a gradient."""
+    """Out of memory in the second micro-batch of the first window, and no trace of the first attempt is left: neither masks nor half
+    a gradient."""
     options = [*PLAIN, "--train.accumulation=4", "--lora.dropout=0.1"]
     assert run("run", *options, fault=(memory_for, 0, 2)) == 0
     fits = newest(tmp_path / "run")["state"]["plan"]["fits"]
     assert run("small", *options, f"--memory.max_tokens={fits}") == 0  # cut like that from the start
-    trained = [[{tag: value for tag, value in line.items() if tag.startswith("train/") and tag != "train/max_tokens"} for line in curve(tmp_path / name)] for name in ("run", "small")]
+    counts = lambda tag: tag.startswith("train/") and tag != "train/max_tokens"
+    trained = [[{tag: value for tag, value in line.items() if counts(tag)} for line in curve(tmp_path / name)]
+               for name in ("run", "small")]
     assert trained[0] == trained[1] and len(trained[0]) == 9 and fits < 128
     assert not [found for found in differences(tmp_path / "run", tmp_path / "small") if "safetensors" in found]
 
@@ -625,12 +654,15 @@ def test_a_window_that_is_done_again_draws_the_dropout_that_it_would_have_drawn(
 @pytest.mark.parametrize("where, step", [("training", 4), ("evaluation", 4), ("the first evaluation", 0)])
 def test_a_row_that_does_not_fit_even_alone_is_named_and_nothing_is_lost(run, whole, tiny_inputs, tmp_path, where, step):
     """fault: from a moment on nothing fits, until the run goes on with more memory."""
-    fault = {"training": (at_sample, 16, limit_memory, 0), "evaluation": (at_sample, 8, limit_memory, 0, 0, False), "the first evaluation": (memory_for, 0, 0, False)}[where]
+    fault = {"training": (at_sample, 16, limit_memory, 0), "evaluation": (at_sample, 8, limit_memory, 0, 0, False),
+             "the first evaluation": (memory_for, 0, 0, False)}[where]
     assert run("run", *PLAIN, fault=fault) == 2
     told = (tmp_path / "run.log").read_text()
-    name, length = re.search(r"error: .*/((?:train|eval)\.jsonl:\d+): this row of (\d+) tokens does not fit into memory even alone; .*data.max_length.*saved .*--resume", told).groups()
+    name, length = re.search(r"error: .*/((?:train|eval)\.jsonl:\d+): this row of (\d+) tokens does not fit into memory even alone; "
+                             r".*data.max_length.*saved .*--resume", told).groups()
     assert name.startswith("train" if where == "training" else "eval") and "Traceback" not in told
-    rows = data.tokenize(data.read_rows(str(tiny_inputs / name.partition(":")[0])), data.load_tokenizer(str(tiny_inputs / "model")), config.Data())
+    raw, tokenizer = data.read_rows(str(tiny_inputs / name.partition(":")[0])), data.load_tokenizer(str(tiny_inputs / "model"))
+    rows = data.tokenize(raw, tokenizer, config.Data())
     row = int(name.partition(":")[2]) - 1
     assert int(length) == rows.offsets[row + 1] - rows.offsets[row]
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{step:06d}"]
@@ -655,7 +687,8 @@ def test_samples_that_do_not_fit_together_are_written_in_halves(tiny_inputs, mon
         return real(input_ids=input_ids, **rest) if len(input_ids) < 2 else torch.empty(1 << 60, dtype=torch.uint8)
 
     monkeypatch.setattr(network, "generate", generate)
-    assert [sample["text"] for sample in evaluation.generate(network, tokenizer, prompts, 5, end_ids)] == [sample["text"] for sample in expected] and sizes == [3, 1, 2, 1, 1]
+    written = evaluation.generate(network, tokenizer, prompts, 5, end_ids)
+    assert [sample["text"] for sample in written] == [sample["text"] for sample in expected] and sizes == [3, 1, 2, 1, 1]
     monkeypatch.setattr(network, "generate", lambda **rest: torch.empty(1 << 60, dtype=torch.uint8))
     with pytest.raises(model.DoesNotFit, match="eval.prompts: the prompt .* does not fit into memory"):
         evaluation.generate(network, tokenizer, prompts, 5, end_ids)
@@ -677,15 +710,18 @@ def test_other_errors_in_a_micro_batch_are_not_taken_for_a_lack_of_memory(run, t
 
 # ------------------------------------------------------------------------------------------- rates, spikes, what changed
 
-@pytest.mark.parametrize("options", [["--schedule.lr_warmup_steps=0"], ["--schedule.lr_warmup_steps=7"], ["--train.max_steps=1", "--schedule.lr_warmup_steps=0"],
-                                     ["--schedule.lr_kind=wsd", "--schedule.lr_decay_steps=3"]], ids=["no warm-up", "nothing but warm-up", "one step", "decay at the end"])
+@pytest.mark.parametrize("options", [
+    ["--schedule.lr_warmup_steps=0"], ["--schedule.lr_warmup_steps=7"], ["--train.max_steps=1", "--schedule.lr_warmup_steps=0"],
+    ["--schedule.lr_kind=wsd", "--schedule.lr_decay_steps=3"],
+], ids=["no warm-up", "nothing but warm-up", "one step", "decay at the end"])
 def test_the_rate_on_record_is_the_formulas_of_that_step_across_a_kill(run, tiny_settings, tmp_path, options):
     steps = 1 if "--train.max_steps=1" in options else 8
     if steps > 1:
         assert run("run", *options, "--save.every_steps=2", fault=(at_sample, 16, die)) == -signal.SIGKILL
     assert run("run", *options, "--save.every_steps=2", *go_on(tmp_path / "run")) == 0
     settings = config.read(tiny_settings, [tuple(option[2:].split("=")) for option in options]).schedule
-    assert [line["train/learning_rate"] for line in curve(tmp_path / "run")[1:]] == [schedule.learning_rate(step, settings, steps) for step in range(1, steps + 1)]
+    rates = [line["train/learning_rate"] for line in curve(tmp_path / "run")[1:]]
+    assert rates == [schedule.learning_rate(step, settings, steps) for step in range(1, steps + 1)]
 
 
 def loss_times(factor, number):
@@ -727,14 +763,16 @@ def test_rows_in_another_order_or_another_tokenizer_is_another_run(run, tiny_inp
         assert (inputs / "model/tokenizer.json").read_text() != text
     before = checkpoint.newest_valid(tmp_path / "run")
     assert run("run", *where, "--resume") == 2
-    assert re.search(rf"because this changed:\n(.*\n)*  {what}: was ", (tmp_path / "run.log").read_text()) and checkpoint.newest_valid(tmp_path / "run") == before
+    assert re.search(rf"because this changed:\n(.*\n)*  {what}: was ", (tmp_path / "run.log").read_text())
+    assert checkpoint.newest_valid(tmp_path / "run") == before
 
 
 # ---------------------------------------------------------------------------------------------------- secrets, the soak
 
 def with_secrets(home):
-    os.environ.update(HF_TOKEN="hf_SeCrEtOfTheTest", HUGGING_FACE_HUB_TOKEN="hf_SeCrEtOfTheTest", WANDB_API_KEY="SeCrEtOfTheTest", AWS_SECRET_ACCESS_KEY="SeCrEtOfTheTest",
-                      http_proxy="http://somebody:SeCrEtOfTheTest@proxy.example:3128", HOME=home)
+    os.environ.update(HF_TOKEN="hf_SeCrEtOfTheTest", HUGGING_FACE_HUB_TOKEN="hf_SeCrEtOfTheTest", WANDB_API_KEY="SeCrEtOfTheTest",
+                      AWS_SECRET_ACCESS_KEY="SeCrEtOfTheTest", http_proxy="http://somebody:SeCrEtOfTheTest@proxy.example:3128",
+                      HOME=home)
 
 
 def test_no_secret_of_the_environment_reaches_a_file_or_the_console(run, tmp_path):
@@ -745,7 +783,9 @@ def test_no_secret_of_the_environment_reaches_a_file_or_the_console(run, tmp_pat
 
 def test_half_a_minute_of_kills_at_random_costs_one_checkpoint_interval_each_at_most(tmp_path):
     """The short form of bench/soak.py; docs/RELIABILITY.md has the figures of half an hour."""
-    done = subprocess.run([sys.executable, str(PROJECT / "bench/soak.py"), "--minutes=0.2", "--faults=5", f"--json={tmp_path / 'soak.json'}", "--seed=1"], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, str(PROJECT / "bench/soak.py"), "--minutes=0.2", "--faults=5",
+                           f"--json={tmp_path / 'soak.json'}", "--seed=1"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "soak.json").read_text())
-    assert result["faults"] >= 5 and result["same_curve_as_in_peace"] and all(kind["most_steps_lost"] <= result["checkpoint_interval"] for kind in result["kinds"].values())
+    assert result["faults"] >= 5 and result["same_curve_as_in_peace"]
+    assert all(kind["most_steps_lost"] <= result["checkpoint_interval"] for kind in result["kinds"].values())
