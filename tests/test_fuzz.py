@@ -22,10 +22,13 @@ import record
 import schedule
 import trust
 
-bounded = hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+bounded = hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None,
+                              suppress_health_check=list(hypothesis.HealthCheck))
 SCALARS = some.one_of(some.none(), some.booleans(), some.integers(-2**70, 2**70), some.integers(-3, 40), some.floats(), some.text(max_size=12),
                       some.sampled_from(["auto", "nf4", "cosine", "user", "assistant", "1e-4", "\udc00", "../..", "a" * 3000]))
-JSON = some.recursive(SCALARS, lambda inner: some.one_of(some.lists(inner, max_size=4), some.dictionaries(some.text(max_size=8), inner, max_size=4)), max_leaves=8)
+JSON = some.recursive(
+    SCALARS, lambda inner: some.one_of(some.lists(inner, max_size=4), some.dictionaries(some.text(max_size=8), inner, max_size=4)),
+    max_leaves=8)
 
 
 def one_clear_message(error):
@@ -50,7 +53,9 @@ SECTIONS = some.dictionaries(some.one_of(some.sampled_from(sorted(config.SECTION
 
 
 @bounded
-@given(some.one_of(SECTIONS, JSON), some.lists(some.tuples(some.one_of(KEYS, some.text(min_size=1, max_size=9).map(lambda t: f"model.{t}")), some.one_of(JSON.map(json.dumps), some.text(max_size=9))), max_size=3))
+@given(some.one_of(SECTIONS, JSON),
+       some.lists(some.tuples(some.one_of(KEYS, some.text(min_size=1, max_size=9).map(lambda t: f"model.{t}")),
+                              some.one_of(JSON.map(json.dumps), some.text(max_size=9))), max_size=3))
 def test_any_configuration_is_accepted_whole_or_refused_in_one_message(tree, overrides):
     with works_or_is_refused():
         accepted = config.from_dict(tree, overrides)
@@ -71,15 +76,21 @@ def test_any_configuration_file_is_read_or_refused_in_one_message(tmp_path_facto
 
 
 @bounded
-@given(some.lists(some.one_of(some.text(max_size=12), KEYS.map(lambda key: f"--{key}"), some.tuples(KEYS, JSON.map(json.dumps)).map("--{0[0]}={0[1]}".format), some.sampled_from(["--out", "--resume", "--out=", "--help", "-x", "--"])), max_size=4))
+@given(some.lists(some.one_of(some.text(max_size=12), KEYS.map(lambda key: f"--{key}"),
+                              some.tuples(KEYS, JSON.map(json.dumps)).map("--{0[0]}={0[1]}".format),
+                              some.sampled_from(["--out", "--resume", "--out=", "--help", "-x", "--"])), max_size=4))
 def test_any_command_line_is_understood_or_refused_in_one_message(arguments):
     with works_or_is_refused():
         _, _, overrides = config.command_line(arguments, {"out": "", "resume": None, "overwrite": False})
         config.from_dict({}, overrides, "command line")
 
 
-@pytest.mark.parametrize("arguments", [["configs/approach1.json", "--lora.r=\udcff"], ["\udcff"], ["configs/approach1.json", "--train.seed=" + "9" * 5000], ["configs/approach1.json", "--lora.targets=[[[["],
-                                       ["a\0b"], ["/dev/zero"], ["configs/approach1.json", "--train.accumulation=1000000000"], ["configs/approach1.json", "--schedule.batch_points=[[1,1000000000000]]"], ["configs/approach1.json", "--data.train=\0", "--model.path=x"], ["configs/approach1.json", "--model.path=\0"]])
+@pytest.mark.parametrize("arguments", [
+    ["configs/approach1.json", "--lora.r=\udcff"], ["\udcff"], ["configs/approach1.json", "--train.seed=" + "9" * 5000],
+    ["configs/approach1.json", "--lora.targets=[[[["], ["a\0b"], ["/dev/zero"],
+    ["configs/approach1.json", "--train.accumulation=1000000000"],
+    ["configs/approach1.json", "--schedule.batch_points=[[1,1000000000000]]"],
+    ["configs/approach1.json", "--data.train=\0", "--model.path=x"], ["configs/approach1.json", "--model.path=\0"]])
 def test_a_command_prints_one_error_and_exits_2_whatever_it_is_given(arguments, monkeypatch, capsys):
     import train
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -101,8 +112,10 @@ def test_a_lack_of_memory_anywhere_is_one_message_and_another_error_is_itself(mo
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
-TURN = some.dictionaries(some.sampled_from(["role", "content", "from", "value", "tool_calls", "name"]), some.one_of(some.sampled_from(["user", "assistant", "human", "gpt", "hi", ""]), JSON), max_size=3)
-ROW = some.dictionaries(some.sampled_from(["messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text", "system", "tools", "id"]),
+TURN = some.dictionaries(some.sampled_from(["role", "content", "from", "value", "tool_calls", "name"]),
+                         some.one_of(some.sampled_from(["user", "assistant", "human", "gpt", "hi", ""]), JSON), max_size=3)
+ROW = some.dictionaries(some.sampled_from(["messages", "conversations", "instruction", "input", "output", "prompt", "completion",
+                                           "text", "system", "tools", "id"]),
                         some.one_of(some.lists(TURN, max_size=4), some.text(max_size=20), JSON), max_size=4)
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
@@ -129,8 +142,11 @@ def test_any_row_is_tokenised_or_refused_with_its_name(tokenizer, rows):
 
 
 @bounded
-@given(some.sampled_from(["jsonl", "json", "csv", "parquet", "jsonl.gz"]), some.one_of(some.binary(max_size=120), some.lists(some.one_of(ROW, JSON), max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
-       some.lists(ROW, max_size=3).map(lambda rows: json.dumps(rows).encode()), some.text(max_size=80).map(lambda text: text.encode("utf-8", "surrogatepass"))))
+@given(some.sampled_from(["jsonl", "json", "csv", "parquet", "jsonl.gz"]), some.one_of(
+    some.binary(max_size=120),
+    some.lists(some.one_of(ROW, JSON), max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+    some.lists(ROW, max_size=3).map(lambda rows: json.dumps(rows).encode()),
+    some.text(max_size=80).map(lambda text: text.encode("utf-8", "surrogatepass"))))
 def test_any_file_of_rows_is_read_or_refused_with_its_name(tmp_path_factory, tokenizer, kind, content):
     path = tmp_path_factory.getbasetemp() / f"fuzzed.{kind}"
     path.write_bytes(content)
@@ -144,10 +160,13 @@ def test_any_file_of_rows_is_read_or_refused_with_its_name(tmp_path_factory, tok
 
 @pytest.fixture(scope="module")
 def tensor_file():
-    return safetensors.torch.save({"a.weight": torch.arange(6.0).view(2, 3), "b.weight": torch.ones(3, dtype=torch.bfloat16)}, metadata={"format": "pt"})
+    return safetensors.torch.save({"a.weight": torch.arange(6.0).view(2, 3), "b.weight": torch.ones(3, dtype=torch.bfloat16)},
+                                  metadata={"format": "pt"})
 
 
-EDITS = some.lists(some.tuples(some.integers(0, 300), some.one_of(some.binary(max_size=4), some.sampled_from([b"-1", b'"', b"}", b"99999999999999999999", b"F64", b"[", b"1e9", b"null", b"\xff"])), some.integers(0, 4)), min_size=1, max_size=3)
+SNIPPETS = [b"-1", b'"', b"}", b"99999999999999999999", b"F64", b"[", b"1e9", b"null", b"\xff"]
+EDITS = some.lists(some.tuples(some.integers(0, 300), some.one_of(some.binary(max_size=4), some.sampled_from(SNIPPETS)),
+                               some.integers(0, 4)), min_size=1, max_size=3)
 
 
 def edited(content, edits):
@@ -188,7 +207,8 @@ def saved(tmp_path_factory):
 def test_any_manifest_or_state_is_whole_or_refused(saved, name, edits, tree):
     folder, good = saved
     manifest = json.loads(good["manifest.json"])
-    for content in (edited(good[name], edits), json.dumps(tree).encode(), json.dumps(manifest | {"files": tree}).encode(), json.dumps(manifest | {"step": tree}).encode(),
+    for content in (edited(good[name], edits), json.dumps(tree).encode(), json.dumps(manifest | {"files": tree}).encode(),
+                    json.dumps(manifest | {"step": tree}).encode(),
                     json.dumps(manifest | {"files": manifest["files"] | {"state.json": tree}}).encode()):
         (folder / name).write_bytes(content)
         try:

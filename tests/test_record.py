@@ -38,7 +38,8 @@ def test_a_step_is_one_line_however_often_it_is_written(tmp_path):
     recorder.write(1, {"eval/loss": 2.5, "eval/adapter_digest": "ab12"})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "eval/loss": 3.0}\n'
     recorder.flush()
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[1] == '{"step": 1, "train/loss": 0.1, "train/supervised_tokens": 7, "eval/loss": 2.5, "eval/adapter_digest": "ab12"}'
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[1] == (
+        '{"step": 1, "train/loss": 0.1, "train/supervised_tokens": 7, "eval/loss": 2.5, "eval/adapter_digest": "ab12"}')
     with pytest.raises(AssertionError, match="step 1 was already recorded"):
         recorder.write(1, {"train/loss": 9.0})
     recorder.close()
@@ -156,10 +157,13 @@ def test_a_new_run_does_not_write_over_an_earlier_one(tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    (b'{"step": 2, "a": 1', "not valid JSON"), (b'{"step": 2, "a": NaN}', "NaN is not JSON"), (b'{"step": 2, "step": 3}', "stands twice"), (b'{"a": 1}', "whole number as step"),
-    (b'{"step": 2.0}', "whole number as step"), (b'{"step": -1}', "whole number as step"), (b'{"step": true}', "whole number as step"), (b"[2]", "must be an object"), (b"", "not valid JSON"),
-    (b'{"step": 1}', "step 1 after step 1"), (b'{"step": 0}', "step 0 after step 1"), (b'{"step": 2, "a": [1]}', "a must be a number or text"), (b'{"step": 2, "a": "\xff"}', "not valid JSON"),
-    (b'{"step": 2, "train/loss": "low"}', "train/loss must be a number"), (b'{"step": 2, "alerts": 3}', "alerts must be text"), (b'{"step": 2, "eval/samples": "nan"}', "must be text")])
+    (b'{"step": 2, "a": 1', "not valid JSON"), (b'{"step": 2, "a": NaN}', "NaN is not JSON"),
+    (b'{"step": 2, "step": 3}', "stands twice"), (b'{"a": 1}', "whole number as step"), (b'{"step": 2.0}', "whole number as step"),
+    (b'{"step": -1}', "whole number as step"), (b'{"step": true}', "whole number as step"), (b"[2]", "must be an object"),
+    (b"", "not valid JSON"), (b'{"step": 1}', "step 1 after step 1"), (b'{"step": 0}', "step 0 after step 1"),
+    (b'{"step": 2, "a": [1]}', "a must be a number or text"), (b'{"step": 2, "a": "\xff"}', "not valid JSON"),
+    (b'{"step": 2, "train/loss": "low"}', "train/loss must be a number"), (b'{"step": 2, "alerts": 3}', "alerts must be text"),
+    (b'{"step": 2, "eval/samples": "nan"}', "must be text")])
 def test_a_broken_line_is_named_and_an_unfinished_last_one_is_not_read(tmp_path, line, message):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "a": 1.5}\n' + line)
@@ -176,7 +180,8 @@ def test_tensorboard_mirrors_the_record_in_one_run_with_its_hyperparameters(tmp_
     pytest.importorskip("tensorboard")
     from tensorboard.plugins.hparams import plugin_data_pb2
     recorder = record.Recorder(tmp_path / "run", True, None)
-    recorder.hyperparameters({"lora.r": 16, "schedule.learning_rate": 1e-4, "lora.targets": ["q_proj"], "lora.rslora": False, "model.quant": "nf4"})
+    recorder.hyperparameters({"lora.r": 16, "schedule.learning_rate": 1e-4, "lora.targets": ["q_proj"], "lora.rslora": False,
+                              "model.quant": "nf4"})
     recorder.write(1, {"train/loss": 2.0, "eval/adapter_digest": "ab12"})
     recorder.write(1, {"eval/loss": 3.0})
     recorder.histogram(1, "lora/weights", torch.tensor([1.0, math.nan, 2.0]))
@@ -184,11 +189,14 @@ def test_tensorboard_mirrors_the_record_in_one_run_with_its_hyperparameters(tmp_
     recorder.text(1, "samples", "**a question**")
     recorder.close()
     reader = events(tmp_path / "run")
-    assert numbers(reader, "train/loss") == [(1, 2.0)] and numbers(reader, "eval/loss") == [(1, 3.0)] and set(reader.Tags()["scalars"]) == {"train/loss", "eval/loss"}
+    assert numbers(reader, "train/loss") == [(1, 2.0)] and numbers(reader, "eval/loss") == [(1, 3.0)]
+    assert set(reader.Tags()["scalars"]) == {"train/loss", "eval/loss"}
     assert reader.Tags()["histograms"] == ["lora/weights"] and reader.Histograms("lora/weights")[0].histogram_value.num == 2
     assert reader.Tensors("samples/text_summary")[0].tensor_proto.string_val[0] == b"**a question**"
-    data = plugin_data_pb2.HParamsPluginData.FromString(reader.summary_metadata["_hparams_/session_start_info"].plugin_data.content).session_start_info.hparams
-    assert data["lora.r"].number_value == 16 and data["lora.targets"].string_value == '["q_proj"]' and data["lora.rslora"].bool_value is False
+    content = reader.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    data = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert data["lora.r"].number_value == 16 and data["lora.targets"].string_value == '["q_proj"]'
+    assert data["lora.rslora"].bool_value is False
     assert {path.is_dir() for path in (tmp_path / "run").iterdir()} == {False}, "a folder inside would be a second run in TensorBoard"
 
 
@@ -216,10 +224,12 @@ def test_the_environment_names_versions_and_hardware_and_nobody(tmp_path, monkey
     monkeypatch.setenv("SECRET_TOKEN", "hf_do_not_write_this_down")
     found = record.environment()
     text = json.dumps(found, allow_nan=False)
-    assert torch.__version__.startswith(found["packages"]["torch"]) and re.match(r"3\.\d+", found["python"]) and found["cores"] >= 1 and found["cpu"]
+    assert torch.__version__.startswith(found["packages"]["torch"]) and re.match(r"3\.\d+", found["python"])
+    assert found["cores"] >= 1 and found["cpu"]
     assert len(found["devices"]) == torch.cuda.device_count()
     words = re.findall(r"[\w.+-]+", text)
-    assert "hf_do_not" not in text and socket.gethostname() not in words and not {str(tmp_path.home()), tmp_path.home().name, os.getcwd()} & set(words)
+    assert "hf_do_not" not in text and socket.gethostname() not in words
+    assert not {str(tmp_path.home()), tmp_path.home().name, os.getcwd()} & set(words)
 
 
 def test_evaluations_come_back_by_step_with_their_metadata_and_a_cut_file_is_named(tmp_path):

@@ -25,7 +25,8 @@ def answers(row, tokenizer=None, **changes):
 def test_sharegpt_with_tools_observations_and_a_system_turn():
     row = {"id": "x_0", "system": "Use tools.", "tools": json.dumps([{"name": "weather"}]), "conversations": [
         {"from": "human", "value": "Weather in Lima?"}, {"from": "function_call", "value": '{"name": "weather"}'},
-        {"from": "observation", "value": "dry"}, {"from": "gpt", "value": "Dry."}, {"from": "human", "value": "Thanks"}, {"from": "gpt", "value": "Bye."}]}
+        {"from": "observation", "value": "dry"}, {"from": "gpt", "value": "Dry."},
+        {"from": "human", "value": "Thanks"}, {"from": "gpt", "value": "Bye."}]}
     tokenizer = make_tokenizer("{% if tools %}{{ tools[0].name }}|{% endif %}" + make_tokenizer().chat_template)
     found, text = answers(row, tokenizer)
     assert found == ['{"name": "weather"}<|im_end|>', "Dry.<|im_end|>", "Bye.<|im_end|>"]
@@ -40,7 +41,8 @@ def test_a_sharegpt_conversation_that_opens_with_an_answer_supervises_only_promp
 @pytest.mark.parametrize("row", [
     {"conversations": [{"role": "user", "content": "Weather in Lima?"}, {"role": "assistant", "content": "Dry."}]},
     {"messages": [{"from": "human", "value": "Weather in Lima?"}, {"from": "gpt", "value": "Dry."}]},
-    {"conversations": [{"from": "user", "value": "Weather in Lima?", "weight": None}, {"from": "chatgpt", "value": "Dry.", "markdown": None}]},
+    {"conversations": [{"from": "user", "value": "Weather in Lima?", "weight": None},
+                       {"from": "chatgpt", "value": "Dry.", "markdown": None}]},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Weather "}, {"type": "text", "text": "in Lima?"}]},
                   {"role": "assistant", "content": "Dry."}]},
     {"messages": json.dumps(TURNS)},
@@ -61,7 +63,8 @@ def test_several_assistant_turns_in_a_row_and_tool_calls_are_all_supervised():
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages, turn 1: content must be text, got .*image_url"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+     "messages, turn 1: content must be text, got .*image_url"),
     ({"messages": "[{"}, "messages begins as a list in JSON, but is none"),
     ({"messages": TURNS, "tools": "{"}, "tools must be a list, or one in JSON"),
     ({"messages": TURNS, "tools": {"a": 1}}, "tools must be a list, got"),
@@ -95,11 +98,13 @@ def test_other_roles_and_a_system_column_are_read_by_the_mapping():
 
 def test_a_mapped_column_that_a_row_lacks_is_refused_by_row():
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: has no column 'answers\.text\.0', which data\.columns takes for completion; it has q, answers"):
-        tokenized([{"q": "a", "answers": {"text": ["b"]}}, {"q": "a", "answers": {"text": []}}], columns=["prompt=q", "completion=answers.text.0"])
+        tokenized([{"q": "a", "answers": {"text": ["b"]}}, {"q": "a", "answers": {"text": []}}],
+                  columns=["prompt=q", "completion=answers.text.0"])
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(columns=["question"]), 'data.columns: must be a list of KEY=COLUMN, .* got "question"'), (dict(columns=["reply=answer"]), "data.columns: .*KEY is one of messages"),
+    (dict(columns=["question"]), 'data.columns: must be a list of KEY=COLUMN, .* got "question"'),
+    (dict(columns=["reply=answer"]), "data.columns: .*KEY is one of messages"),
     (dict(columns=["prompt=a", "prompt=b"]), "data.columns: prompt stands twice"), (dict(columns=[3]), "data.columns: .* got 3"),
     (dict(roles=["bot=robot"]), "data.roles: .*ROLE is one of system"), (dict(roles=["a=user", "a=tool"]), "data.roles: a stands twice"),
 ])
@@ -135,7 +140,8 @@ def test_parquet_gzipped_and_with_columns_of_every_kind(tmp_path):
     for path in (str(tmp_path / "a.parquet"), packed):
         rows = data.tokenize(sources.read_rows(path), make_tokenizer(), settings_of())
         assert rows.digest == tokenized([{"messages": TURNS}, {"messages": CHAT}]).digest
-        cfg = config.from_dict({"data": {"train": path, "eval": "", "eval_rows": 1, "cache": str(tmp_path / "cache")}, "eval": {"samples": 1}})
+        cfg = config.from_dict({"data": {"train": path, "eval": "", "eval_rows": 1, "cache": str(tmp_path / "cache")},
+                                "eval": {"samples": 1}})
         assert len(data.prompts(cfg, make_tokenizer())) == 1  # held-out rows are kept as JSON, which has no times and no bytes
 
 
@@ -183,7 +189,8 @@ def test_a_hub_data_set_is_streamed_where_a_number_of_rows_is_stated(tmp_path, m
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(sources, "_hub_revision", lambda source: "")
     held = save_as(tmp_path / "e.jsonl", [{"text": "held"}])
-    cfg = config.from_dict({"data": {"train": "someone/rows:train", "eval": held, "first_rows": 20, "audit": "off", "cache": str(tmp_path / "cache")}})
+    cfg = config.from_dict({"data": {"train": "someone/rows:train", "eval": held, "first_rows": 20, "audit": "off",
+                                     "cache": str(tmp_path / "cache")}})
     rows, _ = data.load(cfg, make_tokenizer(template=None, eos="</s>"))
     assert len(rows) == 20 and all(call == ("someone/rows", "train", {"streaming": True}) for call in asked) and max(given) < 25
     assert not list((tmp_path / "cache").glob("*/train.arrow"))  # nothing vouches for the content, so it is not found again
@@ -207,7 +214,8 @@ def test_a_fingerprint_is_of_the_content_not_the_name(tmp_path):
 
 def mixed(tmp_path, sizes, weights, **changes):
     files = [save_as(tmp_path / f"{k}.jsonl", [{"text": f"source {k} row {i}"} for i in range(n)]) for k, n in enumerate(sizes)]
-    cfg = config.from_dict({"data": {"mixture": [list(pair) for pair in zip(files, weights)], "eval": files[0], "cache": "off", "audit": "off", **changes}})
+    cfg = config.from_dict({"data": {"mixture": [list(pair) for pair in zip(files, weights)], "eval": files[0], "cache": "off",
+                                     "audit": "off", **changes}})
     return data.load(cfg, make_tokenizer(template=None, eos="</s>"))[0]
 
 
@@ -250,7 +258,8 @@ def test_weights_and_sources_are_part_of_the_digest(tmp_path):
 
 
 @pytest.mark.parametrize("mixture, message", [
-    ([["a.jsonl", 0]], "data.mixture: must be a list of .source, weight above 0."), ([["a.jsonl"]], "data.mixture: must be"), (["a.jsonl"], "data.mixture: must be"),
+    ([["a.jsonl", 0]], "data.mixture: must be a list of .source, weight above 0."), ([["a.jsonl"]], "data.mixture: must be"),
+    (["a.jsonl"], "data.mixture: must be"),
     ([["a.jsonl", 1], ["a.jsonl", 2]], "data.mixture: a source stands twice"), ([["a.jsonl", "1"]], "data.mixture: must be"),
 ])
 def test_a_mixture_that_makes_no_sense_is_refused_by_key(mixture, message):
@@ -268,5 +277,5 @@ def test_a_source_that_gives_nothing_is_refused(tmp_path):
 def test_a_mixtures_paths_are_found_beside_the_program_and_survive_a_saved_configuration(tmp_path):
     cfg = config.from_dict({"data": {"mixture": [["configs/quickstart.json", 2]]}})
     again = config.located(config.located(cfg))
-    assert again.data.mixture == [[str(config.PROJECT / "configs/quickstart.json"), 2]] or again.data.mixture == [["configs/quickstart.json", 2]]
+    assert again.data.mixture in ([[str(config.PROJECT / "configs/quickstart.json"), 2]], [["configs/quickstart.json", 2]])
     assert config.from_dict(again.to_dict()) == again
