@@ -99,9 +99,11 @@ def test_a_value_that_breaks_its_rule_is_refused_once_and_by_its_key(key, bad):
 
 
 @pytest.mark.parametrize("tree", [
-    {"train": {"epochs": 1.0}}, {"train": {"max_steps": 0}}, {"schedule": {"lr_min": 1e-3}}, {"schedule": {"lr_kind": "points"}}, {"schedule": {"lr_points": [[1, 1.0]]}},
-    {"schedule": {"lr_decay_steps": 10}}, {"schedule": {"clip_percentile": 50, "clip_norm": 0}}, {"eval": {"patience": 2, "every_steps": 0}},
-    {"model": {"compute_dtype": "fp64"}}, {"model": {"quant": "llm_int8", "compute_dtype": "fp32"}}, {"memory": {"shard": True, "keep_dequantized": "yes"}}, {"model": {"attention": "varlen", "compute_dtype": "fp32"}},
+    {"train": {"epochs": 1.0}}, {"train": {"max_steps": 0}}, {"schedule": {"lr_min": 1e-3}}, {"schedule": {"lr_kind": "points"}},
+    {"schedule": {"lr_points": [[1, 1.0]]}}, {"schedule": {"lr_decay_steps": 10}},
+    {"schedule": {"clip_percentile": 50, "clip_norm": 0}}, {"eval": {"patience": 2, "every_steps": 0}},
+    {"model": {"compute_dtype": "fp64"}}, {"model": {"quant": "llm_int8", "compute_dtype": "fp32"}},
+    {"memory": {"shard": True, "keep_dequantized": "yes"}}, {"model": {"attention": "varlen", "compute_dtype": "fp32"}},
 ])
 def test_settings_that_contradict_each_other_are_refused_with_both_keys(tree):
     keys = wrong_keys(tree)

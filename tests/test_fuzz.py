@@ -24,7 +24,8 @@ import trust
 
 bounded = hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None,
                               suppress_health_check=list(hypothesis.HealthCheck))
-SCALARS = some.one_of(some.none(), some.booleans(), some.integers(-2**70, 2**70), some.integers(-3, 40), some.floats(), some.text(max_size=12),
+SCALARS = some.one_of(some.none(), some.booleans(), some.integers(-2**70, 2**70), some.integers(-3, 40), some.floats(),
+                      some.text(max_size=12),
                       some.sampled_from(["auto", "nf4", "cosine", "user", "assistant", "1e-4", "\udc00", "../..", "a" * 3000]))
 JSON = some.recursive(
     SCALARS, lambda inner: some.one_of(some.lists(inner, max_size=4), some.dictionaries(some.text(max_size=8), inner, max_size=4)),

@@ -7,14 +7,16 @@ from conftest import make_model
 import memory
 
 GIB = 2**30
-READINGS = {"layers": 32, "base": 6 * GIB, "input": 8192, "stored": (0.6 * GIB, 3.8e6), "recomputed": (0.6 * GIB, 0.45e6), "kept": 0, "table": GIB, "dequantised": True}
+READINGS = {"layers": 32, "base": 6 * GIB, "input": 8192, "stored": (0.6 * GIB, 3.8e6), "recomputed": (0.6 * GIB, 0.45e6), "kept": 0,
+            "table": GIB, "dequantised": True}
 
 
 def chosen(limit_gib, sizes=(2048, 4096, 8192, 16384), layers=None, offload="auto", keep="auto", **changes):
     return listed(limit_gib, sizes, layers, offload, keep, **changes)[0]
 
 
-def listed(limit_gib, sizes=(1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384), layers=None, offload="auto", keep="auto", count=3, **changes):
+def listed(limit_gib, sizes=(1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384), layers=None, offload="auto", keep="auto",
+           count=3, **changes):
     asked = types.SimpleNamespace(offload=offload, keep_dequantized=keep)
     return memory.shortlist(memory.choices(READINGS | changes, sizes, layers, asked, limit_gib * GIB), limit_gib * GIB, count)
 
@@ -24,7 +26,8 @@ def peak(plan, found=READINGS):
     share = plan["checkpoint_layers"] / found["layers"]
     line = [stored * (1 - share) + recomputed * share for stored, recomputed in zip(found["stored"], found["recomputed"])]
     away = plan["max_tokens"] * found["input"] * max(0, plan["checkpoint_layers"] - 3) if plan["offload"] else 0
-    return found["base"] + line[0] + line[1] * plan["max_tokens"] - away - found["table"] * plan["host_embeddings"] - found["kept"] * (not plan["keep_dequantized"])
+    return (found["base"] + line[0] + line[1] * plan["max_tokens"] - away - found["table"] * plan["host_embeddings"]
+            - found["kept"] * (not plan["keep_dequantized"]))
 
 
 @pytest.mark.parametrize("limit", [7.5, 8, 10, 12, 16, 24, 40, 60, 100])
@@ -55,7 +58,8 @@ def test_kept_copies_are_given_up_before_layers_are_recomputed():
 
 
 def test_what_fits_nowhere_is_told_with_what_it_would_take_and_the_remedies():
-    with pytest.raises(ValueError, match=r"memory: 5\.0 GiB are not enough: with 2,048 tokens a micro-batch and 32 layers recomputed the run would take 6\.\d GiB; .*memory\.budget_gib.*model\.quant"):
+    with pytest.raises(ValueError, match=r"memory: 5\.0 GiB are not enough: with 2,048 tokens a micro-batch and 32 layers recomputed the "
+                                         r"run would take 6\.\d GiB; .*memory\.budget_gib.*model\.quant"):
         chosen(5)
 
 
@@ -91,7 +95,8 @@ def test_the_probe_reads_what_a_token_takes_beyond_the_chunk_of_logits(monkeypat
     layers_bytes = lambda tokens: tokens * (1000 * 6 + 9000 * (6 - recomputed[-1]))
     logits = lambda tokens: 5000 * min(tokens, 2048)
     monkeypatch.setattr(memory.model, "recompute", lambda network, layers: recomputed.append(layers))
-    monkeypatch.setattr(memory, "peak_bytes", lambda network, tokens: 7_000_000 + layers_bytes(tokens) + logits(tokens) if tokens <= largest else None)
+    needed = lambda network, tokens: 7_000_000 + layers_bytes(tokens) + logits(tokens) if tokens <= largest else None
+    monkeypatch.setattr(memory, "peak_bytes", needed)
     monkeypatch.setattr(memory.torch.cuda, "memory_allocated", lambda: 7_000_000)
     found = memory.probe(network, False)
     per_token = 1000 * 6 if largest > 4096 else 1000 * 6 + 5000  # among small sizes logits still grow

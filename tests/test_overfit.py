@@ -25,10 +25,13 @@ def rows_of(*texts, supervised_from=1):
 # ----------------------------------------------------------------------------------------------------------- settings
 
 def test_all_settings_but_those_named_stay():
-    before = config.from_dict({"lora": {"r": 8, "dropout": 0.1}, "train": {"max_steps": 2000, "weight_decay": 0.1}, "eval": {"patience": 3}, "model": {"quant": "int8"},
-                               "schedule": {"lr_kind": "points", "lr_points": [[1, 1.0]], "batch_points": [[1, 8]], "clip_percentile": 50.0}, "memory": {"max_tokens": 512}})
+    before = config.from_dict({"lora": {"r": 8, "dropout": 0.1}, "train": {"max_steps": 2000, "weight_decay": 0.1},
+                               "eval": {"patience": 3}, "model": {"quant": "int8"},
+                               "schedule": {"lr_kind": "points", "lr_points": [[1, 1.0]], "batch_points": [[1, 8]],
+                                            "clip_percentile": 50.0}, "memory": {"max_tokens": 512}})
     after = overfit.settings(before, 5)
-    assert after.samples_per_step == 5 and after.train.max_steps == 2000 and after.lora.dropout == 0 and after.schedule.lr_kind == "constant" and after.schedule.batch_points == []
+    assert after.samples_per_step == 5 and after.train.max_steps == 2000 and after.lora.dropout == 0
+    assert after.schedule.lr_kind == "constant" and after.schedule.batch_points == []
     same = {key for key, value in before.flat().items() if after.flat()[key] == value}
     assert {"lora.r", "model.quant", "memory.max_tokens", "train.seed", "lora.targets", "schedule.clip_norm", "proof.enabled"} <= same
     assert config.from_dict({}) == overfit.settings.__globals__["configuration"].from_dict({}), "the given configuration is not written to"
@@ -94,7 +97,8 @@ def test_the_floor_is_the_least_that_a_table_of_probabilities_reaches():
 # -------------------------------------------------------------------------------------------------------- the verdict
 
 def lines_of(losses, evals=(), accuracy=0.5, **tags):
-    lines = [{"step": i + 1, "train/loss": loss, "train/grad_norm": 1.0, "train/learning_rate": 1e-3, "train/clipped": 0.0, "train/skipped": 0.0, "train/clip_threshold": 1.0}
+    lines = [{"step": i + 1, "train/loss": loss, "train/grad_norm": 1.0, "train/learning_rate": 1e-3, "train/clipped": 0.0,
+              "train/skipped": 0.0, "train/clip_threshold": 1.0}
              | {f"train/{tag}": value for tag, value in tags.items()} for i, loss in enumerate(losses)]
     for step, loss in evals:
         lines[step - 1] |= {"eval/loss": loss, "eval/token_accuracy": accuracy}

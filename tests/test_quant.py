@@ -30,7 +30,8 @@ def relative(a, b):
 # ------------------------------------------------------------------------------------------------------------------ NF4
 
 def normal_quantiles():
-    """NF4's 16 values from their definition (Dettmers et al. 2023, section 3): quantiles of N(0, 1), eight below 0, 0, seven above, scaled to [-1, 1]."""
+    """NF4's 16 values from their definition (Dettmers et al. 2023, section 3): quantiles of N(0, 1), eight below 0, 0, seven above,
+    scaled to [-1, 1]."""
     edge = 0.9677083
     above = torch.special.ndtri(torch.linspace(edge, 0.5, 9, dtype=torch.float64)[:-1])
     below = -torch.special.ndtri(torch.linspace(edge, 0.5, 8, dtype=torch.float64)[:-1])
@@ -222,7 +223,8 @@ def test_whether_llm_int8_waits_is_decided_by_size_and_only_on_a_gpu(monkeypatch
 def test_llm_int8_threshold_decides_which_columns_stay_in_16_bits():
     original = gaussian(48, 64, dtype=torch.float16)
     x = activations((9, 64), torch.float16, [5])
-    results = {threshold: quant.quantize(original, settings("llm_int8", threshold=threshold), torch.float16).matmul(x) for threshold in (6.0, 19.0, 21.0)}
+    results = {threshold: quant.quantize(original, settings("llm_int8", threshold=threshold), torch.float16).matmul(x)
+               for threshold in (6.0, 19.0, 21.0)}
     assert torch.equal(results[6.0], results[19.0]) and not torch.equal(results[6.0], results[21.0])
     with torch.no_grad():
         assert torch.equal(results[21.0], bitsandbytes_linear8(original, threshold=21.0)(x))
@@ -272,7 +274,8 @@ def named():
 
 
 def test_a_fingerprint_is_the_same_for_equal_tensors_whatever_their_strides():
-    copies = [(name, tensor.T.contiguous().T.clone(memory_format=torch.contiguous_format)) if tensor.ndim == 2 else (name, tensor.clone()) for name, tensor in named()]
+    copies = [(name, tensor.T.contiguous().T.clone(memory_format=torch.contiguous_format)) if tensor.ndim == 2
+              else (name, tensor.clone()) for name, tensor in named()]
     transposed = [(name, tensor.T.contiguous().T if tensor.ndim == 2 else tensor) for name, tensor in named()]
     assert quant.fingerprint(named()) == quant.fingerprint(copies) == quant.fingerprint(transposed)
 

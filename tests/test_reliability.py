@@ -15,7 +15,9 @@ ROWS = [line for line in TEXT.splitlines() if re.match(r"\| \d+ \|", line)]
 def functions_of(name):
     """Names of the test functions of a file, if it is one."""
     path = PROJECT / "tests" / name
-    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)} if path.is_file() else set()
+    if not path.is_file():
+        return set()
+    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
 
 
 def test_every_fault_and_every_pitfall_has_a_row_with_a_test():

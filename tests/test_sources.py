@@ -97,7 +97,8 @@ def test_other_roles_and_a_system_column_are_read_by_the_mapping():
 
 
 def test_a_mapped_column_that_a_row_lacks_is_refused_by_row():
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: has no column 'answers\.text\.0', which data\.columns takes for completion; it has q, answers"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: has no column 'answers\.text\.0', which data\.columns takes for completion; "
+                                         r"it has q, answers"):
         tokenized([{"q": "a", "answers": {"text": ["b"]}}, {"q": "a", "answers": {"text": []}}],
                   columns=["prompt=q", "completion=answers.text.0"])
 
