@@ -57,6 +57,9 @@ def varlen():
     return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in takes else varlen_attn
 
 
+QUERIES = 128  # of a document that are looked at together, where attention is done by hand
+
+
 def attention_by_documents(q, k, v, bounds, scaling, sliding_window, softcap):
     """Causal attention within documents bounds[i]:bounds[i + 1], anywhere: q (T, heads, d), k, v (T, key_value_heads, d) -> (T, heads, d).
 
@@ -91,11 +94,18 @@ def causal_attention(q, k, v, scaling, sliding_window=None, softcap=None):
         mask = (behind >= 0) & (behind < (window or n))
     if not by_hand:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-    scores = q @ k.transpose(2, 3) * scaling
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill_(~mask, -math.inf).softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32) if softcap else None)
-    return weights.to(v.dtype) @ v
+        scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
+        scores = scores.masked_fill_(~mask, -math.inf)
+        return scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
+    # the mask is what the product begins with, and queries look no further than their own block: fewer passes over the scores
+    hidden, mixed = torch.zeros(n, n, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf), []
+    q, keys, values = (t.flatten(0, 1) for t in (q * scaling, k.transpose(2, 3), v))
+    for start in range(0, n, QUERIES):
+        end = min(start + QUERIES, n)
+        scores = torch.baddbmm(hidden[start:end, :end], q[:, start:end], keys[..., :end])
+        mixed.append(scores.softmax(dim=-1) @ values[:, :end])
+    return torch.cat(mixed, dim=1).view(*k.shape[:2], n, -1)
 
 
 def varlen_works(device, dtype):

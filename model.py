@@ -27,6 +27,29 @@ import ranks
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 
+BLOCK = 16  # rows of logits that are worked on together on a CPU
+
+
+def cross_entropy(logits, target, softcap, with_slope):
+    """(nll (n,), correct bool (n,), d nll / d logits (n, vocabulary) or None) of logits (n, vocabulary), in fp32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap:
+        capped = torch.tanh(logits / softcap)
+        logits = capped * softcap
+    real, index = target >= 0, target.clamp_min(0)[:, None]
+    log_z = logits.logsumexp(dim=-1)
+    nll = torch.where(real, log_z - logits.gather(1, index)[:, 0], 0)
+    correct = (logits.argmax(dim=-1) == target) & real
+    if not with_slope:
+        return nll, correct, None
+    slope = logits.sub_(log_z[:, None]).exp_()  # d nll / d logits = softmax - one-hot, and the chain rule through the cap
+    slope.scatter_add_(1, index, slope.new_full(index.shape, -1.0))
+    if softcap:
+        slope *= 1 - capped * capped
+    slope *= real[:, None]
+    return nll, correct, slope
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of supervised positions, with never more than `chunk` rows of logits alive.
 
@@ -49,22 +72,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if grad is not None:
                     torch.mm(logits, head, out=grad[start:start + chunk])
                 continue
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if softcap:
-                capped = torch.tanh(logits / softcap)
-                logits = capped * softcap
-            real = target >= 0
-            index = target.clamp_min(0)[:, None]
-            log_z = logits.logsumexp(dim=-1)
-            nll.append(torch.where(real, log_z - logits.gather(1, index)[:, 0], 0))
-            correct.append((logits.argmax(dim=-1) == target) & real)
-            if grad is not None:  # d nll / d logits = softmax - one-hot, and the chain rule through the cap
-                slope = logits.sub_(log_z[:, None]).exp_()
-                slope.scatter_add_(1, index, slope.new_full(index.shape, -1.0))
-                if softcap:
-                    slope *= 1 - capped * capped
-                slope *= real[:, None]
-                grad[start:start + chunk] = slope.to(h.dtype) @ head
+            slope = torch.empty_like(logits) if grad is not None else None
+            for part in range(0, len(h), BLOCK):  # so that what is made of a block of logits stays in the processor's cache
+                here = slice(part, part + BLOCK)
+                block_nll, block_correct, block_slope = cross_entropy(logits[here], target[here], softcap, grad is not None)
+                nll.append(block_nll)
+                correct.append(block_correct)
+                if grad is not None:
+                    slope[here] = block_slope
+            if grad is not None:
+                torch.mm(slope, head, out=grad[start:start + chunk])
         nll, correct = (torch.cat(nll), torch.cat(correct)) if nll else (hidden.new_zeros(0).float(), hidden.new_zeros(0, dtype=torch.bool))
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, correct)
