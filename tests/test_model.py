@@ -690,6 +690,52 @@ def loss_case(rows=11, vocabulary=23, width=6, dtype=torch.float64):
     return hidden.requires_grad_(), head, bias, targets
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_cross_entropy_by_blocks_is_torchs_own(softcap):
+    count = 2 * model.BLOCK + 5  # rows: blocks that are full and one that is not, in chunks that split them
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((count, 7), (31, 7)))
+    targets = torch.randint(0, 31, (count,), generator=generator)
+    targets[3] = targets[-1] = -100
+    results = []
+    for blocks in (True, False):
+        h = hidden.clone().requires_grad_()
+        if blocks:
+            total, nll, correct = model.ChunkedCrossEntropy.apply(h, head, None, targets, model.BLOCK + 3, softcap)
+        else:
+            logits = h @ head.T
+            logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+            nll = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+            total, correct = nll.sum(), (logits.argmax(-1) == targets) & (targets >= 0)
+        (3 * total).backward()
+        results.append((total.detach(), nll.detach(), h.grad, correct))
+    (*ours, same), (*theirs, expected) = results
+    assert all(relative(a, b) < 1e-12 for a, b in zip(ours, theirs)) and torch.equal(same, expected)
+
+
+@pytest.mark.parametrize("n", [5, 128, 129, 200, 256])  # queries are looked at 128 at a time
+@pytest.mark.parametrize("window", [None, 3, 150])
+def test_attention_by_hand_is_the_masked_softmax_in_16_bits(n, window):
+    generator = torch.Generator().manual_seed(n)
+    q, k, v, weight = (torch.randn(2, heads, n, 16, generator=generator, dtype=torch.float64).bfloat16() for heads in (6, 2, 2, 6))
+    behind = torch.arange(n)[:, None] - torch.arange(n)[None, :]
+    hidden = (behind < 0) | (behind >= (window or n))
+
+    def reference(q, k, v):
+        scores = q @ k.repeat_interleave(3, 1).transpose(2, 3) * 0.25
+        return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v.repeat_interleave(3, 1)
+
+    found, expected = [], []
+    for results, attend, dtype in ((found, lambda q, k, v: attention.causal_attention(q, k, v, 0.25, window), torch.bfloat16),
+                                   (expected, reference, torch.float64)):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = attend(*inputs)
+        (out * weight.to(dtype)).sum().backward()
+        results += [out.detach(), *(t.grad for t in inputs)]
+    for ours, exact in zip(found, expected):
+        assert relative(ours, exact) < 1e-2
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 11, 100])
