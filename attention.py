@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 ATTENTION = "rawlora_packed"  # our name in transformers' registry of attention functions
+QUERIES = 128  # of a document that are looked at together, where attention is done by hand
 
 
 def packed_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
@@ -55,9 +56,6 @@ def varlen():
     from torch.nn.attention.varlen import varlen_attn
     takes = inspect.signature(varlen_attn).parameters
     return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in takes else varlen_attn
-
-
-QUERIES = 128  # of a document that are looked at together, where attention is done by hand
 
 
 def attention_by_documents(q, k, v, bounds, scaling, sliding_window, softcap):

@@ -104,34 +104,13 @@ def replayed(network, ids, mask, max_new_tokens, end_ids, interrupted=()):
     choose(logits)
     del logits
     done, advance = 1, step
-    with beside(device) as stream, contextlib.ExitStack() as held:
+    with graphs.beside(device) as stream, contextlib.ExitStack() as held:
         while done < max_new_tokens and not ((done - 1) % LOOK == 0 and (interrupted or ended.all())):
             if done == 2 and stream:  # the first step has compiled, and allocated once, what recording may not
                 advance = held.enter_context(recorded(step, stream)).replay
             advance()
             done += 1
         return written[:, width:width + done].tolist()
-
-
-@functools.cache
-def side_stream(device):
-    """The stream to record and replay on: one for all calls, as cuBLAS keeps a workspace for every stream it has met."""
-    return torch.cuda.Stream(device)
-
-
-@contextlib.contextmanager
-def beside(device):
-    """Inside the block a GPU works on a stream of its own, which is given; None and nothing else elsewhere."""
-    if device.type != "cuda":
-        yield None
-        return
-    stream = side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream):
-            yield stream
-    finally:
-        torch.cuda.current_stream().wait_stream(stream)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ a bucket runs eagerly, and its graph is recorded behind it. Leaves out: the opti
 GPU is busy), recomputed layers, sharded weights, and LLM.int8() where it waits for the GPU.
 """
 import contextlib
+import functools
 import gc
 
 import torch
@@ -131,20 +132,38 @@ class Replayed:
         return done
 
 
+@functools.cache
+def side_stream(device):
+    """The stream to record and replay on: one for all calls, as cuBLAS keeps a workspace for every stream it has met."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def beside(device):
+    """Inside the block a GPU works on a stream of its own, which is given; None and nothing else elsewhere."""
+    if device.type != "cuda":
+        yield None
+        return
+    stream = side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            yield stream
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
+
+
 class Recorded:
     """`compute()`, which returns a tensor on the GPU, as a CUDA graph: each call computes anew, into the same tensor, from what is
     where it was."""
 
-    def __init__(self, compute):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # as in Replayed.record
-            compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        gc.collect()
-        self.graph = torch.cuda.CUDAGraph()
-        with recording(self.graph, stream=stream):
-            self.result = compute()
+    def __init__(self, compute, device):
+        with beside(device) as stream:
+            compute()  # as in Replayed.record
+            gc.collect()
+            self.graph = torch.cuda.CUDAGraph()
+            with recording(self.graph, stream=stream):
+                self.result = compute()
 
     def __call__(self):
         self.graph.replay()

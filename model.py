@@ -120,9 +120,10 @@ def summed_loss(network, batch):
 
 
 def load(config, device):
-    """The network of config.model on `device`, quantised, with untrained adapters (A drawn from train.seed and B = 0, or as lora.init
-    says), ready to train.
-    Never holds more than the quantised model and one tensor. Raises ValueError naming what is missing, does not fit or is not known.
+    """The network of config.model on `device`, quantised, with untrained adapters, ready to train.
+
+    A is drawn from train.seed and B = 0, or both are as lora.init says. Never holds more than the quantised model and one tensor.
+    Raises ValueError naming what is missing, does not fit or is not known.
     """
     device, dtype = torch.device(device), quant.DTYPES[config.model.compute_dtype]
     use_varlen = config.model.attention != "documents" and attention.varlen_works(device, dtype)

@@ -176,6 +176,8 @@ def check(network, forward_backward, batches, scale=1.0, what="parts", seconds=m
         return Result(math.nan, math.nan, None, "gradients  not proved: no supervised token to prove them on")
     names, adapters = zip(*lora_layers.adapters(network).items())
     places = {name: memory.places[parameter] for name, parameter in zip(names, adapters)}
+    if any(module.dropout for module in network.modules() if isinstance(module, lora_layers.AdaptedLinear) and module.r):
+        forward_backward = getattr(forward_backward, "eager", forward_backward)
     kept_gradient, theta = flat.grad.cpu() if flat.grad.is_cuda else flat.grad.clone(), flat.detach().clone()
     held = lora_layers.rows_held(network)  # DoRA's gradients are those of a loss in which the lengths of rows are constants
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), held:
@@ -184,7 +186,7 @@ def check(network, forward_backward, batches, scale=1.0, what="parts", seconds=m
             loss, gradient = gradient_of(network, forward_backward, batches, float(scale), supervised)
             gradients = {name: gradient[memory.places[parameter]].view_as(parameter) for name, parameter in zip(names, adapters)}
             measured = Measurement(network, batches, supervised, theta, gradient, gradient_now, began + seconds,
-                                   replayable(network, forward_backward))
+                                   replayed=hasattr(forward_backward, "eager"))
             result = judge(measured, loss, even, parts, places, gradients)
         finally:
             with torch.no_grad():
@@ -196,13 +198,11 @@ def check(network, forward_backward, batches, scale=1.0, what="parts", seconds=m
 
 
 def gradient_of(network, forward_backward, batches, scale, supervised, again=False):
-    """(mean loss, gradient of the mean loss in flat's dtype) by train.py's own function, at the largest of scale, scale/16, ...
-    where it is finite.
-    again: graphs are recorded already, and one pass is enough.
+    """(mean loss, gradient of the mean loss in flat's dtype) by train.py's own function.
+
+    At the largest of scale, scale/16, ... where it is finite. again: graphs are recorded already, and one pass is enough.
     """
     flat, replayed = network.adapter_memory.flat, hasattr(forward_backward, "eager")
-    if replayed and not replayable(network, forward_backward):
-        forward_backward, replayed = forward_backward.eager, False
     while True:
         weight = torch.tensor(scale / supervised, device=flat.device)
         for _ in range(2 if replayed and not again else 1):  # the first time, what is not recorded yet runs eagerly
@@ -215,12 +215,6 @@ def gradient_of(network, forward_backward, batches, scale, supervised, again=Fal
         if scale <= 1 or agreed(bool(torch.isfinite(gradient).all())):
             return agreed(loss.item() / supervised), gradient
         scale = max(1.0, scale / 16)
-
-
-def replayable(network, forward_backward):
-    """Whether passes are made by graphs: train.py's are, and no dropout draws masks that would be others where a micro-batch is padded."""
-    drops = any(module.dropout for module in network.modules() if isinstance(module, lora_layers.AdaptedLinear) and module.r)
-    return hasattr(forward_backward, "eager") and not drops
 
 
 def agreed(number):
@@ -246,20 +240,21 @@ class Measurement:
         self.dtype = network.adapter_memory.working.dtype
         self.unrounded = {network.adapter_memory.places[parameter].start
                           for name, parameter in lora_layers.adapters(network).items() if MAGNITUDE in name}
-        self.replayed = replayed
-        with torch.no_grad():
-            self.forward = graphs.Recorded(self.summed_loss) if replayed else self.summed_loss
+        self.recorded = None
+        if replayed:
+            with torch.no_grad():
+                self.recorded = graphs.Recorded(lambda: self.summed_loss(seeded=False), network.device)
         self.loss, self.spread, self.rounding = self.loss_now(), None, None
 
     def late(self):
         """Whether the time is over, by the first rank's clock."""
         return bool(agreed(time.perf_counter() > self.deadline))
 
-    def summed_loss(self):
-        """The loss of all supervised tokens together, fp64 (), on the device; dropout masks are always the same."""
+    def summed_loss(self, seeded=True):
+        """The loss of all supervised tokens together, fp64 (), on the device; dropout masks are always the same, where `seeded`."""
         total = torch.zeros((), device=self.network.device, dtype=torch.float64)
         for i, batch in enumerate(self.batches):
-            if not self.replayed:
+            if seeded:
                 torch.manual_seed(i)
             total += model.summed_loss(self.network, batch)[1].double().sum()
         return total
@@ -267,7 +262,8 @@ class Measurement:
     @torch.no_grad()
     def loss_now(self):
         """The mean loss of the supervised tokens at the weights as they are now, in nats."""
-        return agreed(self.forward().item() / self.supervised)
+        total = self.recorded() if self.recorded else self.summed_loss()
+        return agreed(total.item() / self.supervised)
 
     @torch.no_grad()
     def put(self, direction, step):

@@ -38,8 +38,10 @@ def bitsandbytes():
     try:
         import bitsandbytes.functional as functional
     finally:
-        del os.environ["TORCHDYNAMO_DISABLE"]
-        os.environ |= {"TORCHDYNAMO_DISABLE": before} if before is not None else {}
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
     return functional
 
 

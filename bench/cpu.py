@@ -1,6 +1,7 @@
 """Case F: forward and backward on a CPU beside PEFT + bitsandbytes, turn by turn in one process.
 
-    python bench/cpu.py [--rounds=20] [--rows=4] [--length=256] [--model=models/SmolLM2-135M-Instruct] [--write=bench/results/cpu.json]
+    python bench/cpu.py [--rounds=20] [--rows=4] [--length=256] [--model=models/SmolLM2-135M-Instruct] [--profile=yes]
+                        [--write=bench/results/cpu.json]
 
 Both sides train the same NF4 model (double quantisation) with r 16 on all seven projections in bf16, on the same rows of random
 tokens, every token supervised. PEFT's side is transformers' model with bitsandbytes' Linear4bit under PEFT's LoRA, in training mode
@@ -31,12 +32,14 @@ def theirs(folder):
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
     for name, module in list(network.named_modules()):
         if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
-            quantised = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
-            quantised.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+            kind = {"compress_statistics": True, "quant_type": "nf4"}
+            quantised = bnb.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None, torch.bfloat16, **kind)
+            quantised.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **kind)
             network.set_submodule(name, quantised.to("cpu"))
     network.requires_grad_(False)
     network.config.use_cache = False
-    return get_peft_model(network, LoraConfig(r=16, lora_alpha=32, target_modules=list(settings.PROJECTIONS), task_type="CAUSAL_LM")).train()
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=list(settings.PROJECTIONS), task_type="CAUSAL_LM")
+    return get_peft_model(network, lora).train()
 
 
 def process_bytes(key):
@@ -45,26 +48,24 @@ def process_bytes(key):
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key)) if status.exists() else 0
 
 
-def held_bytes(network):
-    """Bytes of all parameters and buffers, and of what they keep beside them (our dequantised copies, bitsandbytes' scales)."""
-    tensors = {}
-    for module in network.modules():
-        for place in (module, *(getattr(weight, "quant_state", None) for weight in module.parameters(recurse=False))):
-            parts = list(vars(place).values()) if place is not None else []
-            parts += list(module.parameters(recurse=False)) + list(module.buffers(recurse=False))
-            tensors |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts if isinstance(part, torch.Tensor)}
-    return sum(tensors.values())
+def profile(step):
+    """Run `step` once and print what takes its time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        step()
+    print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=30))
 
 
 def main(argv):
     import types
-    options = {"rounds": "20", "rows": "4", "length": "256", "model": "models/SmolLM2-135M-Instruct"} | dict(arg[2:].split("=", 1) for arg in argv)
+    options = {"rounds": "20", "rows": "4", "length": "256", "model": "models/SmolLM2-135M-Instruct", "profile": ""}
+    options |= dict(arg[2:].split("=", 1) for arg in argv)
     rows, length, folder = int(options["rows"]), int(options["length"]), settings.find(options["model"])
     ours, peft = model.load(settings.from_dict({"model": {"path": folder}}), "cpu"), theirs(folder)
     ids = torch.randint(3, ours.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     starts = torch.arange(rows)[:, None] * length
-    batch = types.SimpleNamespace(input_ids=ids.flatten(), position_ids=torch.arange(length).repeat(rows), cu_seqlens=(torch.arange(rows + 1) * length).int(), max_seqlen=length,
-                                  rows=(starts + torch.arange(length - 1)).flatten(), targets=ids[:, 1:].flatten())
+    batch = types.SimpleNamespace(input_ids=ids.flatten(), position_ids=torch.arange(length).repeat(rows),
+                                  cu_seqlens=(torch.arange(rows + 1) * length).int(), max_seqlen=length, rows=(starts + torch.arange(length - 1)).flatten(),
+                                  targets=ids[:, 1:].flatten())
 
     def step_ours():
         loss = model.summed_loss(ours, batch)[0] / len(batch.targets)
@@ -86,17 +87,22 @@ def main(argv):
             if turn:
                 seconds[who].append(time.perf_counter() - began)
                 taken[who] = max(taken[who], process_bytes("VmHWM") - before)
-                print(f"{who:8} {seconds[who][-1]:.2f} s, {rows * length / seconds[who][-1]:.0f} tokens/s, loss {losses[who]:.4f}", flush=True)
+                rate = rows * length / seconds[who][-1]
+                print(f"{who:8} {seconds[who][-1]:.2f} s, {rate:.0f} tokens/s, loss {losses[who]:.4f}", flush=True)
+    if options["profile"]:
+        profile(step_ours)
     ratios = [b / a for a, b in zip(seconds["rawlora"], seconds["peft"])]
     print(f"rawlora is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds)")
     if "write" in options:
         environment, table = record.environment(), []
         for who, times in seconds.items():
             quartiles, median = statistics.quantiles(times, n=4), statistics.median(times)
-            held = held_bytes(ours if who == "rawlora" else peft)
-            table.append({"case": "F", "who": who, "tokens_per_second": round(rows * length / median), "samples_per_second": round(rows / median, 2),
+            held = sum(size for _, size in model.memory_table(ours).values()) if who == "rawlora" else peft.get_memory_footprint()
+            table.append({"case": "F", "who": who,
+                          "tokens_per_second": round(rows * length / median), "samples_per_second": round(rows / median, 2),
                           "step_seconds": round(median, 3), "step_seconds_quartiles": [round(quartiles[0], 3), round(quartiles[-1], 3)],
-                          "timed_steps": len(times), "ratio_to_peft": [round(x, 2) for x in (min(ratios), statistics.median(ratios), max(ratios))],
+                          "timed_steps": len(times),
+                          "ratio_to_peft": [round(x, 2) for x in (min(ratios), statistics.median(ratios), max(ratios))],
                           "peak_memory_gib": round((held + taken[who]) / 2**30, 2), "loss": round(losses[who], 4),
                           "settings": {"rows": rows, "length": length, "quant": "nf4", "threads": torch.get_num_threads()},
                           "device": environment["cpu"], "versions": environment["packages"]})

@@ -44,41 +44,34 @@ def seconds_to_read(files):
 
 
 def loaded(chosen, device):
-    """Load once: {"load": seconds up to the check of the architecture, "check": of it, "peak", "held": bytes on the GPU, "largest"}."""
-    found, check = {}, model.compare_with_transformers
+    """Load once: {"load": seconds up to the check of the architecture, "check": of it, "peak", "held": bytes on the GPU}."""
+    found, check, gpu = {}, model.compare_with_transformers, device.type == "cuda"
+    wait = torch.cuda.synchronize if gpu else lambda: None
 
     def timed_check(network):
-        synchronize()
+        wait()
         found["load"] = time.perf_counter() - began
-        if device == "cuda":
+        if gpu:
             found.update(peak=torch.cuda.max_memory_allocated(), held=torch.cuda.memory_allocated())
         check(network)
-        synchronize()
+        wait()
         found["check"] = time.perf_counter() - began - found["load"]
 
-    def synchronize():
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    if device == "cuda":
+    if gpu:
+        gc.collect()  # the model before
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     model.compare_with_transformers, began = timed_check, time.perf_counter()
     try:
-        network = model.load(chosen, device)
+        model.load(chosen, device)
     finally:
         model.compare_with_transformers = check
-        found["largest"] = max(parameter.numel() * 2
-                               for parameter in loading.architecture(pathlib.Path(chosen.model.path), torch.bfloat16).parameters())
-    del network
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
     return found
 
 
 def main(argv):
     words, flags, overrides = settings.command_line(argv, {"work": "/tmp/bench"})
-    device, work = "cuda" if torch.cuda.is_available() else "cpu", pathlib.Path(flags["work"])
+    device, work = torch.device("cuda" if torch.cuda.is_available() else "cpu"), pathlib.Path(flags["work"])
     quant.nf4_codebook()  # imports bitsandbytes: not a part of reading a model
     for shape, kind in zip(words[::2], words[1::2]) if words else [("8b", "nf4"), ("8b", "int8")]:
         folder = work / f"model-{shape}"
@@ -86,19 +79,17 @@ def main(argv):
         speed.make_model(shape, folder, device)
         chosen = settings.from_dict({"model": {"path": str(folder), "quant": kind}, "memory": {"keep_dequantized": "no"}}, overrides)
         files = sorted(set(loading.weight_files(folder).values()))
-        size = sum(file.stat().st_size for file in files)
-        row = {"shape": shape, "quant": kind, "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-               "gb_on_disk": round(size / 1e9, 2)}
+        row = {"shape": shape, "quant": kind, "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+               "gb_on_disk": round(sum(file.stat().st_size for file in files) / 1e9, 2)}
         loaded(chosen, device)  # kernels compiled, libraries loaded
-        for state in ("dropped", "cached"):
-            if state == "dropped":
-                drop_pages(files)
+        for state, forget in (("dropped", drop_pages), ("cached", lambda files: None)):
+            forget(files)
             row[f"{state}_read_seconds"] = round(seconds_to_read(files), 2)
-            if state == "dropped":
-                drop_pages(files)
+            forget(files)
             found = loaded(chosen, device)
             row[f"{state}_load_seconds"] = round(found["load"], 2)
         row["check_seconds"] = round(found["check"], 2)
+        found["largest"] = max(2 * parameter.numel() for parameter in loading.architecture(folder, torch.bfloat16).parameters())
         row |= {f"{name}_gib": round(found[name] / 2**30, 2) for name in ("peak", "held", "largest") if name in found}
         print(json.dumps(row), flush=True)
 

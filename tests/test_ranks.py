@@ -627,11 +627,3 @@ def test_what_is_computed_for_more_ranks_has_the_limits_that_it_must(monkeypatch
     assert replicated == pytest.approx(0.5) and summed == pytest.approx(8.192) and gathered == pytest.approx(7 / 8 * size["layer"] / as_long)
     layer = 8.192 / size["layers"]
     assert gathered > layer and sharded == pytest.approx(8.192 / (2 * gathered * size["layers"] + summed)), "gathering alone is left of each pass"
-
-
-def test_the_computed_table_is_what_the_formula_makes_of_the_measured_rate(monkeypatch):
-    monkeypatch.syspath_prepend(str(PROJECT / "bench"))
-    import scaling
-    rows = lambda text: [[float(cell.strip(" %").replace(",", "")) for cell in line.split("|")[2:-1]] for line in text.splitlines() if line.startswith(("| 8B", "| 70B"))]
-    told, made = rows((PROJECT / "docs/SCALING.md").read_text()), rows(scaling.computed(PROJECT / "bench/results/h100.json", 300e9, 40e9))
-    assert len(told) == len(made) == 4 and all(a == pytest.approx(b, rel=0.03) for a, b in zip(told, made)), "run bench/scaling.py --computed again"

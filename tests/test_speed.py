@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import PROJECT
 
-sys.path.insert(0, str(PROJECT / "bench"))
+sys.path.append(str(PROJECT / "bench"))  # behind the project: bench has an audit.py of its own
 RESULTS = PROJECT / "bench" / "results"
 
 
