@@ -81,29 +81,31 @@ def attention_by_documents(q, k, v, bounds, scaling, sliding_window, softcap):
 
 def causal_attention(q, k, v, scaling, sliding_window=None, softcap=None):
     """q (documents, heads, n, d), k and v (documents, key_value_heads, n, d) -> (documents, heads, n, d)."""
-    heads, n = q.shape[1:3]
-    if k.shape[1] != heads:
-        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+    n, shared = q.shape[2], q.shape[1] // k.shape[1]  # heads that look at one head's keys and values
     window = sliding_window if sliding_window and sliding_window < n else 0
     by_hand = softcap or q.device.type == "cpu" and q.dtype.itemsize == 2 and n <= 256  # torch's own kernel is several times slower there
     mask = None
     if window or by_hand:
         behind = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]  # how far back a key lies
         mask = (behind >= 0) & (behind < (window or n))
+    if softcap or not by_hand:
+        k, v = (t.repeat_interleave(shared, dim=1) if shared > 1 else t for t in (k, v))
     if not by_hand:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
     if softcap:
         scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
         scores = scores.masked_fill_(~mask, -math.inf)
         return scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
-    # the mask is what the product begins with, and queries look no further than their own block: fewer passes over the scores
-    hidden, mixed = torch.zeros(n, n, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf), []
-    q, keys, values = (t.flatten(0, 1) for t in (q * scaling, k.transpose(2, 3), v))
+    # The mask is what the product begins with, and queries look no further than their own block: fewer passes over the scores. Queries
+    # of heads that share their keys lie below each other, so that no key or value is copied.
+    hidden = torch.zeros(n, n, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf).repeat(shared, 1, 1)
+    q, mixed = (q * scaling).unflatten(1, (-1, shared)).flatten(0, 1), []
+    keys, values = k.transpose(2, 3).flatten(0, 1), v.flatten(0, 1)
     for start in range(0, n, QUERIES):
         end = min(start + QUERIES, n)
-        scores = torch.baddbmm(hidden[start:end, :end], q[:, start:end], keys[..., :end])
-        mixed.append(scores.softmax(dim=-1) @ values[:, :end])
-    return torch.cat(mixed, dim=1).view(*k.shape[:2], n, -1)
+        scores = torch.baddbmm(hidden[:, start:end, :end].flatten(0, 1), q[:, :, start:end].flatten(1, 2), keys[..., :end])
+        mixed.append((scores.softmax(dim=-1) @ values[:, :end]).unflatten(1, (shared, -1)))
+    return torch.cat(mixed, dim=2).view(len(k), -1, n, v.shape[3])
 
 
 def varlen_works(device, dtype):

@@ -57,10 +57,10 @@ def norm_rotate_backward_twin(grad, heads, weight, eps, cos, sin):
     return rms_norm_backward_twin(turned, x, weight, rstd, torch.zeros_like(x)).view(heads.shape)
 
 
-def swiglu_twin(gate_up):
-    """(T, 2I) -> (T, I): silu(gate) * up (Shazeer 2020, section 2)."""
+def swiglu_twin(gate_up, out=None):
+    """(T, 2I) -> (T, I): silu(gate) * up (Shazeer 2020, section 2), in `out`, where given."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    return torch.mul(torch.nn.functional.silu(gate), up, out=out)
 
 
 def swiglu_backward_twin(grad, gate_up, out=None):
@@ -69,7 +69,7 @@ def swiglu_backward_twin(grad, gate_up, out=None):
     out, width = torch.empty_like(gate_up) if out is None else out, grad.shape[1]
     gate, up = gate_up.chunk(2, dim=-1)
     silu = torch.nn.functional.silu(gate)
-    out[:, :width] = torch.ops.aten.silu_backward(grad * up, gate)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=out[:, :width])
     torch.mul(grad, silu, out=out[:, width:])
     return out, silu.mul_(up)
 
@@ -360,7 +360,7 @@ def norm_rotate_backward(grad, heads, weight, eps, cos, sin, out):
 def swiglu(gate_up, out):
     """See swiglu_twin; into `out`, whose rows may lie apart."""
     if not on_gpu(gate_up):
-        return out.copy_(swiglu_twin(gate_up))
+        return swiglu_twin(gate_up, out)
     T, width = out.shape
     _swiglu[(T, triton.cdiv(width, 1024))](gate_up, out, out.stride(0), width, 1024)
     return out

@@ -28,26 +28,33 @@ import ranks
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 BLOCK = 16  # rows of logits that are worked on together on a CPU
+HOST_ROWS = 256  # rows of logits that are alive there
 
 
-def cross_entropy(logits, target, softcap, with_slope):
-    """(nll (n,), correct bool (n,), d nll / d logits (n, vocabulary) or None) of logits (n, vocabulary), in fp32 at least."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if softcap:
-        capped = torch.tanh(logits / softcap)
-        logits = capped * softcap
-    real, index = target >= 0, target.clamp_min(0)[:, None]
-    log_z = logits.logsumexp(dim=-1)
-    nll = torch.where(real, log_z - logits.gather(1, index)[:, 0], 0)
-    correct = (logits.argmax(dim=-1) == target) & real
-    if not with_slope:
-        return nll, correct, None
-    slope = logits.sub_(log_z[:, None]).exp_()  # d nll / d logits = softmax - one-hot, and the chain rule through the cap
-    slope.scatter_add_(1, index, slope.new_full(index.shape, -1.0))
-    if softcap:
-        slope *= 1 - capped * capped
-    slope *= real[:, None]
-    return nll, correct, slope
+def cross_entropy(logits, targets, softcap, with_grad):
+    """The slow twin of gpu_kernels.cross_entropy, in fp32 at least: (nll (S,), correct bool (S,)) of logits (S, vocabulary).
+
+    With `with_grad` the logits are overwritten by d sum(nll) / d logits. BLOCK rows at a time, so that what is made of them stays in
+    a processor's cache.
+    """
+    scratch = logits.new_empty(min(BLOCK, len(logits)), logits.shape[1], dtype=torch.promote_types(logits.dtype, torch.float32))
+    nll, correct = scratch.new_empty(len(logits)), torch.empty_like(targets, dtype=torch.bool)
+    for start in range(0, len(logits), BLOCK):
+        here = slice(start, start + BLOCK)
+        real, index = targets[here, None] >= 0, targets[here, None].clamp_min(0)  # (rows, 1) each, as all below
+        wide = scratch[:len(index)].copy_(logits[here])
+        if softcap:
+            capped = torch.tanh(wide / softcap)
+            torch.mul(capped, softcap, out=wide)
+        largest, best = wide.max(dim=-1, keepdim=True)
+        correct[here, None] = (best == targets[here, None])
+        behind = largest - wide.gather(1, index)
+        total = wide.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+        nll[here, None] = torch.where(real, total.log() + behind, 0)
+        if with_grad:  # softmax - one-hot, and the chain rule through the cap
+            wide.mul_(real / total).scatter_add_(1, index, -real.to(wide.dtype))
+            logits[here] = wide.mul_(1 - capped * capped) if softcap else wide
+    return nll, correct
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -61,28 +68,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, bias, targets, chunk, softcap):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        nll, correct = [], []
+        chunk = chunk if hidden.is_cuda else min(chunk, HOST_ROWS)
+        room, parts = hidden.new_empty(min(chunk, len(hidden)), len(head)), []
         for start in range(0, len(hidden), chunk):
-            h, target = hidden[start:start + chunk], targets[start:start + chunk]
-            logits = h @ head.T if bias is None else torch.addmm(bias, h, head.T)
-            if gpu_kernels.on_gpu(logits):  # the same in two passes over the logits, which become their gradient
-                chunk_nll, chunk_correct = gpu_kernels.cross_entropy(logits, target, softcap, grad is not None)
-                nll.append(chunk_nll)
-                correct.append(chunk_correct)
-                if grad is not None:
-                    torch.mm(logits, head, out=grad[start:start + chunk])
-                continue
-            slope = torch.empty_like(logits) if grad is not None else None
-            for part in range(0, len(h), BLOCK):  # so that what is made of a block of logits stays in the processor's cache
-                here = slice(part, part + BLOCK)
-                block_nll, block_correct, block_slope = cross_entropy(logits[here], target[here], softcap, grad is not None)
-                nll.append(block_nll)
-                correct.append(block_correct)
-                if grad is not None:
-                    slope[here] = block_slope
+            here = slice(start, start + chunk)
+            h = hidden[here]
+            logits = room[:len(h)]
+            torch.mm(h, head.T, out=logits) if bias is None else torch.addmm(bias, h, head.T, out=logits)
+            per_token = gpu_kernels.cross_entropy if gpu_kernels.on_gpu(logits) else cross_entropy
+            parts.append(per_token(logits, targets[here], softcap, grad is not None))  # the logits become their gradient
             if grad is not None:
-                torch.mm(slope, head, out=grad[start:start + chunk])
-        nll, correct = (torch.cat(nll), torch.cat(correct)) if nll else (hidden.new_zeros(0).float(), hidden.new_zeros(0, dtype=torch.bool))
+                torch.mm(logits, head, out=grad[here])
+        nll, correct = (torch.cat(part) for part in zip(*parts)) if parts else (
+            hidden.new_zeros(0).float(), hidden.new_zeros(0, dtype=torch.bool))
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, correct)
         return nll.sum(), nll, correct
