@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 ATTENTION = "rawlora_packed"  # our name in transformers' registry of attention functions
-QUERIES = 128  # of a document that are looked at together, where attention is done by hand
+BY_HAND = 512  # tokens: documents up to here are looked at by hand on a CPU in 16 bits, where torch's own kernel takes twice as long
+QUERIES = 64  # of a document that are looked at together, where attention is done by hand
 
 
 def packed_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
@@ -64,6 +65,9 @@ def attention_by_documents(q, k, v, bounds, scaling, sliding_window, softcap):
     Documents of about one length are padded into a batch: what is padded lies behind, where causal attention never looks.
     """
     lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    if len(set(lengths)) == 1:
+        batch = (t.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for t in (q, k, v))
+        return causal_attention(*batch, scaling, sliding_window, softcap).transpose(1, 2).flatten(0, 1)
     pieces, batch = [None] * len(lengths), []
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for position, i in enumerate(by_length):
@@ -83,29 +87,60 @@ def causal_attention(q, k, v, scaling, sliding_window=None, softcap=None):
     """q (documents, heads, n, d), k and v (documents, key_value_heads, n, d) -> (documents, heads, n, d)."""
     n, shared = q.shape[2], q.shape[1] // k.shape[1]  # heads that look at one head's keys and values
     window = sliding_window if sliding_window and sliding_window < n else 0
-    by_hand = softcap or q.device.type == "cpu" and q.dtype.itemsize == 2 and n <= 256  # torch's own kernel is several times slower there
+    by_hand = not softcap and q.device.type == "cpu" and q.dtype.itemsize == 2 and n <= BY_HAND
     mask = None
-    if window or by_hand:
+    if window or softcap or by_hand:
         behind = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]  # how far back a key lies
         mask = (behind >= 0) & (behind < (window or n))
-    if softcap or not by_hand:
-        k, v = (t.repeat_interleave(shared, dim=1) if shared > 1 else t for t in (k, v))
-    if not by_hand:
+    if by_hand:
+        return ByHand.apply(q, k, v, torch.zeros(n, n, dtype=q.dtype).masked_fill_(~mask, -math.inf), scaling)
+    k, v = (t.repeat_interleave(shared, dim=1) if shared > 1 else t for t in (k, v))
+    if not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-    if softcap:
-        scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
-        scores = scores.masked_fill_(~mask, -math.inf)
-        return scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
-    # The mask is what the product begins with, and queries look no further than their own block: fewer passes over the scores. Queries
-    # of heads that share their keys lie below each other, so that no key or value is copied.
-    hidden = torch.zeros(n, n, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf).repeat(shared, 1, 1)
-    q, mixed = (q * scaling).unflatten(1, (-1, shared)).flatten(0, 1), []
-    keys, values = k.transpose(2, 3).flatten(0, 1), v.flatten(0, 1)
-    for start in range(0, n, QUERIES):
-        end = min(start + QUERIES, n)
-        scores = torch.baddbmm(hidden[:, start:end, :end].flatten(0, 1), q[:, :, start:end].flatten(1, 2), keys[..., :end])
-        mixed.append((scores.softmax(dim=-1) @ values[:, :end]).unflatten(1, (shared, -1)))
-    return torch.cat(mixed, dim=2).view(len(k), -1, n, v.shape[3])
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
+    scores = scores.masked_fill_(~mask, -math.inf)
+    return scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
+
+
+class ByHand(torch.autograd.Function):
+    """softmax(scaling q k^T + hidden) v, for q (documents, heads, n, d), k and v (documents, key_value_heads, n, d) in 16 bits.
+
+    hidden (n, n): 0 where a query sees a key, -inf elsewhere, behind the query always. Fewer passes over the scores: `hidden` is what
+    their product begins with, and QUERIES queries at a time look no further than the last of them sees. Queries of heads that share
+    their keys lie below each other, so that no key or value is copied for each. -> like q.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, hidden, scaling):
+        (documents, heads, n, d), shared = q.shape, q.shape[1] // k.shape[1]
+        out = q.new_empty(documents, n, heads, v.shape[3]).transpose(1, 2)
+        scaled = torch.mul(q, scaling, out=q.new_empty(q.shape)).view(-1, shared, n, d)
+        keys, values = (t.reshape(-1, n, t.shape[3]) for t in (k, v))
+        places = [slice(start, min(start + QUERIES, n)) for start in range(0, n, QUERIES)]
+        weights = []  # (documents key_value_heads, shared queries, keys) each
+        for here in places:
+            seen = slice(0, here.stop)
+            scores = torch.baddbmm(hidden[here, seen].repeat(shared, 1), scaled[:, :, here].flatten(1, 2), keys[:, seen].mT)
+            weights.append(scores.softmax(dim=-1))
+            out[:, :, here] = (weights[-1] @ values[:, seen]).view(documents, heads, -1, v.shape[3])
+        ctx.save_for_backward(scaled, keys, values, *weights)
+        ctx.places, ctx.documents, ctx.scaling = places, documents, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        scaled, keys, values, *weights = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(t) for t in (scaled, keys, values))
+        grad = grad.reshape(*scaled.shape[:3], -1)
+        for here, p in reversed([*zip(ctx.places, weights)]):  # the last queries see all keys
+            seen, first = slice(0, here.stop), here is ctx.places[-1]
+            g, q = (t[:, :, here].flatten(1, 2) for t in (grad, scaled))
+            d_scores = torch._softmax_backward_data(g @ values[:, seen].mT, p, -1, p.dtype)
+            for total, weight, rows in ((dv, p, g), (dk, d_scores, q)):
+                torch.baddbmm(total[:, seen], weight.mT, rows, beta=0 if first else 1, out=total[:, seen])
+            dq[:, :, here] = (d_scores @ keys[:, seen]).view_as(dq[:, :, here])
+        dq = dq.mul_(ctx.scaling).flatten(0, 1)
+        return *(t.unflatten(0, (ctx.documents, -1)) for t in (dq, dk, dv)), None, None
 
 
 def varlen_works(device, dtype):

@@ -26,16 +26,17 @@ def on_gpu(tensor):
 
 def rms_norm_twin(x, weight, eps):
     """(T, D) -> ((T, D) x / rms(x) * weight, fp32 (T,) 1 / rms): Zhang and Sennrich 2019, eq. 4, rounded as transformers' Llama does."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rstd = torch.rsqrt(x.to(wide).pow(2).mean(-1) + eps)
-    return weight * (x.to(wide) * rstd[:, None]).to(x.dtype), rstd
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    return weight * (wide * rstd[:, None]).to(x.dtype), rstd
 
 
 def rms_norm_backward_twin(grad, x, weight, rstd, grad_residual):
     """d loss / d x (T, D) of rms_norm for a frozen weight, plus the gradient that reached x along the residual path."""
     wide = rstd.dtype
     g, x_hat = (grad * weight).to(wide), x.to(wide) * rstd[:, None]
-    return (rstd[:, None] * (g - x_hat * (g * x_hat).mean(-1, keepdim=True)) + grad_residual.to(wide)).to(x.dtype)
+    g.addcmul_(x_hat, (g * x_hat).mean(-1, keepdim=True), value=-1)
+    return g.mul_(rstd[:, None]).add_(grad_residual).to(x.dtype)
 
 
 def rotate_twin(heads, cos, sin):

@@ -588,8 +588,9 @@ def test_varlen_attention_is_refused_where_it_does_not_work(tmp_path):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
-def test_attention_by_documents_is_its_formula_in_float64(window, softcap):
-    bounds, heads, kv_heads, d = [0, 9, 11, 19, 20], 4, 2, 8  # two of about one length, so padded into one batch
+@pytest.mark.parametrize("bounds", [[0, 9, 11, 19, 20], [0, 10, 20], [0, 20]])  # two of about one length, so padded; of one length; alone
+def test_attention_by_documents_is_its_formula_in_float64(bounds, window, softcap):
+    heads, kv_heads, d = 4, 2, 8
     q, k, v = (torch.randn(20, h, d, dtype=torch.float64, generator=torch.Generator().manual_seed(h)) for h in (heads, kv_heads, kv_heads))
     got = attention.attention_by_documents(q, k, v, bounds, 0.4, window, softcap)
     for head in range(heads):
@@ -713,11 +714,12 @@ def test_cross_entropy_by_blocks_is_torchs_own(softcap):
     assert all(relative(a, b) < 1e-12 for a, b in zip(ours, theirs)) and torch.equal(same, expected)
 
 
-@pytest.mark.parametrize("n", [5, 128, 129, 200, 256])  # queries are looked at 128 at a time
+@pytest.mark.parametrize("n", [5, 64, 65, 200, 300])  # queries are looked at 64 at a time
 @pytest.mark.parametrize("window", [None, 3, 150])
 def test_attention_by_hand_is_the_masked_softmax_in_16_bits(n, window):
     generator = torch.Generator().manual_seed(n)
-    q, k, v, weight = (torch.randn(2, heads, n, 16, generator=generator, dtype=torch.float64).bfloat16() for heads in (6, 2, 2, 6))
+    q, k, v, weight = (torch.randn(2, heads, n, width, generator=generator, dtype=torch.float64).bfloat16()
+                       for heads, width in ((6, 16), (2, 16), (2, 24), (6, 24)))
     behind = torch.arange(n)[:, None] - torch.arange(n)[None, :]
     hidden = (behind < 0) | (behind >= (window or n))
 
