@@ -194,7 +194,9 @@ def table(paths):
         unit = "samples_per_second" if ours["case"] in "DE" else "tokens_per_second"
         found = [max((row for row in beside if row["who"] == who), key=lambda row: row[unit], default=None) for who in others]
         low, high = ours["step_seconds_quartiles"]
-        cells = [ours["case"], f"{ours[unit]:,.0f} {unit.split('_')[0]}/s",
+        quant = ours["settings"].get("model.quant")
+        another = f", {quant}" if quant and quant != CASES[ours["case"]][3].get("model.quant") else ""
+        cells = [ours["case"] + another, f"{ours[unit]:,.0f} {unit.split('_')[0]}/s",
                  f"{ours['step_seconds']:.4g} ({low:.4g}-{high:.4g}; {ours['timed_steps']})",
                  f"{ours['peak_memory_gib']:.1f}, {ours['peak_reserved_gib']:.1f}" if "peak_reserved_gib" in ours
                  else f"{ours['peak_memory_gib']:.1f}, –",
