@@ -2,9 +2,9 @@
 
 The probe runs forward and backward passes of two small micro-batches, all layers recomputed and all but a few, and reads the
 peak of the GPU's memory. That peak grows in a straight line with the tokens, so four readings tell it for every size between. Of the
-choices that fit, the few that should be fastest are run on the longest rows, and the clock decides. What the user set stays as set,
-and so does the plan of a run that goes on. Leaves out: the host's memory (on a CPU the sizes are fixed), and graphs' own pools, which
-small models have.
+choices that fit, the few that should be fastest are run on the longest rows, and the clock decides. A small model whose longest rows
+fit with everything stored needs no probe. What the user set stays as set, and so does the plan of a run that goes on. Leaves out: the
+host's memory (on a CPU the sizes are fixed), and graphs' own pools, which small models have.
 """
 
 import json
@@ -35,7 +35,8 @@ def plan(config, network, rows, before):
 
     Returns {"max_tokens", "fits", "evaluates", "shrunk", "checkpoint_layers", "keep_dequantized", "offload", "host_embeddings",
     "graphs", "why_no_graphs", "why"}. "fits" is max_tokens, or what was left of it when memory ran out during the run ("shrunk" tells
-    when); it is what windows are packed to.
+    when); it is what windows are packed to. "evaluates" is the same for evaluations, which of a small model, whose launches take longer
+    than its kernels, are packed to more: their passes store nothing.
     What the probe chose is tried on the longest rows, and chosen again with less memory where that does not fit. train.deterministic
     leaves out the clock, which does not choose alike each time.
     Raises ValueError with the remedy where nothing fits.
@@ -53,42 +54,60 @@ def plan(config, network, rows, before):
     chosen = {"max_tokens": max_tokens, "checkpoint_layers": checkpoint_layers,
               "keep_dequantized": kept and before.get("keep_dequantized", True),
               "offload": before.get("offload", on_host), "host_embeddings": before.get("host_embeddings", on_host)}
+    tried = False  # on the longest rows
     if network.device.type != "cuda":
         chosen |= {"max_tokens": max_tokens or 2048, "checkpoint_layers": checkpoint_layers or 0,
                    "offload": False, "host_embeddings": False, "why": "fixed on a CPU"}
     elif max_tokens and checkpoint_layers is not None:
         chosen["why"] = "as set" if not before else "as the run began"
     else:
-        window = config.samples_per_step
-        if config.schedule.batch_points:
-            window = max(window, *(samples for _, samples in config.schedule.batch_points), 1)
-        lengths = rows.offsets[1:] - rows.offsets[:-1]
-        sizes = [max_tokens] if max_tokens else sizes_for(int(window / ranks.RANKS * lengths.mean() * 1.3), int(lengths.max()))
-        found, limit = probe(network, kept), room(network.device, config.memory.budget_gib)
-        for less in (1.0, 0.9, 0.8, 0.7):
-            candidates = choices(found, sizes, checkpoint_layers, config.memory, limit * less)
-            candidates = shortlist(candidates, limit * less, 1 if config.train.deterministic else TRIED)
-            if config.memory.graphs != "no" and not graphs.serves(network, candidates[0]["checkpoint_layers"]):
-                candidates = candidates[:1]  # an eager pass would time launches, which a replay has not
-            quickest = fastest(network, rows, chosen, json.loads(ranks.same(json.dumps(candidates))))
-            chosen |= quickest or candidates[0]
-            if quickest:
-                break
+        found, tried = choose(config, network, rows, chosen, kept)
+        chosen |= found
     apply(network, chosen)
+    why_not = ("memory.graphs is no" if config.memory.graphs == "no" else
+               "train.deterministic is set" if config.train.deterministic else
+               graphs.serves(network, chosen["checkpoint_layers"]))
     same = before.get("max_tokens") == chosen["max_tokens"] and "fits" in before
     if same:
         chosen |= {name: before[name] for name in ("fits", "evaluates", "shrunk")}
     else:
-        chosen |= {"fits": chosen["max_tokens"], "evaluates": chosen["max_tokens"], "shrunk": []}
-    if seconds_a_token(network, rows, chosen["fits"]) is None:
+        larger = graphs.LARGEST if not (why_not or config.memory.max_tokens) else 0
+        chosen |= {"fits": chosen["max_tokens"], "evaluates": max(chosen["max_tokens"], larger), "shrunk": []}
+    if not tried and seconds_a_token(network, rows, chosen["fits"]) is None:
         lengths = rows.offsets[1:] - rows.offsets[:-1]
         raise ValueError("memory: a micro-batch of the longest rows does not fit on the GPU; lower memory.max_tokens "
                          f"(now {chosen['fits']:,}) or data.max_length (the longest row, {rows.names[int(lengths.argmax())]}, "
                          f"has {int(lengths.max()):,} tokens), or raise memory.checkpoint_layers (now {chosen['checkpoint_layers']})")
-    why_not = ("memory.graphs is no" if config.memory.graphs == "no" else
-               "train.deterministic is set" if config.train.deterministic else
-               graphs.serves(network, chosen["checkpoint_layers"]))
     return chosen | {"graphs": not why_not, "why_no_graphs": why_not}
+
+
+def choose(config, network, rows, chosen, kept):
+    """(what is new in a plan begun as `chosen`, whether that was the last to run on the longest rows), from what fits the GPU.
+
+    Raises ValueError where nothing fits.
+    """
+    max_tokens, checkpoint_layers = chosen["max_tokens"], chosen["checkpoint_layers"]
+    window = config.samples_per_step
+    if config.schedule.batch_points:
+        window = max(window, *(samples for _, samples in config.schedule.batch_points), 1)
+    lengths = rows.offsets[1:] - rows.offsets[:-1]
+    sizes = [max_tokens] if max_tokens else sizes_for(int(window / ranks.RANKS * lengths.mean() * 1.3), int(lengths.max()))
+    limit = room(network.device, config.memory.budget_gib)
+    replayed = lambda layers: config.memory.graphs != "no" and not graphs.serves(network, layers)
+    everything = {"max_tokens": sizes[-1], "checkpoint_layers": 0, "offload": False}
+    if replayed(checkpoint_layers or 0) and stores(network, rows, chosen | everything, limit):
+        return everything | {"why": f"{torch.cuda.max_memory_allocated() / 2**30:.1f} of {limit / 2**30:.1f} GiB taken"}, True
+    found = probe(network, kept)
+    for less in (1.0, 0.9, 0.8, 0.7):
+        candidates = choices(found, sizes, checkpoint_layers, config.memory, limit * less)
+        candidates = shortlist(candidates, limit * less, 1 if config.train.deterministic else TRIED)
+        if replayed(candidates[0]["checkpoint_layers"]):
+            candidates = candidates[:1]  # an eager pass would time launches, which a replay has not
+        quickest = fastest(network, rows, chosen, json.loads(ranks.same(json.dumps(candidates))))
+        chosen = chosen | (quickest or candidates[0])
+        if quickest:
+            return quickest, len(candidates) == 1  # of several, the last one may have been another
+    return candidates[0], False
 
 
 def apply(network, chosen):
@@ -98,6 +117,13 @@ def apply(network, chosen):
     if chosen["host_embeddings"]:
         chosen["host_embeddings"] = model.embeddings_to_host(network)
     model.recompute(network, chosen["checkpoint_layers"], chosen["offload"] and chosen["checkpoint_layers"] > 0)
+
+
+def stores(network, rows, chosen, limit):
+    """Whether the longest rows, packed as `chosen` says, take at most `limit` bytes, on every rank. Puts the network into that state."""
+    apply(network, chosen)
+    fits = seconds_a_token(network, rows, chosen["max_tokens"]) is not None and torch.cuda.max_memory_allocated() <= limit
+    return not any(ranks.most(not fits))
 
 
 def fastest(network, rows, chosen, candidates):

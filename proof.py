@@ -432,7 +432,10 @@ def judge(measured, loss, even, parts, places, gradients):
     dtype, forward = measured.dtype, measured.loss
     move, allowed = FIRST_MOVE[dtype], ALLOWED[dtype]
     lacking = dead(gradients, "lora_B")
-    lacking += [name for name in dead(gradients, "lora_A") if name not in asleep(measured.network, [name])] if not lacking else []
+    if not lacking:
+        silent = dead(gradients, "lora_A")
+        rightly = set(asleep(measured.network, silent))
+        lacking = [name for name in silent if name not in rightly]
     norm = measured.gradient.double().norm().item()
     zero = [name for name in lacking if not gradients[name].any()]
     if (zero and zero == lacking and len(zero) < len(gradients) and math.isfinite(norm)

@@ -120,6 +120,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     ended("fingerprint of weights")
     plan = memory.plan(config, network, rows, before.get("plan", {}))
     ended("memory plan")
+    gc.collect()
+    gc.freeze()  # what is loaded stays too: recording a graph collects, and would go through all of it each time
     state = {"step": 0, "samples": 0, "tokens": 0, "supervised_tokens": 0, "norms": [], "nonfinite": 0, "skipped": 0, "line": {},
              "evaluated": -1, "best_step": None, "best_loss": None, "without_improvement": 0, "noise": telemetry.NoiseScale().state()[0],
              "plan": plan, "origin": continuation.origin(config, tokenizer, rows, eval_rows, base_weights, plan), "accepted": []}
@@ -619,7 +621,10 @@ def main(argv):
     for problem in problems:
         print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
     accept = flags["accept"].split(",") if flags["accept"] else []
-    return train(config, device, run, guard, resume, accept, flags["preflight"], bool(flags["overfit"]))
+    try:
+        return train(config, device, run, guard, resume, accept, flags["preflight"], bool(flags["overfit"]))
+    finally:
+        gc.unfreeze()  # where another run follows in this process, the memory of this one is its own again
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """memory.py: which plan is taken, from readings that are given instead of measured; the probe itself runs in tests/test_gpu.py."""
 import types
 
+import numpy as np
 import pytest
 from conftest import make_model
 
+import config as settings
+import graphs
 import memory
 
 GIB = 2**30
@@ -112,3 +115,46 @@ def test_micro_batches_hold_the_longest_row_and_little_more_than_a_window():
     assert memory.sizes_for(5000, 64) == [1024, 1536, 2048, 3072, 4096, 6144]
     assert memory.sizes_for(5000, 5500) == [5500, 6144]
     assert memory.sizes_for(10**6, 64)[-1] == 16384
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """memory.plan for a small network on a GPU that is not there; called with what the longest rows take, and settings of memory."""
+    layers = [None] * 30
+    network = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), get_decoder=lambda: types.SimpleNamespace(layers=layers),
+                                    modules=lambda: [])
+    rows = types.SimpleNamespace(offsets=np.arange(101) * 62, names=[str(i) for i in range(100)])
+    monkeypatch.setattr(graphs, "serves", lambda network, layers: "some layers are recomputed" if layers else "")
+    monkeypatch.setattr(memory, "apply", lambda network, chosen: None)
+    monkeypatch.setattr(memory, "room", lambda device, budget_gib: 10 * GIB)
+
+    def plan(taken_gib, before=None, **asked):
+        passes = []  # what ran on the longest rows
+        monkeypatch.setattr(memory, "seconds_a_token", lambda network, rows, tokens, passes=0, ran=passes: ran.append(tokens) or 1e-5)
+        monkeypatch.setattr(memory.torch.cuda, "max_memory_allocated", lambda: taken_gib * GIB)
+        return memory.plan(settings.from_dict({"memory": asked}), network, rows, before or {}), passes
+
+    return plan
+
+
+def test_a_small_model_that_fits_needs_no_probe_and_one_pass_over_the_longest_rows(planned, monkeypatch):
+    monkeypatch.setattr(memory, "probe", lambda network, kept: pytest.fail("it was probed"))
+    plan, passes = planned(9)
+    assert plan["checkpoint_layers"] == 0 and plan["graphs"] and passes == [plan["max_tokens"]] and plan["why"] == "9.0 of 10.0 GiB taken"
+
+
+def test_a_small_model_that_takes_more_than_there_is_is_probed(planned, monkeypatch):
+    monkeypatch.setattr(memory, "probe", lambda network, kept: READINGS | {"layers": 30})
+    plan, passes = planned(11)
+    assert "expected" in plan["why"] and plan["checkpoint_layers"] > 0 and len(passes) > 1  # the first try, then what the probe chose
+
+
+def test_evaluations_of_a_small_model_are_packed_to_more_but_not_against_what_was_asked(planned, monkeypatch):
+    assert planned(9)[0]["evaluates"] == graphs.LARGEST
+    assert planned(9, max_tokens=2048)[0]["evaluates"] == 2048
+    before = {"max_tokens": 1024, "checkpoint_layers": 0, "fits": 512, "evaluates": 512, "shrunk": [{}]}
+    assert planned(9, before)[0]["evaluates"] == 512  # memory ran out before
+    monkeypatch.setattr(graphs, "serves", lambda network, layers: "its kernels are longer than their launches")
+    monkeypatch.setattr(memory, "probe", lambda network, kept: READINGS)
+    plan, _ = planned(9)
+    assert plan["evaluates"] == plan["fits"]
