@@ -43,7 +43,8 @@ class Model:
                      choices=("nf4", "int8", "llm_int8", "none"))
     double_quant: bool = key(True, "nf4: quantise the block scales too (0.37 bits a weight less)")
     llm_int8_threshold: float = key(6.0, "llm_int8: columns with an activation beyond this stay in 16 bits", above=0)
-    compute_dtype: str = key("bf16", "dtype of activations and matrix products", choices=("bf16", "fp16", "fp32", "fp64"))
+    compute_dtype: str = key("auto", "dtype of activations and matrix products; auto: bf16 where the device has it, "
+                                     "else fp16 on a GPU and fp32 on a CPU", choices=("auto", "bf16", "fp16", "fp32", "fp64"))
     attention: str = key("auto", "packed attention: varlen (GPU, 16 bits) or documents (one product a document, anywhere)",
                          choices=("auto", "varlen", "documents"))
 
@@ -362,7 +363,7 @@ def _contradictions(c, errors):
                       "set model.quant to none or choose bf16")
     if c.model.quant == "llm_int8" and c.model.compute_dtype == "fp32":
         errors.append("model.compute_dtype, model.quant: llm_int8 computes in 16 bits; choose bf16 or fp16")
-    if c.model.attention == "varlen" and c.model.compute_dtype not in ("bf16", "fp16"):
+    if c.model.attention == "varlen" and c.model.compute_dtype not in ("auto", "bf16", "fp16"):
         errors.append(f"model.attention, model.compute_dtype: varlen works in bf16 and fp16, not {c.model.compute_dtype}; "
                       "choose documents or auto")
     if c.memory.shard and c.memory.keep_dequantized == "yes":

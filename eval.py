@@ -39,6 +39,7 @@ import graphs
 import loading
 import lora_layers
 import model
+import quant
 import ranks
 import record
 import verdict
@@ -321,11 +322,12 @@ def configure(ckpt, model_path, overrides):
 
     A run's own configuration is taken where there is one; an adapter alone brings its LoRA settings and its base model's name.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if model_path:
         overrides = [("model.path", model_path), *overrides]
     if not ckpt:
         config = settings.located(settings.from_dict({}, overrides, "command line"))
-        return config, None, None
+        return quant.settled(config, device), None, None
     folder = checkpoint.find(ckpt)
     lora, tensors, base = lora_layers.read_adapter(folder)
     run = next((parent for parent in folder.absolute().parents[:2]
@@ -334,7 +336,7 @@ def configure(ckpt, model_path, overrides):
     tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "dora": lora.dora,
                     "targets": lora.targets}
     config = settings.located(settings.from_dict(tree, overrides, str(run / "config.json") if run else "command line"))
-    return config, tensors, folder
+    return quant.settled(config, device), tensors, folder
 
 
 def kept_as(folder, untrained, overrides):

@@ -7,8 +7,10 @@ arrive, so that loading never holds more than the quantised model and one tensor
 Leaves out: mixture-of-experts weights, and whatever an architecture has that its packed loss does not show: refused by name.
 """
 import contextlib
+import functools
 import gc
 import math
+import sys
 import warnings
 
 import torch
@@ -123,7 +125,10 @@ def load(config, device):
     A is drawn from train.seed and B = 0, or both are as lora.init says. Never holds more than the quantised model and one tensor.
     Raises ValueError naming what is missing, does not fit or is not known.
     """
-    device, dtype = torch.device(device), quant.DTYPES[config.model.compute_dtype]
+    device, config = torch.device(device), quant.settled(config, device)
+    dtype = quant.DTYPES[config.model.compute_dtype]
+    if dtype == torch.bfloat16 and not quant.has_bf16(device):
+        tell_of_emulation(device.type.upper())
     use_varlen = config.model.attention != "documents" and attention.varlen_works(device, dtype)
     if config.model.attention == "varlen" and not use_varlen:
         raise ValueError("model.attention: varlen needs a GPU of compute capability 8.0 or more and bf16 or fp16, "
@@ -189,6 +194,13 @@ def load(config, device):
     compare_with_transformers(network)
     network.fused_layers = fused.install(network, network.adapter_memory, attention.packed_attention) if config.memory.fused else 0
     return network
+
+
+@functools.cache
+def tell_of_emulation(device):
+    """Say once that bf16 is emulated on a device ("CPU" or "CUDA")."""
+    print(f"note: this {device} has no bf16 arithmetic and emulates it, which can take many times as long; "
+          "--model.compute_dtype=auto takes a dtype that it has", file=sys.stderr)
 
 
 def shard(module, device):

@@ -11,8 +11,10 @@ Leaves out: fp4, other block sizes, quantised optimizers. Of bitsandbytes it cal
 its Linear4bit loses gradients after an evaluation on some CPUs.
 """
 import contextlib
+import dataclasses
 import functools
 import os
+import platform
 
 import torch
 from torch import nn
@@ -24,6 +26,27 @@ NF4_BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # block scales that share a scale, with double quantisation
 MASKED = 1 << 34  # multiplications in 16 bits, some 50 us on an H100: what waiting for the GPU costs at least
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def settled(config, device):
+    """`config` with model.compute_dtype "auto" settled for a torch device: bf16 where it computes in that, else fp16 on a GPU and fp32 on
+    a CPU (but for llm_int8, which needs 16 bits)."""
+    if config.model.compute_dtype != "auto":
+        return config
+    fallback = "fp16" if torch.device(device).type == "cuda" else "bf16" if config.model.quant == "llm_int8" else "fp32"
+    name = "bf16" if has_bf16(device) else fallback
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=name))
+
+
+def has_bf16(device):
+    """Whether a torch device multiplies matrices in bf16 by instructions of its own. A CPU without them takes 26 times as long as in fp32
+    where it has AVX2, and as long as in fp32 where it has AVX-512 (docs/PERFORMANCE.md)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    x86 = platform.machine().lower() in ("x86_64", "amd64")  # where the answer above is yes for any AVX-512
+    return not x86 or torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache

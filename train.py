@@ -601,6 +601,7 @@ def main(argv):
     if config.train.deterministic and torch.cuda.is_available():
         be_deterministic()
     device = ranks.start(config.train.rank_wait)
+    config = quant.settled(config, device)
     if config.memory.shard and ranks.RANKS == 1:
         raise ValueError("memory.shard: there is one rank, and nothing to split over; start several: "
                          f"torchrun --nproc-per-node=2 train.py {words[0]}")

@@ -25,8 +25,9 @@ import quant  # noqa: E402
 
 
 def loaded(overrides, **sections):
-    config = settings.located(settings.from_dict({"memory": {"keep_dequantized": "no"}, **sections}, overrides))
-    return config, model.load(config, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = quant.settled(settings.located(settings.from_dict({"memory": {"keep_dequantized": "no"}, **sections}, overrides)), device)
+    return config, model.load(config, device)
 
 
 @torch.no_grad()

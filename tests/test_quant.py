@@ -3,11 +3,17 @@
 The formulas here are this file's own (codes unpacked by hand, scales multiplied in float64), so that a mistake in quant.py or in
 one of bitsandbytes' kernels cannot agree with itself.
 """
+import os
+import platform
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from conftest import PROJECT, make_model
 
+import config
 import quant
 
 WHOLE_BLOCKS = [64, 128, 576]  # input widths that are whole NF4 blocks
@@ -315,3 +321,31 @@ def test_a_fingerprint_changes_when_values_or_rows_change_places():
             variants |= {quant.fingerprint([("w", tensor[order])]), quant.fingerprint([("w", tensor[:, order])])}
     assert len(variants) == 1 + 2 * 120
     assert quant.fingerprint([("w", tensor.T)]) not in variants
+
+
+# ------------------------------------------------------------------------------------------------------- compute dtype
+
+@pytest.mark.parametrize("device, kind, has, name", [
+    ("cpu", "nf4", True, "bf16"), ("cpu", "nf4", False, "fp32"), ("cpu", "llm_int8", False, "bf16"),
+    ("cuda", "nf4", True, "bf16"), ("cuda", "nf4", False, "fp16")])
+def test_auto_computes_in_bf16_only_where_the_device_has_it(monkeypatch, device, kind, has, name):
+    monkeypatch.setattr(quant, "has_bf16", lambda device: has)
+    asked = config.from_dict({"model": {"quant": kind}})
+    assert quant.settled(asked, device).model.compute_dtype == name
+    asked = config.from_dict({"model": {"quant": kind, "compute_dtype": "bf16"}})
+    assert quant.settled(asked, device) is asked
+
+
+@pytest.mark.parametrize("code", [
+    "assert not quant.has_bf16('cpu')",
+    "import model; network = model.load(config.from_dict({'model': {'path': sys.argv[1]}}), 'cpu'); assert network.dtype == torch.float32",
+    "import model; network = model.load(config.from_dict({'model': {'path': sys.argv[1], 'compute_dtype': 'bf16'}}), 'cpu')"])
+def test_a_processor_with_avx2_alone_computes_in_fp32_and_says_what_bf16_would_cost(tmp_path, code):
+    if platform.machine() != "x86_64":
+        pytest.skip("oneDNN can be held to fewer instructions on x86-64")
+    make_model(tmp_path)
+    program = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import torch, config, quant; {code}"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("emulates it" in done.stderr) == ("'bf16'" in code)
