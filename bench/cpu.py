@@ -1,12 +1,13 @@
 """Case F: forward and backward on a CPU beside PEFT + bitsandbytes, turn by turn in one process.
 
     python bench/cpu.py [--rounds=20] [--rows=4] [--length=256] [--model=models/SmolLM2-135M-Instruct] [--profile=yes]
-                        [--write=bench/results/cpu.json]
+                        [--write=bench/results/cpu.json] [--beside=fp32]
 
 Both sides train the same NF4 model (double quantisation) with r 16 on all seven projections in bf16, on the same rows of random
 tokens, every token supervised. PEFT's side is transformers' model with bitsandbytes' Linear4bit under PEFT's LoRA, in training mode
 throughout. What counts is the ratio: the machine's own speed drifts. The optimizer step is left out on both sides. Peak memory is that
-of a side's weights and of what its step takes beyond what the process held before (Linux).
+of a side's weights and of what its step takes beyond what the process held before (Linux). --beside=fp32 puts our own model in fp32 in
+PEFT's place.
 """
 import json
 import pathlib
@@ -57,52 +58,50 @@ def profile(step):
 
 def main(argv):
     import types
-    options = {"rounds": "20", "rows": "4", "length": "256", "model": "models/SmolLM2-135M-Instruct", "profile": ""}
+    options = {"rounds": "20", "rows": "4", "length": "256", "model": "models/SmolLM2-135M-Instruct", "profile": "", "beside": "peft"}
     options |= dict(arg[2:].split("=", 1) for arg in argv)
-    rows, length, folder = int(options["rows"]), int(options["length"]), settings.find(options["model"])
-    ours, peft = model.load(settings.from_dict({"model": {"path": folder}}), "cpu"), theirs(folder)
-    ids = torch.randint(3, ours.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    rows, length, folder, other = int(options["rows"]), int(options["length"]), settings.find(options["model"]), options["beside"]
+    own = lambda dtype: model.load(settings.from_dict({"model": {"path": folder, "compute_dtype": dtype}}), "cpu")
+    networks = {"rawlora": own("bf16"), other: theirs(folder) if other == "peft" else own(other)}
+    ids = torch.randint(3, networks["rawlora"].config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     starts = torch.arange(rows)[:, None] * length
     batch = types.SimpleNamespace(input_ids=ids.flatten(), position_ids=torch.arange(length).repeat(rows),
                                   cu_seqlens=(torch.arange(rows + 1) * length).int(), max_seqlen=length, rows=(starts + torch.arange(length - 1)).flatten(),
                                   targets=ids[:, 1:].flatten())
 
-    def step_ours():
-        loss = model.summed_loss(ours, batch)[0] / len(batch.targets)
+    def step(who):
+        network = networks[who]
+        loss = network(input_ids=ids, labels=ids).loss if who == "peft" else model.summed_loss(network, batch)[0] / len(batch.targets)
         loss.backward()
         return loss.item()
 
-    def step_theirs():
-        loss = peft(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return loss.item()
-
-    seconds, losses, taken = {"rawlora": [], "peft": []}, {}, {"rawlora": 0, "peft": 0}
+    seconds, losses, taken = {who: [] for who in networks}, {}, dict.fromkeys(networks, 0)
     for turn in range(int(options["rounds"]) + 1):  # the first is a warm-up
-        for who, step in (("rawlora", step_ours), ("peft", step_theirs)):
+        for who in networks:
             if process_bytes("VmRSS"):
                 pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak until here
             before, began = process_bytes("VmRSS"), time.perf_counter()
-            losses[who] = step()
+            losses[who] = step(who)
             if turn:
                 seconds[who].append(time.perf_counter() - began)
                 taken[who] = max(taken[who], process_bytes("VmHWM") - before)
                 rate = rows * length / seconds[who][-1]
                 print(f"{who:8} {seconds[who][-1]:.2f} s, {rate:.0f} tokens/s, loss {losses[who]:.4f}", flush=True)
     if options["profile"]:
-        profile(step_ours)
-    ratios = [b / a for a, b in zip(seconds["rawlora"], seconds["peft"])]
+        profile(lambda: step("rawlora"))
+    ratios = [b / a for a, b in zip(*seconds.values())]
     print(f"rawlora is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds)")
     if "write" in options:
         environment, table = record.environment(), []
         for who, times in seconds.items():
             quartiles, median = statistics.quantiles(times, n=4), statistics.median(times)
-            held = sum(size for _, size in model.memory_table(ours).values()) if who == "rawlora" else peft.get_memory_footprint()
+            network = networks[who]
+            held = network.get_memory_footprint() if who == "peft" else sum(size for _, size in model.memory_table(network).values())
             table.append({"case": "F", "who": who,
                           "tokens_per_second": round(rows * length / median), "samples_per_second": round(rows / median, 2),
                           "step_seconds": round(median, 3), "step_seconds_quartiles": [round(quartiles[0], 3), round(quartiles[-1], 3)],
                           "timed_steps": len(times),
-                          "ratio_to_peft": [round(x, 2) for x in (min(ratios), statistics.median(ratios), max(ratios))],
+                          f"ratio_to_{other}": [round(x, 2) for x in (min(ratios), statistics.median(ratios), max(ratios))],
                           "peak_memory_gib": round((held + taken[who]) / 2**30, 2), "loss": round(losses[who], 4),
                           "settings": {"rows": rows, "length": length, "quant": "nf4", "threads": torch.get_num_threads()},
                           "device": environment["cpu"], "versions": environment["packages"]})

@@ -46,6 +46,7 @@ CASES = {  # shape, rows, samples a step, settings
     "E": ("135m", "tldr", 32, {}),
     "F": ("135m", "random 256", 4, {"memory.max_tokens": 1024}),
 }
+GOALS = {"A": "17,500 (60)", "B": "12,000 (8.1)", "B12": "13,000 (12)", "C": "13,000 (14)", "D": "75", "E": "3,000", "F": "1.5 × peft"}
 
 
 def make_model(shape, folder, device):
@@ -185,7 +186,7 @@ def table(paths):
     rows of other trainers that follow it in the file, which ran in the same sitting; the fastest of each where there are several."""
     rows = [row for path in paths for row in json.loads(pathlib.Path(path).read_text())]
     others = [who for who in ("peft", "trl", "trl-liger", "unsloth") if any(row["who"] == who for row in rows)]
-    names = ["case", "rawlora", "median step, s (quartiles; steps)", "peak GiB, reserved", "of the floor",
+    names = ["case", "goal (GiB)", "rawlora", "median step, s (quartiles; steps)", "peak GiB, reserved", "of the floor",
              *(f"{who} (peak GiB)" for who in others), *(["× the best of them"] if others else [])]
     lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
     starts = [i for i, row in enumerate(rows) if row["who"] == "rawlora"]
@@ -196,7 +197,8 @@ def table(paths):
         low, high = ours["step_seconds_quartiles"]
         quant = ours["settings"].get("model.quant")
         another = f", {quant}" if quant and quant != CASES[ours["case"]][3].get("model.quant") else ""
-        cells = [ours["case"] + another, f"{ours[unit]:,.0f} {unit.split('_')[0]}/s",
+        another += ", H200" if "H200" in ours["device"] else ""
+        cells = [ours["case"] + another, GOALS.get(ours["case"], "–"), f"{ours[unit]:,.0f} {unit.split('_')[0]}/s",
                  f"{ours['step_seconds']:.4g} ({low:.4g}-{high:.4g}; {ours['timed_steps']})",
                  f"{ours['peak_memory_gib']:.1f}, {ours['peak_reserved_gib']:.1f}" if "peak_reserved_gib" in ours
                  else f"{ours['peak_memory_gib']:.1f}, –",

@@ -42,3 +42,13 @@ def test_the_cost_of_a_token_in_the_document_is_the_measured_one():
         costs = [f"{cost:.1f}" for (asked, _), cost in sorted(points.items()) if asked == question]
         assert len(costs) > 4 and ", ".join(costs) in text, costs
     assert f"{points['model', 135]:.1f}, {points['model', 360]:.1f} and {points['rank', 16]:.1f} (" in text
+
+
+def test_the_start_ups_in_the_document_are_the_measured_ones():
+    lines = [line for line in (PROJECT / "docs" / "PERFORMANCE.md").read_text().splitlines() if line.startswith("|")]
+    for start in json.loads((RESULTS / "startup.json").read_text()):
+        parts = start["parts"]
+        told = [parts[name] for name in ("imports", "rows", "unquantised model", "model", "memory plan", "evaluation", "gradient proof")]
+        rest = start["seconds"] - sum(told)
+        ending = " | ".join(f"{seconds:.1f}" for seconds in (*told, rest)) + f" | {start['seconds']:.1f} s |"
+        assert any(line.endswith(ending) for line in lines), ending
