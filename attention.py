@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import quant
+
 ATTENTION = "rawlora_packed"  # our name in transformers' registry of attention functions
-BY_HAND = 512  # tokens: documents up to here are looked at by hand on a CPU in 16 bits, where torch's own kernel takes twice as long
+BY_HAND = 512  # tokens: documents up to here are looked at by hand on a CPU with bf16, where torch's own kernel takes twice as long
 QUERIES = 64  # of a document that are looked at together, where attention is done by hand
 
 
@@ -87,7 +89,7 @@ def causal_attention(q, k, v, scaling, sliding_window=None, softcap=None):
     """q (documents, heads, n, d), k and v (documents, key_value_heads, n, d) -> (documents, heads, n, d)."""
     n, shared = q.shape[2], q.shape[1] // k.shape[1]  # heads that look at one head's keys and values
     window = sliding_window if sliding_window and sliding_window < n else 0
-    by_hand = not softcap and q.device.type == "cpu" and q.dtype.itemsize == 2 and n <= BY_HAND
+    by_hand = not softcap and q.device.type == "cpu" and q.dtype == torch.bfloat16 and n <= BY_HAND and quant.has_bf16("cpu")
     mask = None
     if window or softcap or by_hand:
         behind = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]  # how far back a key lies

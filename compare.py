@@ -512,6 +512,7 @@ def state_of(folder, config):
         if not (folder / "metrics.jsonl").is_file():
             return "none"
         raise ValueError(f"{folder}: cannot tell which run lies there ({error}); remove or rename the folder") from None
+    config = settings.settled(config, stored.model.compute_dtype)  # a run goes on in what it began in
     shaping = lambda c: {name: value for name, value in c.flat().items() if name.split(".")[0] not in HOW_ONLY}
     differ = [name for name, value in shaping(config).items() if shaping(stored)[name] != value]
     if differ:

@@ -44,7 +44,7 @@ class Model:
     double_quant: bool = key(True, "nf4: quantise the block scales too (0.37 bits a weight less)")
     llm_int8_threshold: float = key(6.0, "llm_int8: columns with an activation beyond this stay in 16 bits", above=0)
     compute_dtype: str = key("auto", "dtype of activations and matrix products; auto: bf16 where the device has it, "
-                                     "else fp16 on a GPU and fp32 on a CPU", choices=("auto", "bf16", "fp16", "fp32", "fp64"))
+                                     "else fp16 on a GPU and fp32 on a CPU (llm_int8: bf16)", choices=("auto", "bf16", "fp16", "fp32", "fp64"))
     attention: str = key("auto", "packed attention: varlen (GPU, 16 bits) or documents (one product a document, anywhere)",
                          choices=("auto", "varlen", "documents"))
 
@@ -150,9 +150,9 @@ class Save:
 
 @dataclass(frozen=True)
 class Memory:
-    max_tokens: int = key(0, "tokens packed into one micro-batch at most; 0: chosen by a probe of the device", low=0)
+    max_tokens: int = key(0, "tokens packed into one micro-batch at most; 0: chosen by trying what the device holds", low=0)
     checkpoint_layers: int = key(-1, "decoder layers whose activations are recomputed in the backward pass; "
-                                     "-1: chosen by a probe of the device", low=-1)
+                                     "-1: chosen by trying what the device holds", low=-1)
     budget_gib: float = key(0.0, "GPU memory that the run may take, in GiB; 0: all that is free", low=0.0)
     offload: str = key("auto", "keep recomputed layers' inputs, and the embedding table, in the host's memory; "
                                "auto: where that is what makes the run fit or faster", choices=("auto", "yes", "no"))
@@ -162,7 +162,7 @@ class Memory:
     fused: bool = key(True, "fast path for Llama-shaped layers; false: transformers' own layers, the slow twin")
     shard: bool = key(False, "split the frozen quantised weights over the ranks that torchrun started, "
                              "and gather a layer when it is needed: for models that no single GPU holds")
-    keep_dequantized: str = key("auto", "keep 16-bit copies of quantised weights: faster, same arithmetic, more memory; "
+    keep_dequantized: str = key("auto", "keep copies of quantised weights in the compute dtype: faster, same arithmetic, more memory; "
                                         "auto: where a quarter of the free memory holds them and, on a GPU, "
                                         "no layer is set to be recomputed", choices=("auto", "yes", "no"))
 
@@ -491,6 +491,13 @@ def located(config):
     tree["data"]["mixture"] = [[find(source), weight] for source, weight in config.data.mixture]
     tree["data"]["train"] = Data.train if config.data.mixture else tree["data"]["train"]
     return from_dict(tree)
+
+
+def settled(config, dtype):
+    """The configuration with model.compute_dtype "auto" settled as `dtype`, one of its other choices."""
+    if config.model.compute_dtype != "auto":
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
 
 
 def is_hub_name(name):

@@ -7,6 +7,7 @@ fit with everything stored needs no probe. What the user set stays as set, and s
 host's memory (on a CPU the sizes are fixed), and graphs' own pools, which small models have.
 """
 
+import gc
 import json
 import time
 
@@ -172,6 +173,8 @@ def seconds_a_token(network, rows, max_tokens, passes=1):
     except torch.cuda.OutOfMemoryError:
         seconds = None
     network.adapter_memory.flat.grad.zero_()
+    if seconds is None:
+        gc.collect()  # what an attempt left that ran out of memory
     torch.cuda.empty_cache()
     return None if any(ranks.most(seconds is None)) else seconds
 
@@ -193,7 +196,7 @@ def pack_smaller(plan, step, fits, where):
     """Pack at most `fits` tokens into a micro-batch for the rest of the run, and say so."""
     console.say(f"step {step}: memory ran out {where} from now on, with at most {fits:,}")
     plan["shrunk"].append({"step": step, "from": plan["fits"], "to": fits})
-    plan.update(fits=fits, evaluates=min(fits, plan["evaluates"]))
+    plan["fits"] = fits  # evaluations, which store nothing, find out by themselves what fits
 
 
 def rehearse(network, window, forward_backward, budget_gib):

@@ -433,8 +433,8 @@ def judge(measured, loss, even, parts, places, gradients):
     dtype, forward = measured.dtype, measured.loss
     move, allowed = FIRST_MOVE[dtype], ALLOWED[dtype]
     lacking = dead(gradients, "lora_B")
-    if not lacking:
-        silent = dead(gradients, "lora_A")
+    silent = dead(gradients, "lora_A") if not lacking else []
+    if silent:
         rightly = set(asleep(measured.network, silent))
         lacking = [name for name in silent if name not in rightly]
     norm = measured.gradient.double().norm().item()
@@ -574,7 +574,7 @@ def main(argv):
         raise ValueError(f"give one configuration, as in: python proof.py configs/quickstart.json (got {' '.join(words) or 'none'})")
     config = settings.located(settings.read(settings.find(words[0]), overrides))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = quant.settled(config, device)
+    config = settings.settled(config, quant.dtype_for(config.model, device))
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     rows = data.tokenize(data.read_splits(config)[0], tokenizer, config.data)
     network, codes = model.load(config, device), set()

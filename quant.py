@@ -11,7 +11,6 @@ Leaves out: fp4, other block sizes, quantised optimizers. Of bitsandbytes it cal
 its Linear4bit loses gradients after an evaluation on some CPUs.
 """
 import contextlib
-import dataclasses
 import functools
 import os
 import platform
@@ -28,16 +27,15 @@ MASKED = 1 << 34  # multiplications in 16 bits, some 50 us on an H100: what wait
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def settled(config, device):
-    """`config` with model.compute_dtype "auto" settled for a torch device: bf16 where it computes in that, else fp16 on a GPU and fp32 on
-    a CPU (but for llm_int8, which needs 16 bits)."""
-    if config.model.compute_dtype != "auto":
-        return config
-    fallback = "fp16" if torch.device(device).type == "cuda" else "bf16" if config.model.quant == "llm_int8" else "fp32"
-    name = "bf16" if has_bf16(device) else fallback
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=name))
+def dtype_for(model_config, device):
+    """The name of the compute dtype that suits a torch device: bf16 where it computes in that, else fp16 on a GPU and fp32 on a CPU (but
+    for llm_int8, which needs 16 bits)."""
+    if has_bf16(device):
+        return "bf16"
+    return "fp16" if torch.device(device).type == "cuda" else "bf16" if model_config.quant == "llm_int8" else "fp32"
 
 
+@functools.cache
 def has_bf16(device):
     """Whether a torch device multiplies matrices in bf16 by instructions of its own. A CPU without them takes 26 times as long as in fp32
     where it has AVX2, and as long as in fp32 where it has AVX-512 (docs/PERFORMANCE.md)."""

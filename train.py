@@ -90,6 +90,8 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     if source:  # the best checkpoint until here is the other run's; every rank is told this state
         saved["state"] |= {"best_step": None, "best_loss": None, "without_improvement": 0}
     before = json.loads(ranks.same(json.dumps(saved["state"] if saved else {})))
+    began_in = before.get("origin", {}).get("model.compute_dtype")  # what a run began in, it goes on in, also on another device
+    config = settings.settled(config, began_in if began_in in quant.DTYPES else ranks.same(quant.dtype_for(config.model, device)))
     initial = continuation.load_initial(config) if config.lora.init_from and not before else None
     max_steps, total_samples = schedule.plan_steps(config, len(rows))
     facts = forecast.Facts.of(rows, eval_rows)
@@ -601,7 +603,6 @@ def main(argv):
     if config.train.deterministic and torch.cuda.is_available():
         be_deterministic()
     device = ranks.start(config.train.rank_wait)
-    config = quant.settled(config, device)
     if config.memory.shard and ranks.RANKS == 1:
         raise ValueError("memory.shard: there is one rank, and nothing to split over; start several: "
                          f"torchrun --nproc-per-node=2 train.py {words[0]}")

@@ -158,7 +158,7 @@ def main(argv):
         return 0 if flags["help"] else 2
     if flags["adapters"] and (names[0], flags["adapters"]) != ("trl", "fp32"):
         raise ValueError(f"--adapters={flags['adapters']} with {names[0]}: there is --adapters=fp32, for trl")
-    config = settings.located(settings.read(settings.find(names[1]), overrides))
+    config = settings.settled(settings.located(settings.read(settings.find(names[1]), overrides)), "bf16")  # which peers compute in
     train(names[0], config, pathlib.Path(flags["out"] or f"runs/peer-{names[0]}"), bool(flags["adapters"]))
     return 0
 

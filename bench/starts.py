@@ -26,7 +26,8 @@ import quant  # noqa: E402
 
 def loaded(overrides, **sections):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = quant.settled(settings.located(settings.from_dict({"memory": {"keep_dequantized": "no"}, **sections}, overrides)), device)
+    config = settings.located(settings.from_dict({"memory": {"keep_dequantized": "no"}, **sections}, overrides))
+    config = settings.settled(config, quant.dtype_for(config.model, device))
     return config, model.load(config, device)
 
 

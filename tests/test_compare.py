@@ -488,7 +488,7 @@ def test_ab_with_the_real_trainer_trains_compares_and_takes_its_runs_the_second_
     (tmp_path / "tiny.json").write_text(
         json.dumps(
             {
-                "model": {"path": str(tiny_inputs / "model"), "compute_dtype": "fp32"},
+                "model": {"path": str(tiny_inputs / "model")},  # the dtype is settled by the run
                 "data": {name: str(tiny_inputs / f"{name}.jsonl") for name in ("train", "eval")},
                 "train": {"max_steps": 4, "micro_batch_size": 2, "accumulation": 2},
                 "schedule": {"learning_rate": 1e-2, "lr_warmup_steps": 1},

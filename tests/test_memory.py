@@ -128,9 +128,14 @@ def planned(monkeypatch):
     monkeypatch.setattr(memory, "apply", lambda network, chosen: None)
     monkeypatch.setattr(memory, "room", lambda device, budget_gib: 10 * GIB)
 
-    def plan(taken_gib, before=None, **asked):
-        passes = []  # what ran on the longest rows
-        monkeypatch.setattr(memory, "seconds_a_token", lambda network, rows, tokens, passes=0, ran=passes: ran.append(tokens) or 1e-5)
+    def plan(taken_gib, before=None, fits=(True,), **asked):
+        passes = []  # what ran on the longest rows; the first ones fit or not, and those after them as the last one
+
+        def seconds_a_token(network, rows, tokens, **_):
+            passes.append(tokens)
+            return 1e-5 if fits[min(len(passes), len(fits)) - 1] else None
+
+        monkeypatch.setattr(memory, "seconds_a_token", seconds_a_token)
         monkeypatch.setattr(memory.torch.cuda, "max_memory_allocated", lambda: taken_gib * GIB)
         return memory.plan(settings.from_dict({"memory": asked}), network, rows, before or {}), passes
 
@@ -147,6 +152,13 @@ def test_a_small_model_that_takes_more_than_there_is_is_probed(planned, monkeypa
     monkeypatch.setattr(memory, "probe", lambda network, kept: READINGS | {"layers": 30})
     plan, passes = planned(11)
     assert "expected" in plan["why"] and plan["checkpoint_layers"] > 0 and len(passes) > 1  # the first try, then what the probe chose
+
+
+@pytest.mark.parametrize("asked", [{"fits": (False, True)}, {"graphs": "no"}, {"checkpoint_layers": 7}])
+def test_a_small_model_is_probed_where_the_first_try_fails_or_would_not_be_the_plan(planned, monkeypatch, asked):
+    monkeypatch.setattr(memory, "probe", lambda network, kept: READINGS | {"layers": 30})
+    plan, _ = planned(9, **asked)
+    assert "expected" in plan["why"] and plan["checkpoint_layers"] in ((7,) if "checkpoint_layers" in asked else range(1, 31))
 
 
 def test_evaluations_of_a_small_model_are_packed_to_more_but_not_against_what_was_asked(planned, monkeypatch):

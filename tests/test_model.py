@@ -714,9 +714,10 @@ def test_cross_entropy_by_blocks_is_torchs_own(softcap):
     assert all(relative(a, b) < 1e-12 for a, b in zip(ours, theirs)) and torch.equal(same, expected)
 
 
-@pytest.mark.parametrize("n", [5, 64, 65, 200, 300])  # queries are looked at 64 at a time
+@pytest.mark.parametrize("n", [5, 64, 65, 200, 300, 513])  # queries are looked at 64 at a time, and by torch's own kernel beyond 512
 @pytest.mark.parametrize("window", [None, 3, 150])
-def test_attention_by_hand_is_the_masked_softmax_in_16_bits(n, window):
+def test_attention_by_hand_is_the_masked_softmax_in_16_bits(monkeypatch, n, window):
+    monkeypatch.setattr(attention.quant, "has_bf16", lambda device: True)
     generator = torch.Generator().manual_seed(n)
     q, k, v, weight = (torch.randn(2, heads, n, width, generator=generator, dtype=torch.float64).bfloat16()
                        for heads, width in ((6, 16), (2, 16), (2, 24), (6, 24)))
@@ -731,7 +732,7 @@ def test_attention_by_hand_is_the_masked_softmax_in_16_bits(n, window):
     for results, attend, dtype in ((found, lambda q, k, v: attention.causal_attention(q, k, v, 0.25, window), torch.bfloat16),
                                    (expected, reference, torch.float64)):
         inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
-        out = attend(*inputs)
+        out = attend(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs))  # heads lie within tokens, as in a network
         (out * weight.to(dtype)).sum().backward()
         results += [out.detach(), *(t.grad for t in inputs)]
     for ours, exact in zip(found, expected):

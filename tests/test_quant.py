@@ -331,15 +331,25 @@ def test_a_fingerprint_changes_when_values_or_rows_change_places():
 def test_auto_computes_in_bf16_only_where_the_device_has_it(monkeypatch, device, kind, has, name):
     monkeypatch.setattr(quant, "has_bf16", lambda device: has)
     asked = config.from_dict({"model": {"quant": kind}})
-    assert quant.settled(asked, device).model.compute_dtype == name
-    asked = config.from_dict({"model": {"quant": kind, "compute_dtype": "bf16"}})
-    assert quant.settled(asked, device) is asked
+    assert config.settled(asked, quant.dtype_for(asked.model, device)).model.compute_dtype == name
+    asked = config.from_dict({"model": {"quant": kind, "compute_dtype": "fp32" if kind == "nf4" else "fp16"}})
+    assert config.settled(asked, quant.dtype_for(asked.model, device)) is asked
+
+
+@pytest.mark.parametrize("machine, emulated, own, has", [("x86_64", True, True, True), ("x86_64", True, False, False),
+                                                         ("aarch64", True, False, True), ("x86_64", False, True, False)])
+def test_avx_512_without_bf16_counts_as_a_processor_without_it(monkeypatch, machine, emulated, own, has):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: emulated)  # true of any AVX-512
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: own)
+    assert quant.has_bf16.__wrapped__("cpu") == has
 
 
 @pytest.mark.parametrize("code", [
     "assert not quant.has_bf16('cpu')",
     "import model; network = model.load(config.from_dict({'model': {'path': sys.argv[1]}}), 'cpu'); assert network.dtype == torch.float32",
-    "import model; network = model.load(config.from_dict({'model': {'path': sys.argv[1], 'compute_dtype': 'bf16'}}), 'cpu')"])
+    "import model; network = model.load(config.from_dict({'model': {'path': sys.argv[1], 'compute_dtype': 'bf16'}}), 'cpu')",
+    "import model; network = model.load(config.from_dict({'model': {'path': sys.argv[1], 'quant': 'llm_int8'}}), 'cpu')"])
 def test_a_processor_with_avx2_alone_computes_in_fp32_and_says_what_bf16_would_cost(tmp_path, code):
     if platform.machine() != "x86_64":
         pytest.skip("oneDNN can be held to fewer instructions on x86-64")
@@ -348,4 +358,6 @@ def test_a_processor_with_avx2_alone_computes_in_fp32_and_says_what_bf16_would_c
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert ("emulates it" in done.stderr) == ("'bf16'" in code)
+    emulated = "'bf16'" in code or "llm_int8" in code
+    assert ("emulates it" in done.stderr) == emulated
+    assert ("--model.quant=int8" in done.stderr) == ("llm_int8" in code)

@@ -23,6 +23,7 @@ import eval as evaluation
 import lora_layers
 import memory
 import model
+import quant
 import record
 import train
 
@@ -380,6 +381,18 @@ def test_going_back_to_an_earlier_checkpoint_repeats_what_came_after_it(launch, 
     assert launch("run", *EVERYTHING, f"--resume={tmp_path / 'run/checkpoints/step-000006'}") == 0
     assert curve(tmp_path / "run") == whole
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_began_in_on_a_device_that_would_choose_another(launch, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quant, "has_bf16", lambda device: True)
+    assert launch("run", "--train.max_steps=2", "--schedule.lr_warmup_steps=1") == 0
+    monkeypatch.setattr(quant, "has_bf16", lambda device: False)
+    assert launch("other", "--train.max_steps=2", "--schedule.lr_warmup_steps=1") == 0
+    assert launch("run", "--train.max_steps=3", "--schedule.lr_warmup_steps=1", "--resume", "--accept=train.max_steps") == 0
+    kept = [json.loads((tmp_path / name / "config.json").read_text())["model"]["compute_dtype"] for name in ("run", "other")]
+    assert kept == ["bf16", "fp32"] and "computing in bf16" in capsys.readouterr().out.rpartition("network ")[2]
+    state = json.loads((tmp_path / "run/checkpoints/step-000003/state.json").read_text())
+    assert state["accepted"] == [{"step": 2, "train.max_steps": {"was": 2, "is": 3}}]
 
 
 @pytest.mark.parametrize("matrix, step", [("lora_B", 1), ("lora_A", 2)])
