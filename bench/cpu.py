@@ -6,9 +6,10 @@
 Both sides train the same NF4 model (double quantisation) with r 16 on all seven projections in bf16, on the same rows of random
 tokens, every token supervised. PEFT's side is transformers' model with bitsandbytes' Linear4bit under PEFT's LoRA, in training mode
 throughout. What counts is the ratio: the machine's own speed drifts. The optimizer step is left out on both sides. Peak memory is that
-of a side's weights and of what its step takes beyond what the process held before (Linux). --beside=fp32 puts our own model in fp32 in
+of a side's weights and of what a step of its own takes, begun when all that is free was given back (Linux, glibc). --beside=fp32 puts our own model in fp32 in
 PEFT's place.
 """
+import ctypes
 import json
 import pathlib
 import statistics
@@ -49,6 +50,18 @@ def process_bytes(key):
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key)) if status.exists() else 0
 
 
+def step_bytes(step):
+    """What `step` takes at its peak beyond what the process holds: what is free is given back before, so that it counts when it is taken
+    again. 0 where there is no /proc."""
+    if not process_bytes("VmRSS"):
+        return 0
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak until here
+    before = process_bytes("VmRSS")
+    step()
+    return process_bytes("VmHWM") - before
+
+
 def profile(step):
     """Run `step` once and print what takes its time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
@@ -75,16 +88,13 @@ def main(argv):
         loss.backward()
         return loss.item()
 
-    seconds, losses, taken = {who: [] for who in networks}, {}, dict.fromkeys(networks, 0)
+    seconds, losses = {who: [] for who in networks}, {}
     for turn in range(int(options["rounds"]) + 1):  # the first is a warm-up
         for who in networks:
-            if process_bytes("VmRSS"):
-                pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak until here
-            before, began = process_bytes("VmRSS"), time.perf_counter()
+            began = time.perf_counter()
             losses[who] = step(who)
             if turn:
                 seconds[who].append(time.perf_counter() - began)
-                taken[who] = max(taken[who], process_bytes("VmHWM") - before)
                 rate = rows * length / seconds[who][-1]
                 print(f"{who:8} {seconds[who][-1]:.2f} s, {rate:.0f} tokens/s, loss {losses[who]:.4f}", flush=True)
     if options["profile"]:
@@ -95,14 +105,14 @@ def main(argv):
         environment, table = record.environment(), []
         for who, times in seconds.items():
             quartiles, median = statistics.quantiles(times, n=4), statistics.median(times)
-            network = networks[who]
+            network, taken = networks[who], step_bytes(lambda: step(who))
             held = network.get_memory_footprint() if who == "peft" else sum(size for _, size in model.memory_table(network).values())
             table.append({"case": "F", "who": who,
                           "tokens_per_second": round(rows * length / median), "samples_per_second": round(rows / median, 2),
                           "step_seconds": round(median, 3), "step_seconds_quartiles": [round(quartiles[0], 3), round(quartiles[-1], 3)],
                           "timed_steps": len(times),
                           f"ratio_to_{other}": [round(x, 2) for x in (min(ratios), statistics.median(ratios), max(ratios))],
-                          "peak_memory_gib": round((held + taken[who]) / 2**30, 2), "loss": round(losses[who], 4),
+                          "peak_memory_gib": round((held + taken) / 2**30, 2), "loss": round(losses[who], 4),
                           "settings": {"rows": rows, "length": length, "quant": "nf4", "threads": torch.get_num_threads()},
                           "device": environment["cpu"], "versions": environment["packages"]})
         pathlib.Path(options["write"]).write_text(json.dumps(table, indent=1))
