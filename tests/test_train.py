@@ -383,6 +383,13 @@ def test_going_back_to_an_earlier_checkpoint_repeats_what_came_after_it(launch, 
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
+def test_what_is_loaded_is_no_garbage_while_a_run_lasts_and_may_be_behind_it(launch, monkeypatch):
+    rehearse, frozen = memory.rehearse, []
+    monkeypatch.setattr(memory, "rehearse", lambda *given: frozen.append(gc.get_freeze_count()) or rehearse(*given))
+    assert launch("run", "--train.max_steps=1", "--schedule.lr_warmup_steps=0", "--schedule.lr_min=0") == 0
+    assert frozen[0] > 10_000 and gc.get_freeze_count() == 0
+
+
 def test_a_run_goes_on_in_the_dtype_that_it_began_in_on_a_device_that_would_choose_another(launch, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quant, "has_bf16", lambda device: True)
     assert launch("run", "--train.max_steps=2", "--schedule.lr_warmup_steps=1") == 0
