@@ -11,6 +11,7 @@ import functools
 import gc
 import math
 import sys
+import textwrap
 import warnings
 
 import torch
@@ -200,9 +201,10 @@ def load(config, device):
 @functools.cache
 def tell_of_emulation(device, needed):
     """Say once that bf16 is emulated on a device ("CPU" or "GPU"), and the remedy. needed: by LLM.int8()."""
-    print(f"note: this {device} has no bf16 arithmetic and emulates it, which can take many times as long; "
-          + ("LLM.int8() needs it: --model.quant=int8 does not" if needed else "--model.compute_dtype=auto takes a dtype that it has"),
-          file=sys.stderr)
+    other = "fp16" if device == "GPU" else "fp32"
+    print(textwrap.fill(f"note: this {device} has no bf16 arithmetic and emulates it, which can take many times as long; " + (
+        "LLM.int8() needs it: --model.quant=int8 does not" if needed else f"--model.compute_dtype={other} is faster on it"), 80),
+        file=sys.stderr)
 
 
 def shard(module, device):
