@@ -202,7 +202,7 @@ def evaluate_unquantised(config, device, eval_rows):
     """
     if config.eval.unquantised == "no" or config.model.quant == "none":
         return None
-    config = settings.settled(config, quant.dtype_for(config.model, device))
+    config = quant.settled(config, device)
     wider = quant.DTYPES[config.model.compute_dtype].itemsize / 2  # than the 16 bits in which models are stored as a rule
     if config.eval.unquantised == "auto" and any(ranks.most(1.3 * wider * loading.stored_bytes(config) > model.free_memory(device))):
         print("note: the unquantised model does not fit beside what is in memory, so it is not evaluated; "
@@ -329,7 +329,7 @@ def configure(ckpt, model_path, overrides):
         overrides = [("model.path", model_path), *overrides]
     if not ckpt:
         config = settings.located(settings.from_dict({}, overrides, "command line"))
-        return settings.settled(config, quant.dtype_for(config.model, device)), None, None
+        return quant.settled(config, device), None, None
     folder = checkpoint.find(ckpt)
     lora, tensors, base = lora_layers.read_adapter(folder)
     run = next((parent for parent in folder.absolute().parents[:2]
@@ -338,7 +338,7 @@ def configure(ckpt, model_path, overrides):
     tree["lora"] = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora, "dora": lora.dora,
                     "targets": lora.targets}
     config = settings.located(settings.from_dict(tree, overrides, str(run / "config.json") if run else "command line"))
-    return settings.settled(config, quant.dtype_for(config.model, device)), tensors, folder
+    return quant.settled(config, device), tensors, folder
 
 
 def kept_as(folder, untrained, overrides):

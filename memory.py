@@ -7,7 +7,6 @@ fit with everything stored needs no probe. What the user set stays as set, and s
 host's memory (on a CPU the sizes are fixed), and graphs' own pools, which small models have.
 """
 
-import gc
 import json
 import time
 
@@ -62,7 +61,7 @@ def plan(config, network, rows, before):
     elif max_tokens and checkpoint_layers is not None:
         chosen["why"] = "as set" if not before else "as the run began"
     else:
-        found, tried = choose(config, network, rows, chosen, kept)
+        found, tried = choose(config, network, rows, chosen)
         chosen |= found
     apply(network, chosen)
     why_not = ("memory.graphs is no" if config.memory.graphs == "no" else
@@ -82,7 +81,7 @@ def plan(config, network, rows, before):
     return chosen | {"graphs": not why_not, "why_no_graphs": why_not}
 
 
-def choose(config, network, rows, chosen, kept):
+def choose(config, network, rows, chosen):
     """(what is new in a plan begun as `chosen`, whether that was the last to run on the longest rows), from what fits the GPU.
 
     Raises ValueError where nothing fits.
@@ -98,7 +97,7 @@ def choose(config, network, rows, chosen, kept):
     everything = {"max_tokens": sizes[-1], "checkpoint_layers": 0, "offload": False}
     if replayed(checkpoint_layers or 0) and stores(network, rows, chosen | everything, limit):
         return everything | {"why": f"{torch.cuda.max_memory_allocated() / 2**30:.1f} of {limit / 2**30:.1f} GiB taken"}, True
-    found = probe(network, kept)
+    found = probe(network, chosen["keep_dequantized"])
     for less in (1.0, 0.9, 0.8, 0.7):
         candidates = choices(found, sizes, checkpoint_layers, config.memory, limit * less)
         candidates = shortlist(candidates, limit * less, 1 if config.train.deterministic else TRIED)
@@ -173,9 +172,7 @@ def seconds_a_token(network, rows, max_tokens, passes=1):
     except torch.cuda.OutOfMemoryError:
         seconds = None
     network.adapter_memory.flat.grad.zero_()
-    if seconds is None:
-        gc.collect()  # what an attempt left that ran out of memory
-    torch.cuda.empty_cache()
+    model.release_memory() if seconds is None else torch.cuda.empty_cache()
     return None if any(ranks.most(seconds is None)) else seconds
 
 

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import attention
-import config as settings
 import fused
 import gpu_kernels
 import loading
@@ -127,10 +126,10 @@ def load(config, device):
     A is drawn from train.seed and B = 0, or both are as lora.init says. Never holds more than the quantised model and one tensor.
     Raises ValueError naming what is missing, does not fit or is not known.
     """
-    device, config = torch.device(device), settings.settled(config, quant.dtype_for(config.model, device))
+    device, config = torch.device(device), quant.settled(config, device)
     dtype = quant.DTYPES[config.model.compute_dtype]
     if dtype == torch.bfloat16 and not quant.has_bf16(device):
-        tell_of_emulation("GPU" if device.type == "cuda" else "CPU", config.model.quant == "llm_int8")
+        tell_of_emulation("GPU" if device.type == "cuda" else "CPU", quant.dtype_for(config.model, device))
     use_varlen = config.model.attention != "documents" and attention.varlen_works(device, dtype)
     if config.model.attention == "varlen" and not use_varlen:
         raise ValueError("model.attention: varlen needs a GPU of compute capability 8.0 or more and bf16 or fp16, "
@@ -199,11 +198,10 @@ def load(config, device):
 
 
 @functools.cache
-def tell_of_emulation(device, needed):
-    """Say once that bf16 is emulated on a device ("CPU" or "GPU"), and the remedy. needed: by LLM.int8()."""
-    other = "fp16" if device == "GPU" else "fp32"
+def tell_of_emulation(device, suits):
+    """Say once that bf16 is emulated on a device ("CPU" or "GPU"), and the remedy. suits: see quant.dtype_for."""
     print(textwrap.fill(f"note: this {device} has no bf16 arithmetic and emulates it, which can take many times as long; " + (
-        "LLM.int8() needs it: --model.quant=int8 does not" if needed else f"--model.compute_dtype={other} is faster on it"), 80),
+        "LLM.int8() needs it: --model.quant=int8 does not" if suits == "bf16" else f"--model.compute_dtype={suits} is faster on it"), 80),
         file=sys.stderr)
 
 

@@ -574,7 +574,7 @@ def main(argv):
         raise ValueError(f"give one configuration, as in: python proof.py configs/quickstart.json (got {' '.join(words) or 'none'})")
     config = settings.located(settings.read(settings.find(words[0]), overrides))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = settings.settled(config, quant.dtype_for(config.model, device))
+    config = quant.settled(config, device)
     tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template, config.model.revision)
     rows = data.tokenize(data.read_splits(config)[0], tokenizer, config.data)
     network, codes = model.load(config, device), set()

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import config as settings
 import gpu_kernels
 
 NF4_BLOCK = 64  # weights that share a scale
@@ -33,6 +34,11 @@ def dtype_for(model_config, device):
     if has_bf16(device):
         return "bf16"
     return "fp16" if torch.device(device).type == "cuda" else "bf16" if model_config.quant == "llm_int8" else "fp32"
+
+
+def settled(config, device):
+    """`config` with a compute dtype that suits a torch device in place of "auto"."""
+    return settings.settled(config, dtype_for(config.model, device))
 
 
 @functools.cache

@@ -90,7 +90,7 @@ def train(config, device, run, guard, resume, accept, preflight, by_heart=False)
     if source:  # the best checkpoint until here is the other run's; every rank is told this state
         saved["state"] |= {"best_step": None, "best_loss": None, "without_improvement": 0}
     before = json.loads(ranks.same(json.dumps(saved["state"] if saved else {})))
-    began_in = before.get("origin", {}).get("model.compute_dtype")  # what a run began in, it goes on in, also on another device
+    began_in = str(before.get("origin", {}).get("model.compute_dtype"))  # what a run began in, it goes on in, also on another device
     config = settings.settled(config, began_in if began_in in quant.DTYPES else ranks.same(quant.dtype_for(config.model, device)))
     initial = continuation.load_initial(config) if config.lora.init_from and not before else None
     max_steps, total_samples = schedule.plan_steps(config, len(rows))

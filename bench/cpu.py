@@ -6,8 +6,8 @@
 Both sides train the same NF4 model (double quantisation) with r 16 on all seven projections in bf16, on the same rows of random
 tokens, every token supervised. PEFT's side is transformers' model with bitsandbytes' Linear4bit under PEFT's LoRA, in training mode
 throughout. What counts is the ratio: the machine's own speed drifts. The optimizer step is left out on both sides. Peak memory is that
-of a side's weights and of what a step of its own takes, begun when all that is free was given back (Linux, glibc). --beside=fp32 puts our own model in fp32 in
-PEFT's place.
+of a side's weights and of what a step of its own takes, begun when all that is free was given back (Linux, glibc). --beside=fp32 puts
+our own model in fp32 in PEFT's place.
 """
 import ctypes
 import json

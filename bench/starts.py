@@ -27,7 +27,7 @@ import quant  # noqa: E402
 def loaded(overrides, **sections):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = settings.located(settings.from_dict({"memory": {"keep_dequantized": "no"}, **sections}, overrides))
-    config = settings.settled(config, quant.dtype_for(config.model, device))
+    config = quant.settled(config, device)
     return config, model.load(config, device)
 
 
